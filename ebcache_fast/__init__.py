@@ -1,0 +1,30 @@
+"""EB-Cache for diffusion transformers: a precomputed Cache Table, fused operations, one graph per type of step."""
+
+from ebcache_fast._version import __version__
+from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.calibration import calibrate
+from ebcache_fast.errors import (
+    CaptureError,
+    EBCacheError,
+    InputError,
+    JobError,
+    TableError,
+    TrajectoryError,
+)
+from ebcache_fast.plan import Plan, StepType
+from ebcache_fast.sampling import sample
+
+__all__ = [
+    "CacheTable",
+    "CaptureError",
+    "EBCacheError",
+    "InputError",
+    "JobError",
+    "Plan",
+    "StepType",
+    "TableError",
+    "TrajectoryError",
+    "__version__",
+    "calibrate",
+    "sample",
+]

@@ -1,0 +1,384 @@
+"""CacheTable: the type of step that runs at each timestep, and the one strict JSON format it is kept in."""
+
+import json
+import math
+import os
+import reprlib
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from numbers import Real
+from operator import index
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from ebcache_fast.errors import TableError
+from ebcache_fast.plan import ModelShape, Plan, StepType, check_timesteps
+
+MAX_BYTES = 4 * 2**20  # far above any real table: a wrong path must not fill the memory
+MAX_INT = 2**63 - 1  # what an int64 tensor holds
+
+
+class _Record(BaseModel):
+    """A frozen, strict piece of the file; what is wrong with it is a TableError that names the field."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise TableError(_first_problem(error)) from None
+
+
+def _scalar(value: object) -> object:
+    match value:
+        case None | str():
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case int() if abs(value) <= MAX_INT:  # bools too
+            return value
+    raise ValueError("Input should be a finite number, a string, a boolean or null")
+
+
+_Item = TypeVar("_Item")
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Mismatch = Annotated[float, Field(ge=0)]
+Scalar = Annotated[bool | int | float | str | None, PlainValidator(_scalar)]
+StepName = Literal["NO_CACHE", "ATTENTION", "ATTN_MLP", "MLP"]
+PerStep = Annotated[tuple[_Item, ...], Field(strict=False)]  # JSON only has lists; the items stay strict
+
+
+class SamplerSpec(_Record):
+    """The sampler that a table's timesteps belong to: ``steps`` out of its ``train_steps``."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_.+-]*$")
+    steps: Count
+    train_steps: Count
+
+
+class Provenance(_Record):
+    """How a table was made: ``by`` whom or what, from which ``source``, with which ``options``.
+
+    A calibration also keeps what it saw at each step: the mean ``errors`` of every candidate (None where it
+    was not tried) and the number of ``votes`` for every step type.
+    """
+
+    by: str
+    source: str
+    options: dict[str, Scalar] = {}
+    errors: dict[StepName, PerStep[Mismatch | None]] = {}
+    votes: dict[StepName, PerStep[Count]] = {}
+
+
+class _File(_Record):
+    """The file, key by key: every key must be there, and no other. Sequences stand in execution order."""
+
+    format: Literal["ebcache-fast.cache-table"]
+    version: int = Field(alias="schema", ge=1, le=1)
+    model: dict[str, Count] | None
+    sampler: SamplerSpec | None
+    timesteps: PerStep[Count]
+    step_types: PerStep[StepName]
+    eps_scale: float
+    allow_amplify: bool
+    made: Provenance | None
+
+
+@dataclass(frozen=True, init=False)
+class CacheTable:
+    """The type of every step of a sampling run: immutable, and valid from the moment it exists.
+
+    Args:
+        timesteps: integers >= 0 in execution order, strictly decreasing.
+        step_types: one StepType (or its code) per timestep, the first NO_CACHE.
+        eps_scale: the factor b on the predicted noise, in (0, 1].
+        sampler: whose timesteps these are, if known.
+        model: the sizes of the only model the table is for, ``dict(shape.fingerprint)``; None accepts any.
+        made: where the table comes from.
+        allow_amplify: lets ``eps_scale`` exceed 1. The file keeps it, so that amplifying stays deliberate.
+
+    Raises:
+        TableError: one of these does not hold; the message names the field.
+    """
+
+    timesteps: tuple[int, ...]
+    step_types: tuple[StepType, ...]
+    eps_scale: float
+    sampler: SamplerSpec | None
+    model: tuple[tuple[str, int], ...] | None  # sorted by name
+    made: Provenance | None = field(hash=False)
+    allow_amplify: bool
+
+    def __init__(
+        self,
+        timesteps: Iterable[int],
+        step_types: Iterable[int],
+        eps_scale: float = 1.0,
+        sampler: SamplerSpec | None = None,
+        model: Mapping[str, int] | Iterable[tuple[str, int]] | None = None,
+        made: Provenance | None = None,
+        allow_amplify: bool = False,
+    ) -> None:
+        values = {
+            "timesteps": tuple(_as_int(f"timesteps[{i}]", t) for i, t in enumerate(timesteps)),
+            "step_types": tuple(StepType(_as_int(f"step_types[{i}]", s, 3)) for i, s in enumerate(step_types)),
+            "eps_scale": _as_eps_scale(eps_scale, allow_amplify),
+            "sampler": sampler,
+            "model": None if model is None else _as_fingerprint(model),
+            "made": made,
+            "allow_amplify": bool(allow_amplify),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check_steps()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a table from its file; TableError naming path and field where it is not exactly one."""
+        return cls._from_file(Path(path))
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """One of the tables that come with the package; `named_tables` lists them."""
+        if name not in named_tables():
+            raise TableError(f"name: expected one of {', '.join(named_tables())}, got {name!r}")
+        return cls._from_file(_shelf() / f"{name}.json")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file that `load` reads: wholly or, with a TableError, not at all."""
+        document = {
+            "format": "ebcache-fast.cache-table",
+            "schema": 1,
+            "model": None if self.model is None else dict(self.model),
+            "sampler": None if self.sampler is None else self.sampler.model_dump(),
+            "timesteps": self.timesteps,
+            "step_types": [step_type.name for step_type in self.step_types],
+            "eps_scale": self.eps_scale,
+            "allow_amplify": self.allow_amplify,
+            "made": None if self.made is None else self.made.model_dump(),
+        }
+        with naming(path):
+            _write(Path(path), _layout(document) + "\n")
+
+    @classmethod
+    def _from_file(cls, source: Traversable) -> Self:
+        with naming(source):
+            file = _File(**read_json(source))
+            return cls(
+                timesteps=file.timesteps,
+                step_types=[StepType[name] for name in file.step_types],
+                eps_scale=file.eps_scale,
+                sampler=file.sampler,
+                model=file.model,
+                made=file.made,
+                allow_amplify=file.allow_amplify,
+            )
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def step_type_at(self, timestep: int) -> StepType:
+        """The type of the step that runs at ``timestep``; TableError where none does."""
+        if timestep not in self.timesteps:
+            raise TableError(f"timestep: expected one of the table's, {reprlib.repr(self.timesteps)}, got {timestep}")
+        return self.step_types[self.timesteps.index(timestep)]
+
+    def retime(self, timesteps: Iterable[int], sampler: SamplerSpec | None = None) -> Self:
+        """The same step types, step by step, at another sampler's ``timesteps`` (as many of them)."""
+        timesteps = tuple(timesteps)
+        if len(timesteps) != len(self):
+            raise TableError(
+                f"timesteps: expected the table's {len(self)} steps, got {len(timesteps)}; "
+                f"use a table made for {len(timesteps)} steps"
+            )
+        return replace(self, timesteps=timesteps, sampler=sampler)
+
+    def check(self, shape: ModelShape, timesteps: Iterable[int]) -> None:
+        """Raise TableError, naming what differs, unless the table is for this model and these timesteps."""
+        self._check_model(shape)
+        for i, (own, given) in enumerate(zip(self.timesteps, self.retime(timesteps).timesteps, strict=True)):
+            if own != given:
+                raise TableError(
+                    f"timesteps[{i}]: expected the table's {own}, got {given}; "
+                    "retime(timesteps) moves a table by step index"
+                )
+
+    def plan(self, shape: ModelShape) -> Plan:
+        """The plan of a run on a model of this ``shape``; TableError where the table is for another one."""
+        self._check_model(shape)
+        branches = tuple(cost.branch for cost in shape.branches)
+        return Plan.from_types(self.step_types, self.timesteps, shape.depth, branches, self.eps_scale)
+
+    def _check_model(self, shape: ModelShape) -> None:
+        actual = dict(shape.fingerprint)
+        wanted = actual if self.model is None else dict(self.model)
+        differing = [
+            f"{name} {wanted.get(name)}, not {actual.get(name)}"
+            for name in sorted(wanted | actual)
+            if wanted.get(name) != actual.get(name)
+        ]
+        if differing:
+            raise TableError(f"model: the table is for {'; '.join(differing)}; use a table made for this model")
+
+    def _check_steps(self) -> None:
+        check_timesteps(self.timesteps)
+        lengths = {"step_types": len(self.step_types)}
+        if self.sampler is not None:
+            lengths["sampler.steps"] = self.sampler.steps
+        if self.made is not None:
+            lengths |= {f"made.errors.{name}": len(errors) for name, errors in self.made.errors.items()}
+            lengths |= {f"made.votes.{name}": len(votes) for name, votes in self.made.votes.items()}
+        for name, length in lengths.items():
+            if length != len(self):
+                raise TableError(f"{name}: expected {len(self)}, one per timestep, got {length}")
+        if self.sampler is not None and self.timesteps[0] >= self.sampler.train_steps:
+            raise TableError(
+                f"timesteps[0]: expected less than sampler.train_steps, {self.sampler.train_steps}, "
+                f"got {self.timesteps[0]}"
+            )
+        if self.step_types[0] is not StepType.NO_CACHE:
+            raise TableError(
+                f"step_types[0]: expected NO_CACHE, got {self.step_types[0].name}; "
+                "the first executed step has nothing to reuse"
+            )
+
+
+def named_tables() -> tuple[str, ...]:
+    """The names of the tables that come with the package, for `CacheTable.named`."""
+    names = (entry.name for entry in _shelf().iterdir())
+    return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
+
+
+def _shelf() -> Traversable:
+    return files("ebcache_fast") / "assets" / "tables"
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Put the name of ``source`` before the message of a TableError raised inside."""
+    try:
+        yield
+    except TableError as error:
+        raise TableError(f"{source}: {error}") from None
+
+
+def read_bytes(source: Traversable) -> bytes:
+    """All that a file of at most 4 MiB holds; TableError with the reason where it can't be read."""
+    try:
+        with source.open("rb") as file:
+            raw: bytes = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise TableError(f"can't be read: {_reason(error)}") from None
+    if len(raw) > MAX_BYTES:
+        raise TableError(f"expected a table of at most {MAX_BYTES} bytes, got more")
+    return raw
+
+
+def read_json(source: Traversable) -> dict[str, Any]:
+    """The JSON object that a file holds; TableError for all else, and for a repeated key."""
+    try:
+        document = json.loads(read_bytes(source).decode("utf-8"), object_pairs_hook=_without_repeats)
+    except TableError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"expected strict JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise TableError(f"expected a JSON object, got {_show(document)}")
+    return document
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        (name, times), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise TableError(f"{_key(name)}: expected once, got {times} times")
+    return document
+
+
+def _layout(value: object, indent: str = "") -> str:
+    """JSON with one key a line and every list on one line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    inner = indent + "  "
+    lines = (f"{inner}{json.dumps(key)}: {_layout(item, inner)}" for key, item in value.items())
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` in the place of the file: a reader finds the old file or the new one, never half."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is there and not a regular file")
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            with open(temporary, "x", encoding="ascii") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise TableError(f"can't be written: {_reason(error)}; choose another path") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    steps = (f"[{step}]" if isinstance(step, int) else f".{_key(step)}" for step in first["loc"])
+    name = "".join(steps).lstrip(".")
+    match first["type"]:
+        case "missing":
+            return f"{name}: missing; every key must be there"
+        case "extra_forbidden":
+            return f"{name}: unknown key; leave it out"
+    cause = first.get("ctx", {}).get("error", first["msg"])
+    if isinstance(cause, TableError):  # of a record inside this one
+        return f"{name}.{cause}"
+    return f"{name}: {str(cause).replace('Input should be', 'expected')}, got {_show(first['input'])}"
+
+
+def _key(name: str) -> str:
+    """A key of the file as it may stand in a message: on one line, not too long."""
+    return repr(name)[1:-1][:80]
+
+
+def _show(value: object) -> str:
+    """A value of the file as it may stand in a message; str() itself refuses the longest integers."""
+    return "an integer beyond 64 bits" if isinstance(value, int) and abs(value) > MAX_INT else reprlib.repr(value)
+
+
+def _as_int(name: str, value: object, highest: int = MAX_INT) -> int:
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number <= highest:
+        raise TableError(f"{name}: expected an integer from 0 to {highest}, got {_show(value)}")
+    return number
+
+
+def _as_eps_scale(value: float, allow_amplify: bool) -> float:
+    highest = sys.float_info.max if allow_amplify else 1.0
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= highest:
+        raise TableError(
+            f"eps_scale: expected a number above 0 and at most 1, got {_show(value)}; "
+            "with allow_amplify it may be any finite number above 0"
+        )
+    return float(value)
+
+
+def _as_fingerprint(model: Mapping[str, int] | Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((name, _as_int(f"model.{name}", size)) for name, size in dict(model).items()))

@@ -1,0 +1,112 @@
+"""What the commands print: progress bars, tables of results, a table's steps."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from ebcache_fast import ops
+from ebcache_fast._version import __version__
+from ebcache_fast.cache_table import CacheTable, named_tables
+from ebcache_fast.compare import Result
+from ebcache_fast.plan import ModelShape, Plan, StepType
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+STYLES = {"NO_CACHE": "bold blue", "ATTENTION": "yellow", "MLP": "magenta", "ATTN_MLP": "green"}
+SHORT = {"NO_CACHE": "NO", "ATTENTION": "ATT", "MLP": "MLP", "ATTN_MLP": "A+M", "MIXED": "mixed"}
+
+
+@contextmanager
+def progress_bar() -> Iterator["tqdm[Any]"]:
+    """A bar in sample-steps; give it its length with ``reset(total)``, advance it with ``update(n)``."""
+    from tqdm import tqdm
+
+    with tqdm(total=0, unit=" sample-steps", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+        yield bar
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """One line a method: its steps, cost, time and quality; errors are one standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    n = results[0].scores.n
+    grid = Table(title=f"{n} samples a method, same noise; ± is one standard error over samples")
+    columns = ("method", "steps", "GMACs", "seconds", "speed-up", "by MACs")
+    for name in (*columns, "FD semantic", "FD texture", "recognised", "contrast", "error vs first"):
+        grid.add_column(name, justify="left" if name in ("method", "steps") else "right")
+    for r in results:
+        s, spread = r.scores, r.spread
+        grid.add_row(
+            r.name,
+            count_steps(r.step_types),
+            f"{r.macs / 1e9:.2f}",
+            f"{r.seconds:.1f}",
+            f"{r.speedup:.2f}x",
+            f"{r.mac_limit:.2f}x",
+            f"{s.fd_semantic:.2f} ± {spread['fd_semantic']:.2f}",
+            f"{s.fd_texture:.2f} ± {spread['fd_texture']:.2f}",
+            f"{s.recognised:.1%}",
+            f"{s.contrast:.3f}",
+            f"{r.paired_error:.3f}",
+        )
+    Console(width=160).print(grid)
+
+
+def print_table(table: CacheTable) -> None:
+    """A Cache Table for people: its strip of steps, what it is for, where it comes from."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    strip = Text()
+    for step_type in table.step_types:
+        strip.append("█", style=STYLES[step_type.name])
+    console.print(strip)
+    used = dict.fromkeys(table.step_types)
+    console.print(Text("  ".join(f"{t.name} {table.step_types.count(t)}" for t in sorted(used))))
+    first, last = table.timesteps[0], table.timesteps[-1]
+    lines = [f"{len(table)} steps, timesteps {first} to {last}, eps_scale {table.eps_scale:g}"]
+    lines += [f"sampler: {table.sampler.name}"] if table.sampler else []
+    lines += ["model: " + ", ".join(f"{k} {v}" for k, v in table.model)] if table.model else ["model: any"]
+    if table.made is not None:
+        lines.append(f"made by {table.made.by} from {table.made.source}")
+        lines += [f"  {name} = {value}" for name, value in table.made.options.items()]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    runs = [(kind, len(list(group))) for kind, group in groupby(table.step_types)]
+    console.print(" ".join(f"{SHORT[StepType(kind).name]}x{length}" for kind, length in runs), markup=False)
+
+
+def count_steps(step_types: Sequence[str]) -> str:
+    """For instance "34 NO + 16 A+M"."""
+    kinds = dict.fromkeys(step_types)
+    return " + ".join(f"{list(step_types).count(kind)} {SHORT[kind]}" for kind in kinds)
+
+
+def print_costs(plan: Plan, shape: ModelShape) -> None:
+    """What a plan costs on a model: multiply-accumulates, allowed speed-up, cache memory."""
+    counts = " + ".join(f"{n} {SHORT['MIXED' if t is None else t.name]}" for t, n in plan.counts().items())
+    gibibytes = plan.cache_bytes(shape, rows=2, itemsize=2) / 2**30
+    print(f"fits: {len(plan)} steps, {counts}")
+    print(f"{plan.macs(shape) / 1e12:.3f} T multiply-accumulates a sample (one guidance branch; FLOPs are twice that)")
+    print(f"speed-up that this allows over no caching: {plan.mac_limit(shape):.2f}x")
+    print(f"cache for one guided sample in bfloat16: {gibibytes:.3f} GiB in {len(plan.live_slots)} live slots")
+
+
+def print_info() -> None:
+    """Versions, devices, which backend runs each operation, and the tables that come with the package."""
+    import importlib.util
+    import platform
+
+    import torch
+
+    found = importlib.util.find_spec("triton")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so everything runs on the CPU"
+    print(f"ebcache_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"Triton: {'installed' if found else 'not installed'}; GPU: {device}; {torch.get_num_threads()} CPU threads")
+    for operation in ops.OPERATIONS:
+        print(f"  {operation.__name__}: {ops.BACKEND}")
+    print("tables: " + ", ".join(named_tables()))

@@ -1,0 +1,1 @@
+"""The engine: caches, modulation and the steps of one sampling run."""

@@ -1,0 +1,55 @@
+"""Where branch outputs live between steps: one tensor of slots, addressed by layer and branch."""
+
+from collections.abc import Iterable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ebcache_fast.plan import Branch, ModelShape, Slot
+
+
+class FeatureCache:
+    """Ungated branch outputs of a whole batch, guidance rows included, at fixed addresses.
+
+    Each slot in ``live`` has memory of its own, in the order of execution; all others share one slot of
+    scratch, because a branch must write somewhere even if no step ever reads it. A slot is (N, T, D).
+    """
+
+    def __init__(
+        self, shape: ModelShape, live: Iterable[Slot], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        wanted = frozenset(live)
+        every = list(product(range(shape.depth), (cost.branch for cost in shape.branches)))
+        kept = [slot for slot in every if slot in wanted]
+        scratch = len(kept)
+        count = scratch + (len(kept) < len(every))
+        self._index: dict[Slot, int] = dict.fromkeys(every, scratch) | {s: i for i, s in enumerate(kept)}
+        self._slots = torch.empty(count, rows, shape.tokens, shape.width, dtype=dtype, device=device)
+
+    @classmethod
+    def full(cls, shape: ModelShape, rows: int, dtype: torch.dtype, device: torch.device) -> "FeatureCache":
+        """A cache in which every slot is live."""
+        every = product(range(shape.depth), (cost.branch for cost in shape.branches))
+        return cls(shape, every, rows, dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._slots.nbytes
+
+    def slot(self, layer: int, branch: Branch) -> Tensor:
+        """The memory of one slot, (N, T, D)."""
+        return self._slots[self._index[layer, branch]]
+
+    def stacked(self, slots: tuple[Slot, ...]) -> Tensor:
+        """Several slots as one tensor (K, N, T, D): a view where they lie side by side, else a copy."""
+        indices = [self._index[slot] for slot in slots]
+        if indices == list(range(indices[0], indices[0] + len(indices))):
+            return self._slots[indices[0] : indices[0] + len(indices)]
+        return self._slots[indices]
+
+    def copy_rows(self, source: "FeatureCache", slots: Iterable[Slot], rows: Tensor) -> None:
+        """Take over ``slots`` from ``source`` for the batch rows where ``rows`` (N,) bool is true."""
+        for slot in slots:
+            self.slot(*slot)[rows] = source.slot(*slot)[rows]

@@ -1,0 +1,14 @@
+"""Models: the ``Denoiser`` protocol, its adapters, the original's DiT and checkpoint loading."""
+
+from torch import nn
+
+from ebcache_fast.models.denoiser import Denoiser, Modulation
+from ebcache_fast.models.dit import DIT_MODELS, DiT
+from ebcache_fast.models.dit_denoiser import DiTDenoiser
+
+__all__ = ["DIT_MODELS", "Denoiser", "DiT", "DiTDenoiser", "Modulation", "as_denoiser"]
+
+
+def as_denoiser(model: nn.Module) -> Denoiser:
+    """The adapter that fits ``model``; InputError if none does."""
+    return DiTDenoiser(model)

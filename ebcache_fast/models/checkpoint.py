@@ -1,0 +1,220 @@
+"""Weights on disk: the original's ``.pt`` checkpoints and safetensors, read strictly, written whole.
+
+No file's code ever runs: ``.pt`` files are read with ``weights_only``. A file that does not fit is an
+InputError before anything is changed.
+"""
+
+import math
+import os
+import secrets
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.dit import DiT
+
+WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the best first
+
+StateDict = dict[str, Tensor]
+Metadata = Mapping[str, str]
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Copy a checkpoint's weights into ``model``, converted to its dtype.
+
+    path: a ``.pt`` or ``.pth`` with a state dict, plain or under ``"ema"``, ``"model"`` or ``"state_dict"``;
+    or a ``.safetensors``. Keys and shapes must equal the model's.
+
+    Raises InputError, and leaves the model as it was, for a file that can't be read, holds anything but dense
+    floating weights, or is another model's; the message names the first key that differs.
+    """
+    weights, _ = _read(Path(path))
+    _check(weights, model.state_dict(), path)
+    model.load_state_dict(weights)
+
+
+def load_dit(path: str | os.PathLike[str], num_heads: int | None = None) -> DiT:
+    """The DiT that a checkpoint is of, in evaluation mode, torch's default dtype and on the default device.
+
+    Its sizes are read from the shapes. ``num_heads`` leaves no trace in them: files of `save_weights` say it,
+    for all others it must be given. A file that doesn't say its number of classes is taken to have the null
+    label too, as the original's do.
+
+    Raises InputError as `load_checkpoint` does, and where ``num_heads`` is missing or does not fit.
+    """
+    weights, metadata = _read(Path(path))
+    try:
+        with torch.device("meta"):  # no time is spent on values that the file will replace
+            model = DiT(**_sizes(weights, metadata, num_heads))
+    except ValueError as error:
+        raise InputError(f"{path}: {_first_line(error)}") from None
+    _check(weights, model.state_dict(), path)
+    model.to_empty(device=torch.get_default_device()).load_state_dict(weights)
+    return model.eval()
+
+
+def save_weights(model: DiT, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write ``model`` to a safetensors file, converted to a floating ``dtype`` if one is given.
+
+    What the shapes don't tell, ``num_heads`` and ``num_classes``, goes into the file's metadata. The file
+    appears whole or, with an InputError, not at all; one that was there stays until then.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target}: expected the suffix .safetensors, got {target.suffix!r}; rename it")
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"dtype={dtype} can't hold weights; use a floating one, such as torch.float16")
+    # Copies, because safetensors refuses tensors that share memory
+    weights = {
+        name: weight.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, weight in model.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "num_heads": str(model.num_heads),
+        "num_classes": str(model.y_embedder.num_classes),
+    }
+    partial = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            save_file(weights, partial, metadata)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target} can't be written ({_first_line(error)}); choose another path") from None
+
+
+def _read(path: Path) -> tuple[StateDict, Metadata]:
+    """The weights, on the CPU and mapped rather than read where the format can, and the metadata."""
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        suffixes = " or ".join(_READERS)
+        raise InputError(f"{path}: expected the suffix {suffixes}, got {path.suffix!r}; rename it")
+    try:
+        content, metadata = reader(path)
+    except Exception as error:  # foreign bytes make these parsers raise whatever they like
+        # Torch hides the unpickler's reason behind a page of advice.
+        reason = (error.__suppress_context__ and error.__context__) or error
+        raise InputError(
+            f"{path} can't be read ({_first_line(reason)}); pass an undamaged checkpoint of weights alone"
+        ) from None
+    return _unwrapped(content, path), metadata
+
+
+def _read_safetensors(path: Path) -> tuple[object, Metadata]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _read_torch(path: Path) -> tuple[object, Metadata]:
+    # The original's training script adds its argparse arguments: plain data.
+    with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
+        mapped = zipfile.is_zipfile(path)  # else torch's format before 1.6, which can't be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), {}
+
+
+_READERS: Mapping[str, Callable[[Path], tuple[object, Metadata]]] = {
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".safetensors": _read_safetensors,
+}
+
+
+def _unwrapped(content: object, path: Path) -> StateDict:
+    """The state dict in a checkpoint's content; InputError unless it holds dense floating weights alone."""
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a state dict, got {_kind(content)}; pass a file that holds one")
+    weights = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
+    for name, value in weights.items():
+        if not (isinstance(name, str) and _is_weight(value)):
+            raise InputError(
+                f"{path}: {_shown(name)}: expected dense floating weights, got {_kind(value)}; "
+                f"pass a state dict, plain or under one of {', '.join(WRAPPERS)}"
+            )
+    return dict(weights)
+
+
+def _is_weight(value: object) -> bool:
+    """Whether it is a dense floating tensor, with memory of its own for every element."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_meta)
+        and 0 < value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def _check(weights: StateDict, expected: Mapping[str, Tensor], path: object) -> None:
+    """Raise InputError naming the first key, in the model's order, that differs in presence or shape."""
+    for name in dict.fromkeys([*expected, *weights]):
+        wanted, got = (_shape(state.get(name)) for state in (expected, weights))
+        if wanted != got:
+            raise InputError(
+                f"{path}: {_shown(name)}: expected {wanted}, got {got}; "
+                "pass a checkpoint of this model, or build the model of the checkpoint's sizes"
+            )
+
+
+def _sizes(weights: StateDict, metadata: Metadata, num_heads: int | None) -> dict[str, Any]:
+    """The constructor's keywords; ValueError if these are no DiT's weights, or heads or classes don't fit."""
+    width, channels, patch, _ = _dimensions(weights, "x_embedder.proj.weight", 4)
+    tokens = math.prod(_dimensions(weights, "pos_embed", 3)) // width
+    labels, _ = _dimensions(weights, "y_embedder.embedding_table.weight", 2)
+    mlp_width, _ = _dimensions(weights, "blocks.0.mlp.fc1.weight", 2)
+    patch_out, _ = _dimensions(weights, "final_layer.linear.weight", 2)
+    heads = metadata.get("num_heads") if num_heads is None else num_heads
+    if heads is None:
+        raise ValueError("num_heads is not in the file; pass num_heads=, which is 16 for DiT-XL/2")
+    classes = int(metadata.get("num_classes", labels - 1))
+    if labels - classes not in (0, 1):
+        raise ValueError(f"num_classes: expected {labels} or {labels - 1}, got {classes}; correct the metadata")
+    return {
+        "input_size": math.isqrt(tokens) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "num_heads": int(heads),
+        # The constructor rounds down: half a row more than the file has comes out as exactly that many.
+        "mlp_ratio": (mlp_width + 0.5) / width,
+        "class_dropout_prob": 0.1 if labels > classes else 0.0,
+        "num_classes": classes,
+        "learn_sigma": patch_out > channels * patch**2,
+    }
+
+
+def _dimensions(weights: StateDict, name: str, count: int) -> tuple[int, ...]:
+    weight = weights.get(name)
+    if weight is None or weight.ndim != count:
+        raise ValueError(f"{name!r}: expected {count} dimensions, got {_shape(weight)}; pass a DiT's checkpoint")
+    return tuple(weight.shape)
+
+
+def _shape(weight: Tensor | None) -> str:
+    return "no such key" if weight is None else f"shape {tuple(weight.shape)}"
+
+
+def _kind(value: object) -> str:
+    """What a thing is that should be a weight."""
+    name = type(value).__name__
+    return f"a {name} ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else f"a {name}"
+
+
+def _shown(name: object) -> str:
+    """A file's key as it may stand in a message: on one line, not too long."""
+    return f"{str(name)!r:.100}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{next(iter(str(error).splitlines()), type(error).__name__):.300}"

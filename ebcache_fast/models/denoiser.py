@@ -1,0 +1,69 @@
+"""What the engine asks of a model: the ``Denoiser`` protocol, and the modulation that drives it."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ebcache_fast.plan import Branch, ModelShape
+
+
+class Modulation(NamedTuple):
+    """Every modulation vector of S steps and U distinct conditions, from one pass over the live parameters.
+
+    The three of a branch are the shift and scale of its LayerNorm's output and the gate of its own output.
+    """
+
+    layers: Tensor  # (S, L, branches, 3, U, D)
+    head: Tensor  # (S, 2, U, D): shift, scale
+
+
+class Denoiser(Protocol):
+    """A diffusion transformer as the engine sees it: its parts, not its forward.
+
+    N counts rows of the batch (guidance counted), T tokens, D channels, L layers. Adapters read the module's live
+    parameters on every call and keep no derived copy of a weight.
+    """
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that decide cost and memory, with the fingerprint that a table is bound to."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """One latent's (C, H, W)."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 to ``num_classes - 1``; ``num_classes`` itself is the null label, if there is one."""
+        ...
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether the model learned the null label, without which there is no guidance."""
+        ...
+
+    def weight(self) -> Tensor:
+        """Any parameter, for the model's dtype and device."""
+        ...
+
+    def modulation(self, t: Tensor, y: Tensor) -> Modulation:
+        """Timesteps t (S,) and labels y (U,) int64 -> the modulation of every pair."""
+        ...
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latents (N, C, H, W) -> tokens (N, T, D)."""
+        ...
+
+    def norm_eps(self, layer: int, branch: Branch) -> float:
+        """The epsilon of the LayerNorm before a branch."""
+        ...
+
+    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor) -> None:
+        """Write a branch's ungated output for its modulated input u (N, T, D) into ``out``, of the same shape."""
+        ...
+
+    def head(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Tokens (N, T, D) -> (N, C or 2C, H, W): eps, and the variance interpolation if the model learned it."""
+        ...

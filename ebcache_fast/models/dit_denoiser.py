@@ -1,0 +1,188 @@
+"""Any module of the original DiT's layout, seen as a ``Denoiser``: known by its attributes, not its class."""
+
+import math
+from functools import cached_property
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebcache_fast import ops
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.denoiser import Modulation
+from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
+from ebcache_fast.plan import Branch, BranchShape, ModelShape
+
+_NORMS = ("blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final")
+_LAYOUT = (
+    *(f"{norm}.eps" for norm in _NORMS),
+    "x_embedder.proj",
+    "pos_embed",
+    "t_embedder.mlp",
+    "y_embedder.embedding_table",
+    "blocks.0.attn.qkv",
+    "blocks.0.attn.proj",
+    "blocks.0.attn.num_heads",
+    "blocks.0.mlp.fc1",
+    "blocks.0.mlp.act",
+    "blocks.0.mlp.fc2",
+    "blocks.0.adaLN_modulation",
+    "final_layer.linear",
+    "final_layer.adaLN_modulation",
+)
+
+
+class DiTDenoiser:
+    """The parts of a DiT (``ebcache_fast.models.dit.DiT``, or the original's), read from the live module.
+
+    Raises InputError, naming the attribute, for a module that lacks one or whose LayerNorms have parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for path in _LAYOUT:
+            if not _has(model, path):
+                raise InputError(
+                    f"{type(model).__name__} has no {path!r}, so it is not of the original DiT's layout; "
+                    "pass such a module (ebcache_fast.models.dit.DiT, or facebookresearch/DiT's)"
+                )
+        for path in _NORMS:
+            if any(True for _ in attrgetter(path)(model).parameters()):
+                raise InputError(
+                    f"{type(model).__name__}'s {path!r} has parameters, which no fused operation applies; "
+                    "pass a module whose LayerNorms have none (elementwise_affine=False)"
+                )
+        self._model = cast(Any, model)  # known by its attributes: there is no type to name
+        self._blocks = list(self._model.blocks)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        model, block = self._model, self._blocks[0]
+        width, tokens = block.attn.qkv.in_features, model.pos_embed.shape[1]
+        hidden, patch_in = block.mlp.fc1.out_features, model.x_embedder.proj.weight[0].numel()
+        patch_out, depth = model.final_layer.linear.out_features, len(self._blocks)
+        attention = BranchShape(
+            Branch.SELF_ATTN,
+            macs=4 * width * width * tokens + 2 * tokens * tokens * width,
+            weights=4 * width * width,
+        )
+        mlp = BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
+        modulation = 6 * depth * width * width + 2 * width * width
+        timestep = FREQUENCY_SIZE * width + width * width
+        ends = (patch_in + patch_out) * width
+        return ModelShape(
+            depth=depth,
+            width=width,
+            tokens=tokens,
+            branches=(attention, mlp),
+            fixed_macs=modulation + timestep + ends * tokens,
+            fixed_weights=modulation + timestep + ends,
+            fingerprint=(
+                ("depth", depth),
+                ("hidden_size", width),
+                ("mlp_hidden_size", hidden),
+                ("num_heads", block.attn.num_heads),
+                ("tokens", tokens),
+                ("patch_size", self._patch_size),
+                ("in_channels", self.latent_shape[0]),
+                ("out_channels", self._out_channels),
+                ("num_classes", self.num_classes),
+            ),
+        )
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = math.isqrt(self._model.pos_embed.shape[1]) * self._patch_size
+        return self._model.x_embedder.proj.in_channels, side, side
+
+    @cached_property
+    def num_classes(self) -> int:
+        return self._labels - self.has_null_label
+
+    @cached_property
+    def has_null_label(self) -> bool:
+        # The original embeds one label more than it has classes, exactly when it trains with label dropout.
+        declared = getattr(self._model.y_embedder, "num_classes", self._labels - 1)
+        return self._labels > declared
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, self._blocks[0].attn.qkv.weight)
+
+    def modulation(self, t: Tensor, y: Tensor) -> Modulation:
+        model, steps, labels = self._model, len(t), len(y)
+        weight = self.weight()
+        timesteps = model.t_embedder.mlp(timestep_embedding(t, dtype=weight.dtype))  # (S, D)
+        conditions = model.y_embedder.embedding_table(y)  # (U, D)
+        c = (timesteps.unsqueeze(1) + conditions).flatten(0, 1)  # (S * U, D)
+        depth, width = len(self._blocks), c.shape[1]
+        layers = weight.new_empty(steps, depth, 2, 3, labels, width)
+        for layer, block in enumerate(self._blocks):
+            vectors = block.adaLN_modulation(c).view(steps, labels, 2, 3, width)
+            layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
+        head = model.final_layer.adaLN_modulation(c).view(steps, labels, 2, width)
+        return Modulation(layers, head.transpose(1, 2).contiguous())
+
+    def embed(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self._model.x_embedder(x) + self._model.pos_embed)
+
+    def norm_eps(self, layer: int, branch: Branch) -> float:
+        block = self._blocks[layer]
+        return cast(float, (block.norm1 if branch is Branch.SELF_ATTN else block.norm2).eps)
+
+    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor) -> None:
+        block = self._blocks[layer]
+        if branch is Branch.SELF_ATTN:
+            _linear_into(block.attn.proj, _attend(block.attn, u), out)
+        else:
+            _linear_into(block.mlp.fc2, block.mlp.act(block.mlp.fc1(u)), out)
+
+    def head(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        final = self._model.final_layer
+        tokens = ops.head_tokens(h, shift, scale, final.linear, final.norm_final.eps)
+        return unpatchify(tokens, self._patch_size, self._out_channels)
+
+    @property
+    def _labels(self) -> int:
+        return cast(int, self._model.y_embedder.embedding_table.num_embeddings)
+
+    @property
+    def _patch_size(self) -> int:
+        return cast(int, self._model.x_embedder.proj.kernel_size[0])
+
+    @property
+    def _out_channels(self) -> int:
+        return cast(int, self._model.final_layer.linear.out_features // self._patch_size**2)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        attrgetter(path)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def _attend(attention: Any, u: Tensor) -> Tensor:
+    """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
+    n, tokens, width = u.shape
+    heads = attention.num_heads
+    q, k, v = attention.qkv(u).view(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    if hasattr(attention, "q_norm"):  # timm's: identities in the original
+        q, k = attention.q_norm(q), attention.k_norm(k)  # (N, heads, T, D / heads), as v
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+
+
+def _linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
+    """Write ``linear(u)`` into ``out``; a plain layer's product lands there without a copy."""
+    if _is_plain(linear) and u.dtype == linear.weight.dtype:  # autocast lets them differ
+        torch.addmm(linear.bias, u.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
+    else:
+        out.copy_(linear(u))
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether the layer is its dense weight and bias alone: no adapter, parametrization or hook."""
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))

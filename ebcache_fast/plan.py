@@ -1,0 +1,290 @@
+"""What every step of a sampling run computes and what it reuses, decided before the run starts.
+
+A layer is a row of branches (attention, MLP). Each branch of each layer owns one cache *slot*, which holds
+the branch's ungated output. A `StepPlan` says for every slot whether one step computes (and stores) or reuses
+it; a `Plan` lines up the StepPlans of a whole run and knows what they cost. Nothing here runs a model.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import cached_property
+from itertools import accumulate, chain, groupby, pairwise, product
+from typing import Self
+
+from ebcache_fast.errors import TableError
+
+
+class Branch(Enum):
+    """One residual branch of a transformer layer."""
+
+    SELF_ATTN = "self_attn"
+    CROSS_ATTN = "cross_attn"
+    MLP = "mlp"
+
+
+class Action(Enum):
+    """What a step does with one slot: run the branch and store its output, or read what is stored."""
+
+    COMPUTE = "compute"
+    REUSE = "reuse"
+
+
+class StepType(IntEnum):
+    """The steps that treat all layers alike, numbered as in EB-Cache's released tables (arXiv 2503.07120)."""
+
+    NO_CACHE = 0
+    ATTENTION = 1
+    ATTN_MLP = 2
+    MLP = 3
+
+    @property
+    def reuses(self) -> frozenset[Branch]:
+        """The branches that such a step reuses in every layer."""
+        return _REUSES[self]
+
+
+_REUSES = {
+    StepType.NO_CACHE: frozenset[Branch](),
+    StepType.ATTENTION: frozenset({Branch.SELF_ATTN, Branch.CROSS_ATTN}),
+    StepType.ATTN_MLP: frozenset(Branch),
+    StepType.MLP: frozenset({Branch.MLP}),
+}
+
+Slot = tuple[int, Branch]  # the cache slot of one branch of one layer
+
+
+@dataclass(frozen=True, slots=True)
+class BranchShape:
+    """What one branch of ONE layer costs: multiply-accumulates (half its FLOPs) for one row of the batch
+    (one guidance branch of one sample), and the parameters it reads.
+    """
+
+    branch: Branch
+    macs: int
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a model that decide cost and memory; its adapter builds it.
+
+    ``fixed_macs`` (per row) and ``fixed_weights`` are what every step costs outside the branches: embedding,
+    modulation, head. ``fingerprint`` holds the named sizes that a CacheTable can be bound to.
+    """
+
+    depth: int
+    width: int
+    tokens: int
+    branches: tuple[BranchShape, ...]  # in the order in which a layer runs them
+    fixed_macs: int
+    fixed_weights: int
+    fingerprint: tuple[tuple[str, int], ...]
+
+    @property
+    def slot_elements(self) -> int:
+        """Elements of one slot for one row of the batch."""
+        return self.tokens * self.width
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The action of one step on every slot. Hashable: it is the CUDA graph's key.
+
+    ``branches`` is their order inside a layer, ``actions[layer][k]`` the action on ``branches[k]``.
+    Raises TableError without a layer or branch, for a repeated branch, or a row of another length.
+    """
+
+    branches: tuple[Branch, ...]
+    actions: tuple[tuple[Action, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.branches or len(set(self.branches)) != len(self.branches):
+            raise TableError(f"branches: expected one or more, each once, got {self.branches!r}")
+        lengths = [len(row) for row in self.actions]
+        if set(lengths) != {len(self.branches)}:
+            raise TableError(f"actions: expected a row of {len(self.branches)} per layer, got rows of {lengths}")
+
+    @classmethod
+    def uniform(cls, step_type: StepType, depth: int, branches: tuple[Branch, ...]) -> Self:
+        """The plan that treats all ``depth`` layers as ``step_type`` says."""
+        row = tuple(Action.REUSE if branch in step_type.reuses else Action.COMPUTE for branch in branches)
+        return cls(branches, (row,) * depth)
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return len(self.actions)
+
+    @cached_property
+    def step_type(self) -> StepType | None:
+        """The step type this plan equals; None where layers differ or no type fits."""
+        types = (t for t in StepType if StepPlan.uniform(t, self.depth, self.branches) == self)
+        return next(types, None)
+
+    @cached_property
+    def computed(self) -> tuple[Slot, ...]:
+        """The slots this step computes and stores, in order of execution."""
+        return self._slots(Action.COMPUTE)
+
+    @cached_property
+    def reused(self) -> tuple[Slot, ...]:
+        """The slots this step reads, in order of execution."""
+        return self._slots(Action.REUSE)
+
+    @property
+    def computes_nothing(self) -> bool:
+        """Whether no branch runs, so that all layers collapse into one sum over gated slots."""
+        return not self.computed
+
+    def action(self, layer: int, branch: Branch) -> Action:
+        """What this step does with one slot."""
+        return self.actions[layer][self.branches.index(branch)]
+
+    def _slots(self, wanted: Action) -> tuple[Slot, ...]:
+        slots = product(range(self.depth), self.branches)
+        actions = chain.from_iterable(self.actions)
+        return tuple(slot for slot, action in zip(slots, actions, strict=True) if action is wanted)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The StepPlans of a whole run in execution order, their timesteps, and the factor b on eps.
+
+    Raises TableError, naming step and field, unless there is one timestep per step, timesteps are >= 0 and
+    strictly decreasing, all steps are for the same layers and branches, the first computes everything, and
+    ``eps_scale`` is finite and above 0.
+    """
+
+    steps: tuple[StepPlan, ...]
+    timesteps: tuple[int, ...]
+    eps_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_timesteps(self.timesteps)
+        if len(self.steps) != len(self.timesteps):
+            raise TableError(f"steps: expected one per timestep, {len(self.timesteps)}, got {len(self.steps)}")
+        if not 0 < self.eps_scale < math.inf:
+            raise TableError(f"eps_scale: expected a finite number above 0, got {self.eps_scale}; 1 is neutral")
+        for i, step in enumerate(self.steps):
+            if (step.depth, step.branches) != (self.depth, self.branches):
+                raise TableError(
+                    f"steps[{i}]: expected {_layers(self.depth, self.branches)} as in steps[0], "
+                    f"got {_layers(step.depth, step.branches)}; plan every step for the same model"
+                )
+        # A first step that computes everything fills every slot, so nothing is ever read before it is stored.
+        for layer, branch in self.steps[0].reused:
+            raise TableError(
+                f"steps[0].actions[{layer}]: expected {branch.name} to be computed, got REUSE; "
+                "nothing is stored yet, so make the first step NO_CACHE"
+            )
+
+    @classmethod
+    def from_types(
+        cls,
+        step_types: Iterable[StepType],
+        timesteps: Iterable[int],
+        depth: int,
+        branches: tuple[Branch, ...],
+        eps_scale: float = 1.0,
+    ) -> Self:
+        """The plan whose steps each treat all layers alike; both sequences in execution order."""
+        uniform = {step_type: StepPlan.uniform(step_type, depth, branches) for step_type in StepType}
+        return cls(tuple(uniform[step_type] for step_type in step_types), tuple(timesteps), eps_scale)
+
+    @classmethod
+    def uncached(
+        cls, timesteps: Iterable[int], depth: int, branches: tuple[Branch, ...], eps_scale: float = 1.0
+    ) -> Self:
+        """The plan in which every step computes everything."""
+        timesteps = tuple(timesteps)
+        return cls.from_types([StepType.NO_CACHE] * len(timesteps), timesteps, depth, branches, eps_scale)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return self.steps[0].depth
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches in the order in which a layer runs them."""
+        return self.steps[0].branches
+
+    @cached_property
+    def live_slots(self) -> frozenset[Slot]:
+        """The slots that some step reads, over the whole run."""
+        return frozenset(slot for step in self.steps for slot in step.reused)
+
+    def counts(self) -> Counter[StepType | None]:
+        """How many steps there are of each type; None counts those that fit no type."""
+        return Counter(step.step_type for step in self.steps)
+
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The stretches of consecutive equal steps, each as (index of its first step, length)."""
+        lengths = [len(list(equal)) for _, equal in groupby(self.steps)]
+        return tuple(zip(accumulate(lengths, initial=0), lengths, strict=False))
+
+    def step_macs(self, shape: ModelShape) -> tuple[int, ...]:
+        """Multiply-accumulates of each step, for one row of the batch (one guidance branch of one sample)."""
+        costs = self._costs(shape)
+        return tuple(shape.fixed_macs + sum(costs[b].macs for _, b in step.computed) for step in self.steps)
+
+    def macs(self, shape: ModelShape) -> int:
+        """Multiply-accumulates of the whole run, for one row of the batch."""
+        return sum(self.step_macs(shape))
+
+    def mac_limit(self, shape: ModelShape) -> float:
+        """The speed-up over the uncached run that the MAC count allows."""
+        return Plan.uncached(self.timesteps, self.depth, self.branches).macs(shape) / self.macs(shape)
+
+    def cache_bytes(self, shape: ModelShape, rows: int, itemsize: int) -> int:
+        """Bytes of cache for a batch of ``rows`` rows (guidance counted) of ``itemsize``-byte elements.
+
+        A live slot has memory of its own; the slots that nobody reads share one slot of scratch.
+        """
+        self._costs(shape)
+        scratch = len(self.live_slots) < self.depth * len(self.branches)
+        return (len(self.live_slots) + scratch) * rows * shape.slot_elements * itemsize
+
+    def bytes_moved(self, shape: ModelShape, rows: int, itemsize: int) -> tuple[int, ...]:
+        """The bytes that each step can't avoid moving, hence a floor for its time on given hardware.
+
+        Once each: the weights it needs, the live slots it computes (written), the slots it reuses (read).
+        """
+        costs = self._costs(shape)
+        weights = (shape.fixed_weights + sum(costs[b].weights for _, b in step.computed) for step in self.steps)
+        slots = (len(self.live_slots.intersection(step.computed)) + len(step.reused) for step in self.steps)
+        slot = rows * shape.slot_elements
+        return tuple(itemsize * (w + slot * n) for w, n in zip(weights, slots, strict=True))
+
+    def _costs(self, shape: ModelShape) -> dict[Branch, BranchShape]:
+        costs = {cost.branch: cost for cost in shape.branches}
+        if (shape.depth, *costs) != (self.depth, *self.branches):
+            raise TableError(
+                f"shape: expected {_layers(self.depth, self.branches)} as in the plan, "
+                f"got {_layers(shape.depth, tuple(costs))}; make the plan for this model"
+            )
+        return costs
+
+
+def check_timesteps(timesteps: tuple[int, ...]) -> None:
+    """Raise TableError unless there is a timestep and all are >= 0 and strictly decreasing."""
+    if not timesteps:
+        raise TableError("timesteps: expected at least one, got none")
+    if timesteps[-1] < 0:
+        raise TableError(f"timesteps[{len(timesteps) - 1}]: expected 0 or more, got {timesteps[-1]}")
+    for i, (before, t) in enumerate(pairwise(timesteps), start=1):
+        if t >= before:
+            raise TableError(
+                f"timesteps[{i}]: expected less than {before}, the one before, got {t}; "
+                "timesteps stand in execution order, each once"
+            )
+
+
+def _layers(depth: int, branches: tuple[Branch, ...]) -> str:
+    return f"{depth} layers of {' + '.join(branch.name for branch in branches)}"

@@ -1,0 +1,110 @@
+"""The bundled model: a DiT trained on rendered capital letters, with what is needed to judge it.
+
+Made by bench/default_model; nothing here touches the network.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from string import ascii_uppercase
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import DIT_MODELS, DiT, as_denoiser
+from ebcache_fast.models.checkpoint import load_checkpoint, load_dit
+from ebcache_fast.models.letter_classifier import LetterClassifier
+from ebcache_fast.plan import ModelShape
+from ebcache_fast.quality import Features, Reference, contrast
+
+LETTERS = ascii_uppercase
+BUNDLED = "letters"
+LATENT_SCALE = 8  # of the autoencoder that the released DiTs work with
+_FOLDER = "assets/letters"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A trained model with its judge. ``real`` are pictures of the data, (M, 3, 24, 24) in [-1, 1]."""
+
+    model: nn.Module
+    judge: "LetterJudge"
+    reference: Reference
+    real: Tensor
+
+
+class LetterJudge:
+    """Pictures (N, 3, 24, 24) in [-1, 1] -> their Features, by the bundled classifier, in batches."""
+
+    def __init__(self, classifier: LetterClassifier) -> None:
+        self._classifier = classifier
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, /) -> Features:
+        parts = [self._classifier(batch.float()) for batch in torch.split(images.clamp(-1, 1), 256)]
+        semantic, texture, logits = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Features(semantic=semantic, texture=texture, logits=logits, contrast=contrast(images.clamp(-1, 1)))
+
+
+def load_letters() -> Preset:
+    """The bundled model, its classifier, the real data's statistics and some real pictures, all on the CPU."""
+    with as_file(files("ebcache_fast") / _FOLDER) as folder:
+        classifier = LetterClassifier()
+        classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
+        real = load_file(folder / "real.safetensors")["images"]  # (M, 3, 24, 24) uint8
+        return Preset(
+            model=load_dit(folder / "model.safetensors").eval(),
+            judge=LetterJudge(classifier.eval().requires_grad_(False)),
+            reference=Reference.load(folder / "reference.safetensors"),
+            real=real.float() / 127.5 - 1,
+        )
+
+
+def labels_of(text: str) -> list[int]:
+    """The labels of a text's letters; InputError unless it is made of A to Z."""
+    unknown = [letter for letter in text.upper() if letter not in LETTERS]
+    if unknown or not text:
+        raise InputError(f"text {text!r} must be letters A to Z, at least one; leave out {''.join(unknown)!r}")
+    return [LETTERS.index(letter) for letter in text.upper()]
+
+
+def labels_in_turn(count: int, classes: int) -> list[int]:
+    """Every class in turn, over and over, ``count`` labels in all; InputError for fewer than one."""
+    if count < 1:
+        raise InputError(f"{count} samples were asked for; ask for at least one")
+    return [i % classes for i in range(count)]
+
+
+def shape_of(name: str, image_size: int, num_classes: int) -> ModelShape:
+    """The sizes of a model as `open_model` names it, without its weights."""
+    if name == BUNDLED:
+        return as_denoiser(load_letters().model).shape
+    with torch.device("meta"):
+        return as_denoiser(_build(name, image_size, num_classes)).shape
+
+
+def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes: int) -> nn.Module:
+    """The bundled model by its name, "letters", or an original DiT by its, with the weights of ``checkpoint``.
+
+    ``image_size`` is that of the decoded pictures: latents are an eighth of it. InputError for an unknown name, a
+    missing checkpoint or one that does not fit.
+    """
+    if name == BUNDLED:
+        return load_letters().model
+    model = _build(name, image_size, num_classes)
+    if checkpoint is None:
+        raise InputError(f"model {name!r} needs its weights; pass --ckpt FILE.pt or FILE.safetensors")
+    load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def _build(name: str, image_size: int, num_classes: int) -> DiT:
+    if name not in DIT_MODELS:
+        raise InputError(f"model {name!r} is unknown; choose {BUNDLED}, {', '.join(DIT_MODELS)}")
+    if image_size < 1 or image_size % LATENT_SCALE:
+        raise InputError(f"image_size={image_size} is no multiple of {LATENT_SCALE}; the released ones are 256 and 512")
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes} is below 1; ImageNet has 1000")
+    return DIT_MODELS[name](input_size=image_size // LATENT_SCALE, num_classes=num_classes)

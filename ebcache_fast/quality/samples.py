@@ -1,0 +1,66 @@
+"""Measures of single samples: contrast, recognition, and the error against the uncached sample."""
+
+import torch
+from torch import Tensor
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.quality.checks import checked, checked_labels
+
+
+def contrast(images: Tensor) -> Tensor:
+    """RMS contrast of each picture (N, C, H, W) as (N,) float64, in the pictures' own units.
+
+    The root of the variance over the pixels (divisor H*W), averaged over the channels. Brightness and a flat
+    tint do not count, fading colour does even at constant luminance; an orthonormal change of the colour
+    basis leaves it as it is.
+    Raises InputError for a wrong shape or a non-finite value.
+    """
+    pixels = checked(images, "images", 4).flatten(2)  # (N, C, H*W)
+    return pixels.var(dim=2, correction=0).mean(dim=1).sqrt()
+
+
+def paired_error(images: Tensor, reference: Tensor) -> Tensor:
+    """RMS difference of each sample from its reference, over that one's RMS: (N, C, H, W) twice -> (N,).
+
+    The result is float64. The reference is the uncached sample of the same noise and label.
+    Raises InputError for unequal shapes, an all-zero reference, or a non-finite value.
+    """
+    x, r = (checked(t, name, 4) for t, name in ((images, "images"), (reference, "reference")))
+    if x.shape != r.shape:
+        raise InputError(
+            f"images have shape {tuple(x.shape)} and reference {tuple(r.shape)}; they must be equal: "
+            "sample both with the same labels and seed"
+        )
+    size: Tensor = torch.linalg.vector_norm(r.flatten(1), dim=1)
+    if not bool((size > 0).all()):
+        row = int(size.argmin())
+        raise InputError(f"reference {row} has norm 0; it must be above 0: leave out all-zero samples")
+    difference: Tensor = torch.linalg.vector_norm((x - r).flatten(1), dim=1)
+    return difference / size
+
+
+def recognised(logits: Tensor, labels: Tensor) -> float:
+    """The share of samples whose largest logit (N, K) is at their label (N,), integer.
+
+    Raises InputError for wrong shapes, a label outside 0..K-1, or a non-finite value.
+    """
+    hits, _ = _hits(logits, labels)
+    return float(hits.mean())
+
+
+def recognised_by_class(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """`recognised` for each class alone: (classes,) float64, NaN for a class that no sample has.
+
+    Raises InputError like `recognised`, and if the logits are not `classes` wide.
+    """
+    hits, y = _hits(logits, labels)
+    if logits.shape[1] != classes:
+        raise InputError(f"classes is {classes}; it must be {logits.shape[1]}, the width of the logits: pass that")
+    return torch.bincount(y, weights=hits, minlength=classes) / torch.bincount(y, minlength=classes)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """1.0 or 0.0 for each sample (N,) float64, recognised or not, and its checked label (N,) int64."""
+    scores = checked(logits, "logits", 2)
+    y = checked_labels(labels, scores.shape[0], scores.shape[1])
+    return (scores.argmax(dim=1) == y).double(), y

@@ -1,0 +1,165 @@
+"""``sample``: labels in, latents out, under any plan."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ebcache_fast import ops
+from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
+from ebcache_fast.engine.trajectory import Trajectory, latent_dtype
+from ebcache_fast.errors import InputError, TableError
+from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.noise_schedule import NoiseSchedule
+from ebcache_fast.plan import Plan
+from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajectory_noise
+
+DEFAULT_STEPS = 50
+DEFAULT_SAMPLER = "ddpm"
+DEFAULT_CFG_SCALE = 1.5
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    labels: Sequence[int] | Tensor,
+    *,
+    table: CacheTable | Plan | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    cfg_scale: float = DEFAULT_CFG_SCALE,
+    guided_channels: int = GUIDED_CHANNELS,
+    eps_scale: float | None = None,
+    allow_amplify: bool = False,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = 64,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sample one latent for each label.
+
+    Args:
+        model: a DiT of the original's layout, on any device, in float64, float32, bfloat16 or float16.
+        labels: (N,) class labels.
+        table: which steps reuse what: a CacheTable, or a Plan made for this model; None caches nothing.
+        steps: number of steps; None means the table's, or 50 without one.
+        sampler: "ddpm" or "ddim"; None means the table's, or "ddpm".
+        cfg_scale: guidance scale; 1 samples without guidance, at half the cost.
+        guided_channels: how many eps channels guidance reaches, the first three in the original.
+        eps_scale: the factor b on the guided eps; None means the table's, or 1.
+        allow_amplify: lets ``eps_scale`` exceed 1; a table that does has said so itself.
+        seed, first_index: sample k draws its noise from (seed, first_index + k) alone, so that it does not
+            depend on the batch it is in, beyond rounding.
+        batch_size: samples run at once.
+        on_step: called with the number of samples that advanced, after each step of each batch.
+
+    Returns:
+        Latents (N, C, H, W) on the model's device, float32 (float64 for a float64 model).
+
+    Raises:
+        TableError: the table is for another model, other steps or another sampler.
+        InputError: any other argument is out of range; the message says which, and the range.
+    """
+    denoiser = as_denoiser(model)
+    y = check_labels(denoiser, labels)
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is below 1; 64 suits a CPU")
+    plan, stepper = resolve_run(denoiser, table, steps, sampler, eps_scale, allow_amplify)
+    guidance = Guidance(float(cfg_scale), guided_channels)
+    batches = [
+        _sample_batch(
+            denoiser,
+            y[start : start + batch_size],
+            plan,
+            stepper,
+            guidance,
+            seed,
+            first_index + start,
+            on_step,
+        )
+        for start in range(0, len(y), batch_size)
+    ]
+    return torch.cat(batches)
+
+
+def resolve_run(
+    denoiser: Denoiser,
+    table: CacheTable | Plan | None,
+    steps: int | None,
+    sampler: str | None,
+    eps_scale: float | None,
+    allow_amplify: bool = False,
+) -> tuple[Plan, Sampler]:
+    """The plan and the sampler that the arguments of `sample` mean together; raises as `sample` does."""
+    if table is None:
+        stepper = make_sampler(sampler or DEFAULT_SAMPLER, DEFAULT_STEPS if steps is None else steps)
+        branches = tuple(cost.branch for cost in denoiser.shape.branches)
+        plan = Plan.uncached(stepper.timesteps, denoiser.shape.depth, branches)
+    else:
+        plan, name, train_steps = _read_table(denoiser, table, sampler)
+        if steps is not None and steps != len(plan):
+            raise TableError(f"steps={steps}: the table is for {len(plan)} steps; use one made for {steps}")
+        stepper = sampler_over(name, NoiseSchedule.linear(train_steps).respace(plan.timesteps))
+    if eps_scale is not None:
+        highest = float("inf") if allow_amplify else 1.0
+        if not 0 < eps_scale <= highest or eps_scale == float("inf"):
+            raise InputError(f"eps_scale={eps_scale} is outside (0, 1]; allow_amplify=True permits values above 1")
+        plan = dataclasses.replace(plan, eps_scale=float(eps_scale))
+    return plan, stepper
+
+
+def check_labels(denoiser: Denoiser, labels: Sequence[int] | Tensor) -> Tensor:
+    """Labels as (N,) int64 on the model's device; InputError unless they are one or more of its classes."""
+    try:
+        y = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels are not a row of integers ({error}); give at least one") from None
+    if y.ndim != 1 or not len(y) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InputError(f"labels of shape {tuple(y.shape)} and {y.dtype} are not a row of integers; give at least one")
+    y = y.to(denoiser.weight().device, torch.int64)
+    outside = y[(y < 0) | (y >= denoiser.num_classes)]
+    if len(outside):
+        raise InputError(
+            f"label {int(outside[0])} is outside [0, {denoiser.num_classes - 1}]; this model has "
+            f"{denoiser.num_classes} classes"
+        )
+    return y
+
+
+def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | None) -> tuple[Plan, str, int]:
+    """The table's plan for this model, the sampler's name, and the length of its training schedule."""
+    spec = getattr(table, "sampler", None)
+    if spec is not None and sampler not in (None, spec.name):
+        raise TableError(f"sampler={sampler!r}: the table is for {spec.name!r}; leave the argument out, or retime it")
+    plan = table.plan(denoiser.shape) if isinstance(table, CacheTable) else table
+    plan.macs(denoiser.shape)  # raises where the plan is for another model
+    if spec is None:
+        return plan, sampler or DEFAULT_SAMPLER, 1000
+    return plan, spec.name, spec.train_steps
+
+
+def _sample_batch(
+    denoiser: Denoiser,
+    y: Tensor,
+    plan: Plan,
+    stepper: Sampler,
+    guidance: Guidance,
+    seed: int,
+    first_index: int,
+    on_step: Callable[[int], None] | None,
+) -> Tensor:
+    dtype = latent_dtype(denoiser)
+    indices = range(first_index, first_index + len(y))
+    drawn = stepper.steps if stepper.draws_noise else 0
+    noise = trajectory_noise(seed, indices, drawn, denoiser.latent_shape, dtype).to(y.device)
+    rows = torch.as_tensor(stepper.rows.copy(), dtype=dtype, device=y.device)
+    x = noise[0]  # (N, C, H, W)
+    trajectory = Trajectory(denoiser, plan, y, guidance)
+    for i in range(len(plan)):
+        eps, variance = trajectory.predict(i, x)
+        x = ops.sampler_update(x, eps, variance, noise[i + 1] if drawn else None, rows[i])
+        if on_step is not None:
+            on_step(len(y))
+    return x

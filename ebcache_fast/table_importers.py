@@ -1,0 +1,189 @@
+"""Tables of other projects, read as a CacheTable or, where layers differ, as a Plan.
+
+None of these files says which timesteps it is for, so every importer asks for them, in execution order. All
+are checked as strictly as our own: a table of the wrong length, type or direction would still make pictures.
+"""
+
+import math
+import os
+import re
+import reprlib
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from ebcache_fast.cache_table import CacheTable, Provenance, naming, read_bytes, read_json
+from ebcache_fast.errors import TableError
+from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+
+_ACTIONS = {1: Action.COMPUTE, 0: Action.REUSE}
+_BRANCHES = {
+    "attn": Branch.SELF_ATTN,
+    "mlp": Branch.MLP,
+    "attn1": Branch.SELF_ATTN,  # the last three are diffusers' names
+    "attn2": Branch.CROSS_ATTN,
+    "ff": Branch.MLP,
+}
+_ROW_NAME = re.compile(r"(?P<branch>[a-z0-9]+)(-(?P<layer>[0-9]{1,4}))?")
+
+Row = tuple[Action, ...]  # what one branch does, step by step
+RowKey = tuple[int | None, Branch]  # the layer it is for, None for all
+
+
+def from_eb_npy(
+    path: str | os.PathLike[str],
+    timesteps: Iterable[int],
+    order: str = "execution",
+    eps_scale: float = 1.0,
+    allow_amplify: bool = False,
+) -> CacheTable:
+    """EB-Cache's released ``.npy``: a 1-D array of one integer 0 to 3 per step (arXiv 2503.07120).
+
+    The released code reads it by the descending step index, so that its last entry runs first and the cached
+    steps fall on the low-noise half, against the paper's own thresholds. ``order="index"`` reproduces that.
+    "execution" runs the first entry first: so read, the table is the rule it was made by (see the named table
+    eb-cache-released-50), and agrees with schedules calibrated on the same model.
+
+    Raises TableError for pickles, other shapes or types, codes above 3, a wrong length or unknown ``order``.
+    """
+    with naming(path):
+        codes = _read_npy(Path(path))
+        orders = {"execution": codes, "index": codes[::-1]}
+        if order not in orders:
+            raise TableError(f"order: expected one of {', '.join(orders)}, got {order!r}")
+        made = Provenance(by="EB-Cache (arXiv 2503.07120)", source=Path(path).name, options={"order": order})
+        return CacheTable(timesteps, orders[order], eps_scale, made=made, allow_amplify=allow_amplify)
+
+
+def from_smoothcache(
+    path: str | os.PathLike[str],
+    timesteps: Iterable[int],
+    eps_scale: float = 1.0,
+    allow_amplify: bool = False,
+) -> CacheTable:
+    """SmoothCache's JSON (arXiv 2411.10510): per branch a list of 1 (compute) and 0 (reuse), one per step.
+
+    A branch without a list is computed in every step, so a file with ``attn1`` alone gives ATTENTION steps.
+    Raises TableError for anything else, and where layers differ or no StepType does what a step asks for:
+    then `smoothcache_plan` reads the file.
+    """
+    timesteps = tuple(timesteps)
+    with naming(path):
+        rows = _read_rows(Path(path), len(timesteps))
+        if any(layer is not None for layer, _ in rows):
+            raise TableError("it has lists for single layers, a CacheTable treats all alike; use smoothcache_plan")
+        present = frozenset({Branch.SELF_ATTN, Branch.MLP, *(branch for _, branch in rows)})
+        types = {step_type.reuses & present: step_type for step_type in StepType}
+        step_types = []
+        for i in range(len(timesteps)):
+            reused = frozenset(branch for (_, branch), row in rows.items() if row[i] is Action.REUSE)
+            if reused not in types:
+                raise TableError(f"step {i}: no step type reuses {_names(reused)} alone; use smoothcache_plan")
+            step_types.append(types[reused])
+        made = Provenance(by="SmoothCache (arXiv 2411.10510)", source=Path(path).name)
+        return CacheTable(timesteps, step_types, eps_scale, made=made, allow_amplify=allow_amplify)
+
+
+def smoothcache_plan(
+    path: str | os.PathLike[str],
+    timesteps: Iterable[int],
+    depth: int,
+    eps_scale: float = 1.0,
+    branches: tuple[Branch, ...] = (Branch.SELF_ATTN, Branch.MLP),
+) -> Plan:
+    """SmoothCache's JSON with a list per layer (``attn-3``), or one for all, on a model of ``depth`` layers.
+
+    ``branches`` is what a layer of the model runs, in order; those without a list are computed in every step.
+    Raises TableError for anything else, for lists of a branch that cover some layers only, or other branches.
+    """
+    timesteps = tuple(timesteps)
+    with naming(path):
+        rows = _read_rows(Path(path), len(timesteps))
+        for branch in {branch for _, branch in rows}:
+            layers = {layer for layer, owner in rows if owner is branch}
+            if branch not in branches or layers not in ({None}, set(range(depth))):
+                raise TableError(
+                    f"{branch.name}: expected a list for all layers or each of 0 to {depth - 1}, for "
+                    f"{_names(branches)}, got {len(layers)}; give the depth and branches of the file's model"
+                )
+        computed = (Action.COMPUTE,) * len(timesteps)
+        slots = [[rows.get((n, b)) or rows.get((None, b), computed) for b in branches] for n in range(depth)]
+        steps = (tuple(tuple(row[i] for row in layer) for layer in slots) for i in range(len(timesteps)))
+        return Plan(tuple(StepPlan(branches, actions) for actions in steps), timesteps, eps_scale)
+
+
+def eps_scale_from_adm(lam: float) -> float:
+    """b of Epsilon Scaling's lambda, which divides eps (Ning et al., ADM-ES, arXiv 2308.15321): 1/lambda."""
+    return _reciprocal("lam", lam)
+
+
+def eps_scale_from_eb_delta(delta: float) -> float:
+    """b of ``delta`` in EB-Cache's released code, which divides eps by it: 1/delta.
+
+    The paper multiplies. The release's 0.965 hence amplifies by 1.036, which a CacheTable holds only with
+    ``allow_amplify``; what the paper describes is ``eps_scale=0.965``.
+    """
+    return _reciprocal("delta", delta)
+
+
+def _reciprocal(name: str, value: float) -> float:
+    if not (0 < value < math.inf and 1 / value < math.inf):
+        raise TableError(f"{name}: expected a finite number above 0, got {value!r}; 1 scales nothing")
+    return 1 / value
+
+
+def _read_npy(path: Path) -> list[int]:
+    raw = read_bytes(path)
+    try:
+        array = np.lib.format.read_array(BytesIO(raw), allow_pickle=False)
+    except Exception as error:  # numpy's header parser raises a dozen kinds on foreign bytes
+        reason = str(error).partition("\n")[0]
+        raise TableError(f"expected a .npy array, saved without pickle: {reason}") from None
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TableError(f"expected a 1-D array of integers 0 to 3, got {array.dtype} of shape {array.shape}")
+    return [int(code) for code in array]
+
+
+def _read_rows(path: Path, steps: int) -> dict[RowKey, Row]:
+    rows: dict[RowKey, Row] = {}
+    for name, flags in read_json(path).items():
+        key = _row_key(name)
+        if key in rows:
+            raise TableError(f"{name}: the branch has a list already, under diffusers' or the original name")
+        rows[key] = _row(name, flags, steps)
+    if not rows:
+        raise TableError("expected a list per branch, got none")
+    return rows
+
+
+def _row_key(name: str) -> RowKey:
+    match = _ROW_NAME.fullmatch(name)
+    if match is None or match["branch"] not in _BRANCHES:
+        raise TableError(f"{name!r}: expected one of {', '.join(_BRANCHES)}, alone or with a layer as in attn-3")
+    return None if match["layer"] is None else int(match["layer"]), _BRANCHES[match["branch"]]
+
+
+def _row(name: str, flags: object, steps: int) -> Row:
+    if not isinstance(flags, list) or any(type(flag) is not int or flag not in _ACTIONS for flag in flags):
+        raise TableError(f"{name}: expected a list of 1 (compute) and 0 (reuse), got {reprlib.repr(flags)}")
+    if len(flags) != steps:
+        raise TableError(f"{name}: expected {steps}, one per timestep, got {len(flags)}")
+    return tuple(_ACTIONS[flag] for flag in flags)
+
+
+def _names(branches: Iterable[Branch]) -> str:
+    return " + ".join(branch.name for branch in Branch if branch in branches)
+
+
+def eps_scale_of(eps_scale: float | None, adm_lambda: float | None = None, eb_delta: float | None = None) -> float:
+    """b from whichever of the three conventions is given, 1 for none; TableError for more than one."""
+    given = [value for value in (eps_scale, adm_lambda, eb_delta) if value is not None]
+    if len(given) > 1:
+        raise TableError("eps_scale, adm_lambda and eb_delta all mean b; give one of them")
+    if adm_lambda is not None:
+        return eps_scale_from_adm(adm_lambda)
+    if eb_delta is not None:
+        return eps_scale_from_eb_delta(eb_delta)
+    return 1.0 if eps_scale is None else eps_scale

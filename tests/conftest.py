@@ -1,0 +1,59 @@
+"""What every test runs under: one thread, reproducible examples, unwritten memory that shows."""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.load_profile("ci")
+
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_permuted"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu where there is no GPU; the reason shows in the summary."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN, so that a value read before it was written shows.
+
+    Torch's own switch for this comes with deterministic algorithms, which change the code under test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ALLOCATORS:
+            patch.setattr(owner, name, filled_with_nan(getattr(owner, name)))
+        yield
+
+
+def filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `allocate` with NaN in each floating point or complex result; integers stay as they come."""
+
+    @wraps(allocate)
+    def allocate_and_fill(*args: object, **kwargs: object) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point() or tensor.is_complex():
+            with torch.no_grad():  # a leaf that requires a gradient can't be written otherwise
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return allocate_and_fill
