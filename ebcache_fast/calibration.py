@@ -23,6 +23,7 @@ from ebcache_fast.sampling import DEFAULT_CFG_SCALE, check_labels, resolve_run
 
 SEARCH_SAMPLES = 64  # a target cost is searched with so many; the table is then made with all
 SEARCH_ROUNDS = 12
+SEARCH_TOLERANCE = 0.02  # of the target: as near as a table of 50 steps can come
 SEARCH_STRIDE = 4.0  # by which the threshold moves until the target is bracketed
 TRAIN_STEPS = 1000
 
@@ -125,6 +126,8 @@ class _Voting:
             speedup = self.table(tried, few).plan(self.denoiser.shape).mac_limit(self.denoiser.shape)
             if abs(speedup - target_speedup) < best_distance:
                 best, best_distance = tried, abs(speedup - target_speedup)
+            if best_distance < SEARCH_TOLERANCE * target_speedup:
+                break
             if speedup < target_speedup:
                 too_low = factor
             else:

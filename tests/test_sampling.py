@@ -105,7 +105,7 @@ def runs(draw: Callable) -> Run:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @given(run=runs())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_cached_sampling_equals_the_naive_loop(dtype: torch.dtype, run: Run) -> None:
     net = model(dtype, run.learn_sigma, run.patch_size)
     ours = sample(
@@ -239,7 +239,7 @@ def assign_data(net: DiT) -> None:
 
 
 def narrow(net: DiT) -> None:
-    net.float().double()
+    net.bfloat16().double()
 
 
 MUTATIONS: dict[str, Callable[[DiT], object]] = {
@@ -379,7 +379,7 @@ def test_guidance_needs_a_null_label() -> None:
 
 
 def test_another_kind_of_model_is_refused() -> None:
-    with pytest.raises(InputError, match="Linear has no 'x_embedder.proj'"):
+    with pytest.raises(InputError, match="Linear has no .*DiT"):
         sample(nn.Linear(2, 2), LABELS)
 
 

@@ -2,11 +2,22 @@
 
 from torch import nn
 
+from ebcache_fast.models.checkpoint import load_checkpoint, load_dit, save_weights
 from ebcache_fast.models.denoiser import Denoiser, Modulation
 from ebcache_fast.models.dit import DIT_MODELS, DiT
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
 
-__all__ = ["DIT_MODELS", "Denoiser", "DiT", "DiTDenoiser", "Modulation", "as_denoiser"]
+__all__ = [
+    "DIT_MODELS",
+    "Denoiser",
+    "DiT",
+    "DiTDenoiser",
+    "Modulation",
+    "as_denoiser",
+    "load_checkpoint",
+    "load_dit",
+    "save_weights",
+]
 
 
 def as_denoiser(model: nn.Module) -> Denoiser:

@@ -175,7 +175,8 @@ def _attend(attention: Any, u: Tensor) -> Tensor:
 
 def _linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
     """Write ``linear(u)`` into ``out``; a plain layer's product lands there without a copy."""
-    if _is_plain(linear) and u.dtype == linear.weight.dtype:  # autocast lets them differ
+    same_dtype = u.dtype == linear.weight.dtype == out.dtype  # autocast lets them differ
+    if _is_plain(linear) and same_dtype and out.is_contiguous():
         torch.addmm(linear.bias, u.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
     else:
         out.copy_(linear(u))

@@ -1,0 +1,93 @@
+"""Calibrate the bundled model's tables, and those that only the experiments need.
+
+    python -m bench.default_model.calibrate_tables --samples 520
+
+The shipped ones go to ebcache_fast/assets/tables, the others to bench/results/tables. Existing files are kept unless
+``--again``; each search resumes from bench/results/tables/progress.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ebcache_fast import calibrate
+from ebcache_fast.algorithm1 import Algorithm1
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.presets import load_letters
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "ebcache_fast" / "assets" / "tables"
+EXPERIMENTAL = ROOT / "bench" / "results" / "tables"
+CRITERIA = {"": Algorithm1(), "-norm": Algorithm1(criterion="norm", max_run=None)}  # ours, and the paper's
+TARGETS = (1.5, 2.5)
+SCHEDULES = (("ddpm", 50), ("ddpm", 20), ("ddpm", 10), ("ddim", 20))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One table to make."""
+
+    sampler: str
+    steps: int
+    target: float
+    criterion: str  # a key of CRITERIA
+
+    @property
+    def name(self) -> str:
+        return f"letters-{self.sampler}-{self.steps}-{self.target}x{self.criterion}"
+
+    @property
+    def path(self) -> Path:
+        shipped = not self.criterion and self.steps >= 20
+        return (SHIPPED if shipped else EXPERIMENTAL) / f"{self.name}.json"
+
+
+def all_tables() -> list[Wanted]:
+    """Every table of the experiments, shipped ones among them."""
+    return [
+        Wanted(sampler, steps, target, criterion)
+        for criterion in CRITERIA
+        for sampler, steps in SCHEDULES
+        for target in TARGETS
+    ]
+
+
+def make(wanted: Wanted, samples: int) -> str:
+    """Calibrate and save one table; returns a line about it."""
+    torch.set_num_threads(1)
+    model = load_letters().model
+    progress = EXPERIMENTAL / "progress" / f"{wanted.name}.json"
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    table = calibrate(
+        model,
+        samples=samples,
+        steps=wanted.steps,
+        sampler=wanted.sampler,
+        algorithm=CRITERIA[wanted.criterion],
+        target_speedup=wanted.target,
+        batch_size=52,
+        progress_file=progress,
+    )
+    table.save(wanted.path)
+    shape = as_denoiser(model).shape
+    counts = {kind.name: n for kind, n in table.plan(shape).counts().items() if kind is not None}
+    return f"{wanted.name}: {counts}, {table.plan(shape).mac_limit(shape):.2f}x by MACs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=520)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--again", action="store_true")
+    args = parser.parse_args()
+    waiting = [wanted for wanted in all_tables() if args.again or not wanted.path.exists()]
+    with ProcessPoolExecutor(args.workers) as pool:
+        for future in as_completed(pool.submit(make, wanted, args.samples) for wanted in waiting):
+            print(future.result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
