@@ -121,6 +121,7 @@ class Tally:
         return winners
 
 
+@torch.no_grad()
 def tally_batch(
     denoiser: Denoiser,
     labels: Tensor,

@@ -28,7 +28,6 @@ SEARCH_STRIDE = 4.0  # by which the threshold moves until the target is brackete
 TRAIN_STEPS = 1000
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 
 from ebcache_fast.algorithm1 import Tally
 from ebcache_fast.errors import JobError
+from ebcache_fast.files import replacing
 
 
 class CalibrationProgress:
@@ -62,17 +63,9 @@ class CalibrationProgress:
             "votes": tally.votes.tolist(),
             "errors": tally.errors.tolist(),
         }
-        if self._path is None:
-            return
-        try:
-            temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-            try:
-                temporary.write_text(json.dumps(self._content))
-                os.replace(temporary, self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except (OSError, ValueError) as error:
-            raise JobError(f"{self._path} can't be written ({_reason(error)}); choose another progress file") from None
+        if self._path is not None:
+            with replacing(self._path) as partial:
+                partial.write_text(json.dumps(self._content))
 
     def _load(self, call: dict[str, Any]) -> dict[str, Any]:
         """The file's content; where there is none, that of a file of ``call`` without tallies."""
@@ -85,11 +78,8 @@ class CalibrationProgress:
         except FileNotFoundError:
             return {"call": call, "tallies": {}}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise JobError(
-                f"{self._path} is not a calibration's progress file ({_reason(error)}); choose another path"
+                f"{self._path} is not a calibration's progress file ({reason}); choose another path"
             ) from None
         return found
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

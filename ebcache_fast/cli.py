@@ -1,7 +1,11 @@
 """The command line: parse, call, print. What the commands do stands in the modules they call."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from functools import partial, wraps
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal
@@ -9,9 +13,11 @@ from typing import Final, Literal
 import tyro
 from tyro.conf import Positional
 
-from ebcache_fast.errors import EBCacheError
+from ebcache_fast.errors import EBCacheError, InputError
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+RULE = re.compile("[─-]{5,}")  # between the parts of the parser's reports
+FRAME = re.compile("[│╭╮╰╯]|\x1b\\[[0-9;]*m")
 
 
 def demo(text: str | None = None, out: Path = Path("ebcache-demo"), samples: int = 208, seed: int = 0) -> None:
@@ -136,8 +142,10 @@ def calibrate(
     from ebcache_fast import calibrate as search
     from ebcache_fast import console
     from ebcache_fast.algorithm1 import Algorithm1
+    from ebcache_fast.files import make_room
     from ebcache_fast.presets import open_model
 
+    make_room(out)  # hours of votes must not be lost for want of a place
     with console.progress_bar() as bar:
         table = search(
             open_model(model, ckpt, image_size, num_classes),
@@ -193,13 +201,13 @@ def compare(
     from ebcache_fast.models import as_denoiser
     from ebcache_fast.presets import labels_in_turn, load_letters
 
-    if out is not None:
-        make_folder(out)
     preset = load_letters()
     denoiser = as_denoiser(preset.model)
     setting = Setting(denoiser.shape, num_sampling_steps, sampler)
     parsed = [parse_method(method, setting) for method in methods]
     labels = labels_in_turn(samples, denoiser.num_classes)
+    if out is not None:
+        make_folder(out)
     with console.progress_bar() as bar:
         _, results = demo.measure(
             preset, parsed, labels, global_seed, cfg_scale, on_start=bar.reset, on_step=bar.update
@@ -306,15 +314,44 @@ COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
 )
 
 
+def parse(words: Sequence[str]) -> Callable[[], None]:
+    """The command that ``words`` ask for, its arguments bound; InputError where they do not fit.
+
+    Raises SystemExit after printing help.
+    """
+    report = StringIO()
+    try:
+        with redirect_stderr(report):
+            commands = {name: _bound(command) for name, command in COMMANDS.items()}
+            chosen: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(commands, prog="ebcache-fast", args=words)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # What the parser has to say stands in a frame: a title, the message, which is all that is kept, and help.
+        _, message, *_ = [*RULE.split(FRAME.sub("", report.getvalue())), ""]
+        raise InputError(f"{message.strip()}; ebcache-fast --help shows what there is") from None
+    return chosen
+
+
+def _bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """``command`` as the parser sees it, but calling it only binds the arguments."""
+
+    @wraps(command)
+    def bind(*args: object, **kwargs: object) -> Callable[[], None]:
+        return partial(command, *args, **kwargs)
+
+    return bind
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["table"] and len(words) > 1:
         words[:2] = [f"table-{words[1]}"]  # "table show" reads better than the parser's "table-show"
     try:
-        tyro.extras.subcommand_cli_from_dict(dict(COMMANDS), prog="ebcache-fast", args=words)
+        parse(words)()
     except EBCacheError as error:
-        print(f"ebcache-fast: {error}", file=sys.stderr)
+        print("ebcache-fast:", *str(error).split(), file=sys.stderr)  # one line, whatever a file name holds
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED

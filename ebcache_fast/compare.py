@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
+from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.noise_schedule import respaced_timesteps
 from ebcache_fast.plan import ModelShape, Plan
@@ -95,7 +96,12 @@ def run_methods(
     batch_size: int = 52,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Run]:
-    """Sample every label (N,) by every method; within a batch the methods take turns, so that all share its moment."""
+    """Sample every label (N,) by every method; within a batch the methods take turns, so that all share its moment.
+
+    Raises InputError where there is no method, and as `sample` does.
+    """
+    if not methods:
+        raise InputError("no method was given; name at least one, the first being the one to compare with")
     run = partial(sample, model, cfg_scale=cfg_scale, guided_channels=guided_channels, seed=seed, batch_size=batch_size)
     run(labels[:batch_size], steps=2)  # first calls set up kernels: not timed
     images: list[list[Tensor]] = [[] for _ in methods]

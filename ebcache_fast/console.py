@@ -20,10 +20,13 @@ SHORT = {"NO_CACHE": "NO", "ATTENTION": "ATT", "MLP": "MLP", "ATTN_MLP": "A+M", 
 
 @contextmanager
 def progress_bar() -> Iterator["tqdm[Any]"]:
-    """A bar in sample-steps; give it its length with ``reset(total)``, advance it with ``update(n)``."""
+    """A bar in sample-steps; give it its length with ``reset(total)``, advance it with ``update(n)``.
+
+    Nothing is drawn where stderr is no terminal.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=0, unit=" sample-steps", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=0, unit=" sample-steps", unit_scale=True, dynamic_ncols=True, leave=False, disable=None) as bar:
         yield bar
 
 

@@ -42,11 +42,11 @@ def demo(
     ``text`` is what the picture spells, the alphabet by default. ``on_start`` gets the number of sample-steps to come,
     ``on_step`` how many are done. Raises InputError for a bad text or sample count, JobError if ``out`` is unwritable.
     """
-    shown = labels_of(text or LETTERS)
+    check_count(samples)
+    shown = labels_of(LETTERS if text is None else text)
+    labels = shown + labels_in_turn(samples, len(LETTERS))[: max(0, samples - len(shown))]
     make_folder(out)
     preset = load_letters()
-    rest = labels_in_turn(max(1, samples - len(shown)), len(LETTERS))
-    labels = (shown + rest)[: max(samples, len(shown))]
     runs, results = measure(preset, demo_methods(preset), labels, seed, on_start=on_start, on_step=on_step)
     pictures.save_picture(draw_comparison(results, runs, len(shown)), out / "comparison.png")
     write_report(out / "report.json", results, seed)
@@ -62,14 +62,19 @@ def measure(
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[list[Run], list[Result]]:
-    """Run and judge ``methods`` on the bundled model; InputError for too few samples to judge by."""
-    if len(labels) < MIN_SAMPLES:
-        raise InputError(f"samples={len(labels)} is below {MIN_SAMPLES}; a Frechet distance of so few says nothing")
+    """Run and judge ``methods`` on the bundled model; InputError for no method, or too few samples to judge by."""
+    check_count(len(labels))
     y = torch.tensor(labels)
     if on_start is not None:
         on_start(len(labels) * sum(len(method.plan) for method in methods))
     runs = run_methods(preset.model, methods, y, cfg_scale=cfg_scale, seed=seed, batch_size=BATCH, on_step=on_step)
     return runs, judge_runs(preset.model, methods, runs, y, preset.judge, preset.reference)
+
+
+def check_count(samples: int) -> None:
+    """Raise InputError unless there are enough samples to judge by."""
+    if samples < MIN_SAMPLES:
+        raise InputError(f"samples={samples} is below {MIN_SAMPLES}; a Frechet distance of so few says nothing")
 
 
 def demo_methods(preset: Preset) -> list[Method]:

@@ -37,9 +37,9 @@ def parse_method(text: str, setting: Setting) -> Method:
         raise InputError(f"method {text!r} is unknown; choose from {', '.join(USAGES)}")
     try:
         return METHODS[name](argument, setting)
+    except EBCacheError:
+        raise
     except ValueError as error:
-        if isinstance(error, EBCacheError):
-            raise
         raise InputError(f"method {text!r}: {error}; write it as one of {', '.join(USAGES)}") from None
 
 
@@ -49,6 +49,8 @@ def open_table(text: str) -> CacheTable:
 
 
 def _no_cache(argument: str, setting: Setting) -> Method:
+    if argument:
+        raise ValueError("it takes no argument")
     return Method(f"No cache, {setting.steps} steps", setting.uncached(setting.steps), setting.sampler)
 
 
@@ -62,7 +64,10 @@ def _steps(argument: str, setting: Setting) -> Method:
 
 
 def _eps_scale(argument: str, setting: Setting) -> Method:
-    plan = dataclasses.replace(setting.uncached(setting.steps), eps_scale=float(argument))
+    b = float(argument)
+    if not 0 < b <= 1:
+        raise ValueError("b is outside (0, 1]")
+    plan = dataclasses.replace(setting.uncached(setting.steps), eps_scale=b)
     return Method(f"Epsilon scaling, b={argument}", plan, setting.sampler)
 
 

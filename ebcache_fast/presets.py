@@ -3,7 +3,9 @@
 Made by bench/default_model; nothing here touches the network.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from string import ascii_uppercase
@@ -64,9 +66,11 @@ def load_letters() -> Preset:
 
 def labels_of(text: str) -> list[int]:
     """The labels of a text's letters; InputError unless it is made of A to Z."""
-    unknown = [letter for letter in text.upper() if letter not in LETTERS]
-    if unknown or not text:
-        raise InputError(f"text {text!r} must be letters A to Z, at least one; leave out {''.join(unknown)!r}")
+    unknown = "".join(letter for letter in text.upper() if letter not in LETTERS)
+    if unknown:
+        raise InputError(f"text {text!r} must be letters A to Z alone; leave out {unknown!r}")
+    if not text:
+        raise InputError("text '' is empty; give at least one letter, A to Z")
     return [LETTERS.index(letter) for letter in text.upper()]
 
 
@@ -82,7 +86,7 @@ def shape_of(name: str, image_size: int, num_classes: int) -> ModelShape:
     if name == BUNDLED:
         return as_denoiser(load_letters().model).shape
     with torch.device("meta"):
-        return as_denoiser(_build(name, image_size, num_classes)).shape
+        return as_denoiser(_factory(name, image_size, num_classes)()).shape
 
 
 def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes: int) -> nn.Module:
@@ -92,19 +96,25 @@ def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes:
     missing checkpoint or one that does not fit.
     """
     if name == BUNDLED:
+        if checkpoint is not None:
+            raise InputError(f"model {name!r} has its own weights; leave out --ckpt, or say which --model it is of")
         return load_letters().model
-    model = _build(name, image_size, num_classes)
+    factory = _factory(name, image_size, num_classes)
     if checkpoint is None:
         raise InputError(f"model {name!r} needs its weights; pass --ckpt FILE.pt or FILE.safetensors")
+    with torch.device("meta"):  # no time is spent on values that the file will replace
+        model = factory()
+    model.to_empty(device=torch.get_default_device())
     load_checkpoint(model, checkpoint)
     return model.eval()
 
 
-def _build(name: str, image_size: int, num_classes: int) -> DiT:
+def _factory(name: str, image_size: int, num_classes: int) -> Callable[[], DiT]:
+    """The constructor of an original DiT, all arguments checked and bound."""
     if name not in DIT_MODELS:
         raise InputError(f"model {name!r} is unknown; choose {BUNDLED}, {', '.join(DIT_MODELS)}")
     if image_size < 1 or image_size % LATENT_SCALE:
         raise InputError(f"image_size={image_size} is no multiple of {LATENT_SCALE}; the released ones are 256 and 512")
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes} is below 1; ImageNet has 1000")
-    return DIT_MODELS[name](input_size=image_size // LATENT_SCALE, num_classes=num_classes)
+    return partial(DIT_MODELS[name], input_size=image_size // LATENT_SCALE, num_classes=num_classes)

@@ -39,6 +39,8 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 
     Torch's own switch for this comes with deterministic algorithms, which change the code under test.
     """
+    with torch.device("cpu"):
+        torch.empty(0)  # device contexts go by the allocators' identity, which they learn at first use: here
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, filled_with_nan(getattr(owner, name)))

@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from ebcache_fast.policies import fora, fora_at_cost
 @cache
 def xl2() -> ModelShape:
     """The sizes of DiT-XL/2 at 256 pixels, without its memory."""
-    with torch.device("meta"):
+    # Normal numbers on the meta device load torch's compiler, which takes seconds; no number matters here.
+    with torch.device("meta"), mock.patch("torch.nn.init.normal_"):
         return DiTDenoiser(DIT_MODELS["DiT-XL/2"]()).shape
 
 

@@ -77,7 +77,7 @@ def runs(draw: Callable) -> Run:
     form = draw(st.sampled_from(["none", "table", "plan"]))
     if form == "plan":
         layers = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=2)
-        reuse = [[(False, False)] * 2] + draw(st.lists(layers, min_size=steps - 1, max_size=steps - 1))
+        reuse = [[(False, False)] * 2, *draw(st.lists(layers, min_size=steps - 1, max_size=steps - 1))]
         table = plan_of(timesteps, reuse)
     else:
         kinds = st.sampled_from(list(StepType)) if form == "table" else st.just(StepType.NO_CACHE)
@@ -138,7 +138,7 @@ def test_fifty_steps_of_a_table_equal_the_naive_loop(sampler: str) -> None:
     noise = trajectory_noise(3, range(2), 50, (4, 8, 8), torch.float64)
     reuse = [[REUSED[kind]] * 2 for kind in types]
     theirs = naive_sample(model(), torch.tensor(LABELS[:2]), noise, timesteps, reuse, sampler, **options)
-    assert relative_error(ours, theirs) <= 1e-10  # 50 steps of a random model multiply the rounding
+    assert relative_error(ours, theirs) <= 1e-12
 
 
 def test_defaults_are_fifty_steps_of_ddpm_guided_by_one_and_a_half() -> None:
@@ -278,7 +278,7 @@ def test_weights_changed_between_runs_are_seen(change: Callable[[DiT], object]) 
 # ---------------------------------------------------------------------------------------------- low precision
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_half_precision_models_give_float32_latents(dtype: torch.dtype, near: float, sampler: str) -> None:
     narrow = tiny_dit(1, dtype)
@@ -379,7 +379,7 @@ def test_guidance_needs_a_null_label() -> None:
 
 
 def test_another_kind_of_model_is_refused() -> None:
-    with pytest.raises(InputError, match="Linear has no .*DiT"):
+    with pytest.raises(InputError, match=r"Linear has no .*DiT"):
         sample(nn.Linear(2, 2), LABELS)
 
 

@@ -18,6 +18,7 @@ from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
 from ebcache_fast.table_importers import (
     eps_scale_from_adm,
     eps_scale_from_eb_delta,
+    eps_scale_of,
     from_eb_npy,
     from_smoothcache,
     smoothcache_plan,
@@ -294,6 +295,15 @@ def test_scales_that_divide_become_ones_that_multiply() -> None:
 def test_scales_that_can_not_divide_are_refused(convert: Callable[[float], float], value: float) -> None:
     with pytest.raises(TableError, match=r"^(lam|delta): expected a finite number above 0, got "):
         convert(value)
+
+
+def test_one_of_three_conventions_gives_b() -> None:
+    assert eps_scale_of(None) == 1.0
+    assert eps_scale_of(0.955) == 0.955
+    assert eps_scale_of(None, adm_lambda=1.25) == eps_scale_of(None, eb_delta=1.25) == 0.8
+    for several in ((0.9, 1.1, None), (0.9, None, 0.965), (None, 1.1, 0.965), (1.0, 1.0, 1.0)):
+        with pytest.raises(TableError, match=r"^eps_scale, adm_lambda and eb_delta all mean b; give one"):
+            eps_scale_of(*several)
 
 
 def test_the_released_amplification_needs_the_flag(tmp_path: Path) -> None:

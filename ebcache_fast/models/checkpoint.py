@@ -10,7 +10,7 @@ import secrets
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.dit import DiT
@@ -53,12 +54,14 @@ def load_dit(path: str | os.PathLike[str], num_heads: int | None = None) -> DiT:
     """
     weights, metadata = _read(Path(path))
     try:
-        with torch.device("meta"):  # no time is spent on values that the file will replace
+        with torch.device("meta"), _WithoutDraws():  # the file's values replace them all
             model = DiT(**_sizes(weights, metadata, num_heads))
     except ValueError as error:
         raise InputError(f"{path}: {_first_line(error)}") from None
     _check(weights, model.state_dict(), path)
-    model.to_empty(device=torch.get_default_device()).load_state_dict(weights)
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    copies = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return model.eval()
 
 
@@ -192,6 +195,15 @@ def _sizes(weights: StateDict, metadata: Metadata, num_heads: int | None) -> dic
         "num_classes": classes,
         "learn_sigma": patch_out > channels * patch**2,
     }
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out normal draws, for which torch imports its compiler on the meta device: two seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _dimensions(weights: StateDict, name: str, count: int) -> tuple[int, ...]:

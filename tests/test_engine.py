@@ -1,0 +1,285 @@
+"""The parts of one sampling run: caches, modulation, guidance, and the trajectory that owns them."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
+from torch import Tensor
+
+from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.guidance import Guidance, Prediction
+from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.trajectory import Trajectory, latent_dtype
+from ebcache_fast.errors import InputError, TrajectoryError
+from ebcache_fast.models import DiT, DiTDenoiser
+from ebcache_fast.plan import Action, Branch, Plan, Slot, StepPlan, StepType
+
+BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
+DEPTH = 3
+TIMESTEPS = (930, 700, 420, 260, 111, 3)
+TYPES = [StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP, StepType.MLP, StepType.ATTN_MLP, StepType.NO_CACHE]
+LABELS = torch.tensor([1, 4, 1])
+EVERY_SLOT: list[Slot] = [(layer, branch) for layer in range(DEPTH) for branch in BRANCHES]
+
+MODEL = tiny_dit(3, depth=DEPTH)
+SHAPE = DiTDenoiser(MODEL).shape
+
+
+def latents(steps: int = len(TIMESTEPS), seed: int = 0) -> Tensor:
+    """Random latents for every step: (steps, 3, 4, 8, 8)."""
+    return torch.randn(steps, len(LABELS), 4, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plan_of(types: list[StepType], eps_scale: float = 1.0) -> Plan:
+    return Plan.from_types(types, TIMESTEPS[: len(types)], DEPTH, BRANCHES, eps_scale)
+
+
+def start(plan: Plan, labels: Tensor = LABELS, cfg_scale: float = 1.5, model: DiT = MODEL) -> Trajectory:
+    return Trajectory(DiTDenoiser(model), plan, labels, Guidance(cfg_scale))
+
+
+def run(trajectory: Trajectory, xs: Tensor) -> list[Prediction]:
+    return [trajectory.predict(i, x) for i, x in enumerate(xs)]
+
+
+def assert_bitwise(ours: list[Prediction], theirs: list[Prediction]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+# -------------------------------------------------------------------------------------------- steps and caches
+
+
+def plan_and_reuse(actions: list[list[LayerReuse]]) -> tuple[Plan, list[list[LayerReuse]]]:
+    """A plan in which the first step computes everything and the others what ``actions`` say."""
+    reuse = [[(False, False)] * DEPTH, *actions]
+    action = {False: Action.COMPUTE, True: Action.REUSE}
+    steps = (StepPlan(BRANCHES, tuple((action[a], action[m]) for a, m in layers)) for layers in reuse)
+    return Plan(tuple(steps), TIMESTEPS[: len(reuse)], 0.93), reuse
+
+
+LAYERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=DEPTH, max_size=DEPTH)
+
+
+@given(actions=st.lists(LAYERS, max_size=5), cfg_scale=st.sampled_from([0.0, 1.0, 1.5, 4.0]))
+@settings(max_examples=40)
+def test_every_step_of_any_plan_equals_the_naive_step(actions: list[list[LayerReuse]], cfg_scale: float) -> None:
+    plan, reuse = plan_and_reuse(actions)
+    xs = latents(len(plan))
+    kept = empty_cache(MODEL), empty_cache(MODEL)
+    trajectory = start(plan, cfg_scale=cfg_scale)
+    for i, (t, x) in enumerate(zip(plan.timesteps, xs, strict=True)):
+        eps, variance = trajectory.predict(i, x)
+        with torch.no_grad():
+            naive_eps, naive_v = naive_predict(MODEL, x, t, LABELS, reuse[i], kept, cfg_scale, 3)
+        assert relative_error(eps, 0.93 * naive_eps) <= 1e-12
+        assert relative_error(variance, naive_v) <= 1e-12
+
+
+@torch.no_grad()
+def test_a_full_step_equals_the_models_own_forward() -> None:
+    x, t = latents(1)[0], torch.full((2 * len(LABELS),), TIMESTEPS[0])
+    null = torch.full_like(LABELS, CLASSES)
+    out = MODEL.forward_with_cfg(torch.cat([x, x]), t, torch.cat([LABELS, null]), 1.5)[: len(x)]
+    eps, variance = start(plan_of([StepType.NO_CACHE])).predict(0, x)
+    assert relative_error(torch.cat([eps, variance], dim=1), out) <= 1e-12
+    eps, variance = start(plan_of([StepType.NO_CACHE]), cfg_scale=1.0).predict(0, x)
+    assert relative_error(torch.cat([eps, variance], dim=1), MODEL(x, t[: len(x)], LABELS)) <= 1e-12
+
+
+def test_a_step_leaves_its_latents_alone() -> None:
+    xs = latents()
+    kept = xs.clone()
+    run(start(plan_of(TYPES)), xs)
+    assert torch.equal(xs, kept)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [TYPES, [StepType.NO_CACHE] * 3, [StepType.NO_CACHE, StepType.ATTENTION], [StepType.NO_CACHE, StepType.MLP]],
+    ids=["mixed", "none", "attention", "mlp"],
+)
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_memory_is_what_the_plan_announced(types: list[StepType], cfg_scale: float) -> None:
+    plan, rows = plan_of(types), len(LABELS) * (1 + (cfg_scale != 1.0))
+    cache = FeatureCache(SHAPE, plan.live_slots, rows, torch.float64, torch.device("cpu"))
+    assert cache.nbytes == plan.cache_bytes(SHAPE, rows, itemsize=8)
+    assert start(plan, cfg_scale=cfg_scale).nbytes > cache.nbytes
+
+
+@given(live=st.sets(st.sampled_from(EVERY_SLOT)))
+def test_only_live_slots_have_memory_of_their_own(live: set[Slot]) -> None:
+    cache = FeatureCache(SHAPE, live, 2, torch.float64, torch.device("cpu"))
+    addresses = {slot: cache.slot(*slot).data_ptr() for slot in EVERY_SLOT}
+    shared = {addresses[slot] for slot in EVERY_SLOT if slot not in live}
+    assert len({addresses[slot] for slot in live} - shared) == len(live)
+    assert len(shared) == (len(live) < len(EVERY_SLOT))
+    assert cache.slot(0, Branch.MLP).shape == (2, SHAPE.tokens, SHAPE.width)
+
+
+@given(live=st.sets(st.sampled_from(EVERY_SLOT), min_size=1), picked=st.data())
+def test_stacked_slots_are_the_slots_in_order(live: set[Slot], picked: st.DataObject) -> None:
+    cache = FeatureCache(SHAPE, live, 1, torch.float64, torch.device("cpu"))
+    for k, slot in enumerate(sorted(live, key=EVERY_SLOT.index)):
+        cache.slot(*slot).fill_(k)
+    wanted = picked.draw(st.lists(st.sampled_from(sorted(live, key=EVERY_SLOT.index)), min_size=1, unique=True))
+    stacked = cache.stacked(tuple(wanted))
+    assert torch.equal(stacked, torch.stack([cache.slot(*slot) for slot in wanted]))
+
+
+def test_all_slots_side_by_side_are_stacked_without_a_copy() -> None:
+    cache = FeatureCache.full(SHAPE, 1, torch.float64, torch.device("cpu"))
+    assert cache.stacked(tuple(EVERY_SLOT)).data_ptr() == cache.slot(0, Branch.SELF_ATTN).data_ptr()
+
+
+def test_rows_are_copied_where_asked_and_nowhere_else() -> None:
+    ours, theirs = (FeatureCache.full(SHAPE, 4, torch.float64, torch.device("cpu")) for _ in range(2))
+    for slot in EVERY_SLOT:
+        ours.slot(*slot).zero_()
+        theirs.slot(*slot).fill_(1.0)
+    ours.copy_rows(theirs, [(1, Branch.MLP)], torch.tensor([True, False, False, True]))
+    for slot in EVERY_SLOT:
+        copied = [1.0, 0.0, 0.0, 1.0] if slot == (1, Branch.MLP) else [0.0] * 4
+        assert ours.slot(*slot)[:, 0, 0].tolist() == copied
+
+
+# -------------------------------------------------------------------------------------- modulation and guidance
+
+
+@torch.no_grad()
+def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
+    table = ModulationTable(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor([4, 1, 4, CLASSES]))
+    for i, t in enumerate(TIMESTEPS):
+        step = table.step(i)
+        for row, label in enumerate([4, 1, 4, CLASSES]):
+            c = MODEL.t_embedder(torch.tensor([t])) + MODEL.y_embedder(torch.tensor([label]))
+            one = step.rows(slice(row, row + 1))
+            for layer, block in enumerate(MODEL.blocks):
+                assert relative_error(one.layers[layer].flatten(), block.adaLN_modulation(c)[0]) <= 1e-12
+            head = MODEL.final_layer.adaLN_modulation(c)[0]
+            assert relative_error(one.head.flatten(), head) <= 1e-12
+
+
+@torch.no_grad()
+def test_equal_labels_are_stored_once() -> None:
+    one, many = (
+        ModulationTable(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor(labels)).nbytes for labels in ([2], [2] * 9)
+    )
+    assert one == many
+
+
+def test_guidance_adds_null_rows_only_where_it_is_active() -> None:
+    denoiser = DiTDenoiser(MODEL)
+    assert Guidance(1.5).row_labels(denoiser, LABELS).tolist() == [1, 4, 1, CLASSES, CLASSES, CLASSES]
+    assert Guidance(1.0).row_labels(denoiser, LABELS).tolist() == [1, 4, 1]
+
+
+def test_guidance_needs_a_null_label() -> None:
+    never_dropped = DiTDenoiser(tiny_dit(class_dropout_prob=0.0))
+    with pytest.raises(InputError, match=r"cfg_scale=2.0 needs a null label.*use cfg_scale=1"):
+        Guidance(2.0).row_labels(never_dropped, LABELS)
+
+
+@pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf"), float("-inf")])
+def test_guidance_of_no_sense_is_refused(scale: float) -> None:
+    with pytest.raises(InputError, match=r"cfg_scale=.* outside \[0, inf\)"):
+        Guidance(scale)
+
+
+def test_prediction_scales_eps_once_and_never_the_variance() -> None:
+    cond, uncond = (torch.full((1, 8, 2, 2), value) for value in (3.0, 1.0))
+    eps, variance = Guidance(2.0, 3).predict(torch.cat([cond, uncond]), 4, eps_scale=0.5)
+    assert eps[0, :, 0, 0].tolist() == [2.5, 2.5, 2.5, 1.5]  # 1 + 2 * (3 - 1), halved; the fourth unguided
+    assert variance is not None
+    assert variance[0, :, 0, 0].tolist() == [3.0] * 4
+
+
+def test_prediction_without_learned_variance_has_none() -> None:
+    assert Guidance(1.0).predict(torch.ones(2, 4, 2, 2), 4, eps_scale=1.0).variance is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_latents_are_kept_in_float32_or_better(dtype: torch.dtype) -> None:
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert latent_dtype(DiTDenoiser(tiny_dit(dtype=dtype))) == expected
+
+
+# --------------------------------------------------------------------------------------------------- trajectory
+
+
+@pytest.mark.parametrize("order", ["alternating", "nested"])
+def test_interleaved_trajectories_equal_isolated_ones_bitwise(order: str) -> None:
+    ours, theirs = latents(seed=1), latents(seed=2)[:, :2]
+    other_types = [StepType.NO_CACHE, StepType.MLP, StepType.ATTN_MLP, StepType.ATTENTION, *TYPES[4:]]
+
+    def fresh() -> tuple[Trajectory, Trajectory]:
+        return start(plan_of(TYPES, 0.9)), start(plan_of(other_types), LABELS[1:], cfg_scale=3.0)
+
+    first, second = fresh()
+    isolated = run(first, ours), run(second, theirs)
+    first, second = fresh()
+    if order == "alternating":
+        pairs = [(first.predict(i, ours[i]), second.predict(i, theirs[i])) for i in range(len(TYPES))]
+        mixed = [one for one, _ in pairs], [other for _, other in pairs]
+    else:
+        begun = [first.predict(0, ours[0]), first.predict(1, ours[1])]
+        inner = run(second, theirs)
+        mixed = begun + [first.predict(i, ours[i]) for i in range(2, len(TYPES))], inner
+    assert_bitwise(mixed[0], isolated[0])
+    assert_bitwise(mixed[1], isolated[1])
+
+
+@pytest.mark.parametrize("done", range(len(TYPES) + 1))
+@pytest.mark.parametrize("asked", [-1, *range(len(TYPES) + 2)])
+def test_steps_out_of_order_are_refused(done: int, asked: int) -> None:
+    xs = latents()
+    trajectory = start(plan_of(TYPES))
+    begun = [trajectory.predict(i, xs[i]) for i in range(done)]
+    if asked == done < len(TYPES):
+        return
+    with pytest.raises(TrajectoryError, match=f"step {asked} .* {done} of 6 steps are done") as caught:
+        trajectory.predict(asked, xs[0])
+    assert "\n" not in str(caught.value)
+    rest = [trajectory.predict(i, xs[i]) for i in range(done, len(TYPES))]  # a refusal changes nothing
+    assert_bitwise(begun + rest, run(start(plan_of(TYPES)), xs))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 6])
+def test_latents_of_another_batch_are_refused(samples: int) -> None:
+    x = torch.zeros(samples, 4, 8, 8, dtype=torch.float64)
+    with pytest.raises(TrajectoryError, match=f"{samples} latents .* for 3, one a label"):
+        start(plan_of(TYPES)).predict(0, x)
+
+
+PARTS: dict[str, Callable[[DiT], torch.nn.Module]] = {
+    "embedding": lambda model: model.x_embedder,
+    "first attention": lambda model: model.blocks[0].attn.qkv,
+    "last MLP": lambda model: model.blocks[-1].mlp.fc1,
+    "head": lambda model: model.final_layer.linear,
+}
+
+
+@pytest.mark.parametrize("fatal", range(len(TYPES)))
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_step_that_fails_half_way_can_be_tried_again_but_not_skipped(
+    part: Callable[[DiT], torch.nn.Module], fatal: int
+) -> None:
+    model, xs = copy.deepcopy(MODEL), latents()
+    trajectory = start(plan_of(TYPES), model=model)
+    done = [trajectory.predict(i, xs[i]) for i in range(fatal)]
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with part(model).register_forward_pre_hook(fail):
+        try:
+            done.append(trajectory.predict(fatal, xs[fatal]))
+        except KeyboardInterrupt:
+            with pytest.raises(TrajectoryError):
+                trajectory.predict(fatal + 1, xs[fatal])
+    done += [trajectory.predict(i, xs[i]) for i in range(len(done), len(TYPES))]
+    assert_bitwise(done, run(start(plan_of(TYPES), model=model), xs))
