@@ -20,7 +20,7 @@ RULE = re.compile("[─-]{5,}")  # between the parts of the parser's reports
 FRAME = re.compile("[│╭╮╰╯]|\x1b\\[[0-9;]*m")
 
 
-def demo(text: str | None = None, out: Path = Path("ebcache-demo"), samples: int = 208, seed: int = 0) -> None:
+def demo(text: str | None = None, out: Path = Path("ebcache-demo"), samples: int = 130, seed: int = 0) -> None:
     """Sample the bundled letter model with and without EB-Cache; print costs and quality, and draw a picture.
 
     Args:
@@ -177,7 +177,7 @@ def compare(
         "steps:20",
         "eps-scale:0.98",
     ),
-    samples: int = 208,
+    samples: int = 130,
     num_sampling_steps: int = 50,
     sampler: str = "ddpm",
     cfg_scale: float = 1.5,
@@ -328,8 +328,9 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         if not stop.code:
             raise
         # What the parser has to say stands in a frame: a title, the message, which is all that is kept, and help.
-        _, message, *_ = [*RULE.split(FRAME.sub("", report.getvalue())), ""]
-        raise InputError(f"{message.strip()}; ebcache-fast --help shows what there is") from None
+        _, framed, *_ = [*RULE.split(FRAME.sub("", report.getvalue())), ""]
+        message = framed.strip(" .\n")
+        raise InputError(f"{message}; ebcache-fast --help shows what there is") from None
     return chosen
 
 
@@ -346,8 +347,8 @@ def _bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["table"] and len(words) > 1:
-        words[:2] = [f"table-{words[1]}"]  # "table show" reads better than the parser's "table-show"
+    if (joined := "-".join(words[:2])) in COMMANDS:
+        words[:2] = [joined]  # "table show" reads better than the parser's "table-show"
     try:
         parse(words)()
     except EBCacheError as error:

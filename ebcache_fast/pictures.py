@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from ebcache_fast.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
+
+    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAPER, INK, FAINT = "#ffffff", "#1b1f24", "#6b7280"
 STEP_COLOURS = {
@@ -28,6 +31,7 @@ STEP_MEANINGS = {
     "MIXED": "differs by layer",
 }
 MARGIN, STRIP_HEIGHT, GAP = 28, 14, 3
+SQUARE, SPACE = 14, 16  # of the legend, and between texts on one line
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,20 @@ def comparison(title: str, subtitle: str, rows: Sequence[Row], columns: int, sca
 
     large, medium, small = (ImageFont.load_default(size) for size in (26, 17, 14))
     grids = [grid(row.images, columns, scale) for row in rows]
-    width = max(g.width for g in grids) + 2 * MARGIN
+    lengths = [large.getlength(title), medium.getlength(subtitle), _legend_length(rows, small)]
+    lengths += [medium.getlength(row.name) + SPACE + small.getlength(row.note) for row in rows]
+    width = ceil(max(*lengths, *(g.width for g in grids)))  # few columns must not cut off what stands above them
     block = [g.height + STRIP_HEIGHT + 62 for g in grids]
-    sheet = Image.new("RGB", (width, 150 + sum(block)), PAPER)
+    sheet = Image.new("RGB", (width + 2 * MARGIN, 150 + sum(block)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 20), title, INK, large)
     draw.text((MARGIN, 56), subtitle, FAINT, medium)
     _legend(draw, rows, 92, small)
-    cell = (width - 2 * MARGIN) / max(len(row.step_types) for row in rows)
+    cell = width / max(len(row.step_types) for row in rows)
     top = 130
     for row, tiles, height in zip(rows, grids, block, strict=True):
         draw.text((MARGIN, top), row.name, INK, medium)
-        indent = MARGIN + draw.textlength(row.name, medium) + 16
+        indent = MARGIN + medium.getlength(row.name) + SPACE
         draw.text((indent, top + 2), row.note, FAINT, small)
         _strip(draw, row.step_types, (MARGIN, top + 26), cell)
         sheet.paste(tiles, (MARGIN, top + 26 + STRIP_HEIGHT + 5))
@@ -89,23 +95,30 @@ def save_picture(picture: "Image.Image", path: Path) -> None:
         picture.save(partial, format="PNG", optimize=True)
 
 
-def _legend(
-    draw: "ImageDraw.ImageDraw",
-    rows: Sequence[Row],
-    top: int,
-    font: "ImageFont.FreeTypeFont | ImageFont.ImageFont",
-) -> None:
-    used = {kind for row in rows for kind in row.step_types}
+def _legend(draw: "ImageDraw.ImageDraw", rows: Sequence[Row], top: int, font: "Font") -> None:
     left = float(MARGIN)
-    for kind in (k for k in STEP_COLOURS if k in used):
-        draw.rectangle((left, top + 2, left + 14, top + 15), STEP_COLOURS[kind])
-        text = f"{kind}: {STEP_MEANINGS[kind]}"
-        draw.text((left + 21, top), text, INK, font)
-        left += 21 + draw.textlength(text, font) + 26
+    for kind, text in _entries(rows):
+        draw.rectangle((left, top + 2, left + SQUARE, top + SQUARE + 1), STEP_COLOURS[kind])
+        draw.text((left + SQUARE + SPACE / 2, top), text, INK, font)
+        left += _entry_length(text, font)
+
+
+def _legend_length(rows: Sequence[Row], font: "Font") -> float:
+    return sum(_entry_length(text, font) for _, text in _entries(rows))
+
+
+def _entry_length(text: str, font: "Font") -> float:
+    return SQUARE + SPACE / 2 + font.getlength(text) + 1.5 * SPACE
+
+
+def _entries(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The step types that occur, and what the legend says of them."""
+    used = {kind for row in rows for kind in row.step_types}
+    return [(kind, f"{kind}: {meaning}") for kind, meaning in STEP_MEANINGS.items() if kind in used]
 
 
 def _strip(draw: "ImageDraw.ImageDraw", step_types: Sequence[str], corner: tuple[int, int], cell: float) -> None:
     """One cell a step, the first executed at the left: fewer steps make a shorter strip."""
     for i, kind in enumerate(step_types):
         left = corner[0] + i * cell
-        draw.rectangle((left, corner[1], left + cell - 2, corner[1] + STRIP_HEIGHT - 1), STEP_COLOURS[kind])
+        draw.rectangle((left, corner[1], left + max(0, cell - 2), corner[1] + STRIP_HEIGHT - 1), STEP_COLOURS[kind])

@@ -172,16 +172,16 @@ def test_one_reused_slot_in_the_first_step_is_enough_to_refuse() -> None:
         Plan((StepPlan(DIT, ((C, C), (C, R))),), (0,))
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_plan_and_model_must_agree(depth: int) -> None:
-    plan = plan_of(NO_CACHE, depth=depth)
+@pytest.mark.parametrize(("depth", "branches"), [(1, DIT), (3, DIT), (2, DIT[::-1]), (2, CROSS_DIT)])
+def test_plan_and_model_must_agree(depth: int, branches: tuple[Branch, ...]) -> None:
+    plan = plan_of(NO_CACHE, depth=depth, branches=branches)
     for ask in (
         plan.macs,
         plan.mac_limit,
         lambda s: plan.cache_bytes(s, 1, 4),
         lambda s: plan.bytes_moved(s, 1, 4),
     ):
-        with pytest.raises(TableError, match=rf"^shape: expected {depth} layers .* got 2 layers"):
+        with pytest.raises(TableError, match=rf"^shape: expected {depth} layers .* got 2 layers of SELF_ATTN \+ MLP"):
             ask(TINY)
 
 

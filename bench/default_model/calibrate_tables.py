@@ -68,7 +68,7 @@ def make(wanted: Wanted, samples: int) -> str:
         sampler=wanted.sampler,
         algorithm=CRITERIA[wanted.criterion],
         target_speedup=wanted.target,
-        batch_size=52,
+        batch_size=64,
         progress_file=progress,
     )
     table.save(wanted.path)

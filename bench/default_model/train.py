@@ -1,7 +1,7 @@
 """Train the embedded default: a small class-conditional DiT on rendered capital letters.
 
-    python -m bench.default_model.train --out runs/default --images 2200000
-    torchrun --nproc-per-node 2 -m bench.default_model.train --out runs/default --images 2200000
+    python -m bench.default_model.train --out runs/default --images 860000
+    torchrun --nproc-per-node 2 -m bench.default_model.train --out runs/default --images 860000
 
 It resumes from ``--out`` if a checkpoint is there. The learning rate warms up, stays, and falls to zero over the last
 ``--decay-images``, so a run can be made longer, or ended early, by resuming with another ``--images``. Until the fall
@@ -51,7 +51,8 @@ class Diffusion:
     structure_weight: Tensor  # SNR ** -0.5 within limits, of mean 1: half-way from the eps loss to the x0 loss
 
     @classmethod
-    def linear(cls) -> "Diffusion":
+    def linear(cls, device: torch.device) -> "Diffusion":
+        """The linear schedule over 1000 timesteps."""
         schedule = NoiseSchedule.linear()
         alpha_bar = torch.tensor(schedule.train_alpha_bar.copy())
         beta = torch.tensor(schedule.beta[::-1].copy())
@@ -64,7 +65,7 @@ class Diffusion:
             beta / ((1 - alpha_bar) * (1 - beta)).sqrt(),
             structure / structure.mean(),
         )
-        return cls(*(array.float() for array in arrays))
+        return cls(*(array.float().to(device) for array in arrays))
 
     def loss(
         self, model: nn.Module, x0: Tensor, t: Tensor, y: Tensor, structure: bool
@@ -131,6 +132,46 @@ def load_bank(out: Path) -> GlyphBank:
     return GlyphBank(torch.load(path, weights_only=True))
 
 
+class Run:
+    """A model in training with its average, optimizers and history; saved whole, and resumed from what was saved."""
+
+    def __init__(self, out: Path, learning_rate: float, device: torch.device) -> None:
+        self.model = DiT(**MODEL).to(device)
+        self.ema = DiT(**MODEL).to(device).requires_grad_(False)
+        self.ema.load_state_dict(self.model.state_dict())
+        self.optimizers = make_optimizers(self.model, learning_rate)
+        self.seen, self.curve = 0, []
+        self._path = out / "checkpoint.pt"
+        if self._path.exists():
+            state = torch.load(self._path, weights_only=True, map_location=device)
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.seen, self.curve = state["seen"], state["curve"]
+
+    def step(self, learning_rate: float, images: int) -> None:
+        """Apply the gradients of a step over ``images`` images, and let the average follow."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.seen += images
+        steps = self.seen / images
+        decay = min(EMA_DECAY, (1 + steps) / (10 + steps))
+        for averaged, current in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            averaged.lerp_(current.detach(), 1 - decay)
+
+    def save(self) -> None:
+        """Replace the checkpoint, and curve.json: [images seen, mean squared error of eps, bound] by report."""
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "seen": self.seen, "curve": self.curve}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save(state, self._path.with_suffix(".tmp"))
+        os.replace(self._path.with_suffix(".tmp"), self._path)
+        self._path.with_name("curve.json").write_text(json.dumps(self.curve))
+
+
 def train(args: argparse.Namespace) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(args.threads)
@@ -139,66 +180,40 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     bank = load_bank(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     torch.manual_seed(args.seed)
-    model = DiT(**MODEL).to(device)
-    ema = DiT(**MODEL).to(device).requires_grad_(False)
-    ema.load_state_dict(model.state_dict())
-    optimizers = make_optimizers(model, args.learning_rate)
-    seen, curve = 0, []
-    checkpoint_path = args.out / "checkpoint.pt"
-    if checkpoint_path.exists():
-        state = torch.load(checkpoint_path, weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        seen, curve = state["seen"], state["curve"]
+    run = Run(args.out, args.learning_rate, device)
+    diffusion = Diffusion.linear(device)
 
-    diffusion = Diffusion(*(getattr(Diffusion.linear(), f).to(device) for f in Diffusion.__dataclass_fields__))
-    torch.manual_seed(args.seed + seen * world + rank)  # ranks, and resumed runs, draw different noise
-    generator = torch.Generator().manual_seed(args.seed + 1 + seen * world + rank)
-    started, seen_at_start, sums, count = time.time(), seen, torch.zeros(2), 0
-    while seen < args.images:
-        y = torch.randint(len(bank.masks[0]), (args.batch,), generator=generator)
+    torch.manual_seed(args.seed + run.seen * world + rank)  # ranks, and resumed runs, draw different noise
+    generator = torch.Generator().manual_seed(args.seed + 1 + run.seen * world + rank)
+    started, seen_at_start, recent = time.time(), run.seen, []
+    while run.seen < args.images:
+        y = torch.randint(bank.letters, (args.batch,), generator=generator)
         x0 = bank.draw(y, generator).to(device)
         # One timestep from each of `batch` equal strata: the loss is less noisy than with independent draws.
         t = ((torch.arange(args.batch) + torch.rand(args.batch)) * (1000 / args.batch)).long().to(device)
-        structure = seen < args.images - args.decay_images
-        loss, mse, bound = diffusion.loss(model, x0, t, y.to(device), structure)
+        structure = run.seen < args.images - args.decay_images
+        loss, mse, bound = diffusion.loss(run.model, x0, t, y.to(device), structure)
         loss.backward()
         if world > 1:
-            average_gradients(model, world)
-        factor = learning_rate_factor(seen, args.images, args.decay_images)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * factor
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        seen += args.batch * world
-        decay = min(EMA_DECAY, (1 + seen / (args.batch * world)) / (10 + seen / (args.batch * world)))
-        for averaged, current in zip(ema.parameters(), model.parameters(), strict=True):
-            averaged.lerp_(current.detach(), 1 - decay)
-        sums += torch.stack([mse, bound]).detach().cpu()
-        count += 1
-        if count == args.report_every and rank == 0:
-            rate = (seen - seen_at_start) / (time.time() - started)
-            curve.append([seen, *(sums / count).tolist()])
-            print(f"{seen} images, {rate:.0f}/s, mse {curve[-1][1]:.5f}, bound {curve[-1][2]:.5f}", flush=True)
-            state = dict(model=model.state_dict(), ema=ema.state_dict(), seen=seen, curve=curve)
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save(state, checkpoint_path.with_suffix(".tmp"))
-            os.replace(checkpoint_path.with_suffix(".tmp"), checkpoint_path)
-            (args.out / "curve.json").write_text(json.dumps(curve))
-        if count == args.report_every:
-            sums, count = torch.zeros(2), 0
+            average_gradients(run.model, world)
+        factor = learning_rate_factor(run.seen, args.images, args.decay_images)
+        run.step(args.learning_rate * factor, args.batch * world)
+        recent.append((mse.item(), bound.item()))
+        if rank == 0 and (len(recent) == args.report_every or run.seen >= args.images):
+            means = [sum(column) / len(recent) for column in zip(*recent, strict=True)]
+            rate = (run.seen - seen_at_start) / (time.time() - started)
+            print(f"{run.seen} images, {rate:.0f}/s, mse {means[0]:.5f}, bound {means[1]:.5f}", flush=True)
+            run.curve.append([run.seen, *means])
+            run.save()
+            recent.clear()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=2_200_000)
-    parser.add_argument("--decay-images", type=int, default=600_000)
+    parser.add_argument("--images", type=int, default=860_000)
+    parser.add_argument("--decay-images", type=int, default=260_000)
     parser.add_argument("--batch", type=int, default=128, help="images a step and rank")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
