@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROW_BLOCK = 16  # rows summed at a time: the accumulator then stays in a core's own cache
-
 
 def norm_modulate(h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h (N, T, D), no affine -> (N, T, D)."""
@@ -47,11 +45,8 @@ def gated_sum(h: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
     layer waits for another.
     """
     total = h.clone()
-    for start in range(0, h.shape[0], ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        accumulator = total[rows]
-        for slot, gate in zip(slots[:, rows], gates[:, rows], strict=True):
-            accumulator.addcmul_(gate.unsqueeze(1), slot)
+    for slot, gate in zip(slots, gates, strict=True):
+        total.addcmul_(gate.unsqueeze(1), slot)
     return total
 
 

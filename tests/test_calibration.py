@@ -1,6 +1,5 @@
 """`calibrate`: one table for one call, resumable, and at the cost that was asked for."""
 
-import json
 import math
 from collections.abc import Callable
 from functools import cache
