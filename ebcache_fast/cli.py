@@ -20,7 +20,7 @@ RULE = re.compile("[─-]{5,}")  # between the parts of the parser's reports
 FRAME = re.compile("[│╭╮╰╯]|\x1b\\[[0-9;]*m")
 
 
-def demo(text: str | None = None, out: Path = Path("ebcache-demo"), samples: int = 130, seed: int = 0) -> None:
+def demo(text: str | None = None, out: Path = Path("ebcache-demo"), samples: int = 104, seed: int = 0) -> None:
     """Sample the bundled letter model with and without EB-Cache; print costs and quality, and draw a picture.
 
     Args:
@@ -177,7 +177,7 @@ def compare(
         "steps:20",
         "eps-scale:0.98",
     ),
-    samples: int = 130,
+    samples: int = 104,
     num_sampling_steps: int = 50,
     sampler: str = "ddpm",
     cfg_scale: float = 1.5,

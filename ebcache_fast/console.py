@@ -50,7 +50,7 @@ def print_results(results: Sequence[Result]) -> None:
             f"{r.speedup:.2f}x",
             f"{r.mac_limit:.2f}x",
             f"{s.fd_semantic:.2f} ± {spread['fd_semantic']:.2f}",
-            f"{s.fd_texture:.2f} ± {spread['fd_texture']:.2f}",
+            f"{s.fd_texture:.4f} ± {spread['fd_texture']:.4f}",
             f"{s.recognised:.1%}",
             f"{s.contrast:.3f}",
             f"{r.paired_error:.3f}",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TABLES = (("EB-Cache, about 1.5x", "letters-ddpm-50-1.5x"), ("EB-Cache, about 2.5x", "letters-ddpm-50-2.5x"))
-DEFAULT_SAMPLES = 130  # five of each letter
+DEFAULT_SAMPLES = 104  # four of each letter
 MIN_SAMPLES = 32  # a Frechet distance of fewer says nothing
 BATCH = 26
 
