@@ -1,14 +1,10 @@
 """CacheTable: the type of step that runs at each timestep, and the one strict JSON format it is kept in."""
 
-import json
 import math
 import os
 import reprlib
-import secrets
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -21,9 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import ModelShape, Plan, StepType, check_timesteps
-
-MAX_BYTES = 4 * 2**20  # far above any real table: a wrong path must not fill the memory
-MAX_INT = 2**63 - 1  # what an int64 tensor holds
+from ebcache_fast.table_file import MAX_INT, key_shown, naming, read_json, shown, write_json
 
 
 class _Record(BaseModel):
@@ -166,8 +160,7 @@ class CacheTable:
             "allow_amplify": self.allow_amplify,
             "made": None if self.made is None else self.made.model_dump(),
         }
-        with naming(path):
-            _write(Path(path), _layout(document) + "\n")
+        write_json(path, document)
 
     @classmethod
     def _from_file(cls, source: Traversable) -> Self:
@@ -262,82 +255,9 @@ def _shelf() -> Traversable:
     return files("ebcache_fast") / "assets" / "tables"
 
 
-@contextmanager
-def naming(source: object) -> Iterator[None]:
-    """Put the name of ``source`` before the message of a TableError raised inside."""
-    try:
-        yield
-    except TableError as error:
-        raise TableError(f"{source}: {error}") from None
-
-
-def read_bytes(source: Traversable) -> bytes:
-    """All that a file of at most 4 MiB holds; TableError with the reason where it can't be read."""
-    try:
-        with source.open("rb") as file:
-            raw: bytes = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise TableError(f"can't be read: {_reason(error)}") from None
-    if len(raw) > MAX_BYTES:
-        raise TableError(f"expected a table of at most {MAX_BYTES} bytes, got more")
-    return raw
-
-
-def read_json(source: Traversable) -> dict[str, Any]:
-    """The JSON object that a file holds; TableError for all else, and for a repeated key."""
-    try:
-        document = json.loads(read_bytes(source).decode("utf-8"), object_pairs_hook=_without_repeats)
-    except TableError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise TableError(f"expected strict JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise TableError(f"expected a JSON object, got {_show(document)}")
-    return document
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        (name, times), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise TableError(f"{_key(name)}: expected once, got {times} times")
-    return document
-
-
-def _layout(value: object, indent: str = "") -> str:
-    """JSON with one key a line and every list on one line."""
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value, allow_nan=False)
-    inner = indent + "  "
-    lines = (f"{inner}{json.dumps(key)}: {_layout(item, inner)}" for key, item in value.items())
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Put ``text`` in the place of the file: a reader finds the old file or the new one, never half."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is there and not a regular file")
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "x", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise TableError(f"can't be written: {_reason(error)}; choose another path") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    steps = (f"[{step}]" if isinstance(step, int) else f".{_key(step)}" for step in first["loc"])
+    steps = (f"[{step}]" if isinstance(step, int) else f".{key_shown(step)}" for step in first["loc"])
     name = "".join(steps).lstrip(".")
     match first["type"]:
         case "missing":
@@ -347,17 +267,7 @@ def _first_problem(error: ValidationError) -> str:
     cause = first.get("ctx", {}).get("error", first["msg"])
     if isinstance(cause, TableError):  # of a record inside this one
         return f"{name}.{cause}"
-    return f"{name}: {str(cause).replace('Input should be', 'expected')}, got {_show(first['input'])}"
-
-
-def _key(name: str) -> str:
-    """A key of the file as it may stand in a message: on one line, not too long."""
-    return repr(name)[1:-1][:80]
-
-
-def _show(value: object) -> str:
-    """A value of the file as it may stand in a message; str() itself refuses the longest integers."""
-    return "an integer beyond 64 bits" if isinstance(value, int) and abs(value) > MAX_INT else reprlib.repr(value)
+    return f"{name}: {str(cause).replace('Input should be', 'expected')}, got {shown(first['input'])}"
 
 
 def _as_int(name: str, value: object, highest: int = MAX_INT) -> int:
@@ -366,7 +276,7 @@ def _as_int(name: str, value: object, highest: int = MAX_INT) -> int:
     except TypeError:
         number = -1
     if isinstance(value, bool) or not 0 <= number <= highest:
-        raise TableError(f"{name}: expected an integer from 0 to {highest}, got {_show(value)}")
+        raise TableError(f"{name}: expected an integer from 0 to {highest}, got {shown(value)}")
     return number
 
 
@@ -374,7 +284,7 @@ def _as_eps_scale(value: float, allow_amplify: bool) -> float:
     highest = sys.float_info.max if allow_amplify else 1.0
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= highest:
         raise TableError(
-            f"eps_scale: expected a number above 0 and at most 1, got {_show(value)}; "
+            f"eps_scale: expected a number above 0 and at most 1, got {shown(value)}; "
             "with allow_amplify it may be any finite number above 0"
         )
     return float(value)

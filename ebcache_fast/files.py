@@ -6,23 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ebcache_fast.errors import JobError
+from ebcache_fast.errors import EBCacheError, JobError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, raises: type[EBCacheError] = JobError) -> Iterator[Path]:
     """A partial file to write; it takes the place of ``path`` when all went well, else it is removed.
 
-    An OSError becomes a JobError that names ``path``.
+    What the system refuses becomes an error of the type ``raises`` that names ``path``; so does a place that holds
+    something other than a file.
     """
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    partial = path.parent / f".{secrets.token_hex(8)}.partial"
     try:
+        if "\0" in str(path):
+            raise OSError("embedded null byte")
+        if path.exists() and not path.is_file():
+            raise OSError("it is there and not a regular file")
         yield partial
-        partial.replace(path)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError as error:
-        raise JobError(f"{path} can't be written: {error.strerror or error}; choose another place") from None
+        raise raises(f"{path}: can't be written: {error.strerror or error}; choose another path") from None
     finally:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             partial.unlink()
 
 

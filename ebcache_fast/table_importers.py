@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ebcache_fast.cache_table import CacheTable, Provenance, naming, read_bytes, read_json
+from ebcache_fast.cache_table import CacheTable, Provenance
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.table_file import naming, read_bytes, read_json
 
 _ACTIONS = {1: Action.COMPUTE, 0: Action.REUSE}
 _BRANCHES = {

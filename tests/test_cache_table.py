@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebcache_fast import cache_table
+from ebcache_fast import cache_table, table_file
 from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec, StepName, named_tables
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import Branch, BranchShape, ModelShape, StepPlan, StepType
@@ -534,7 +534,7 @@ def test_no_key_may_be_missing_or_misspelt(key: str, tmp_path: Path) -> None:
         (b"\xef\xbb\xbf" + FULL_FILE.encode(), "expected strict JSON: "),
         (FULL_FILE.encode() + b"{}", "expected strict JSON: Extra data"),
         (b"[" * 200_000, "expected strict JSON: "),
-        (b" " * cache_table.MAX_BYTES + b"{}", "expected a table of at most "),
+        (b" " * table_file.MAX_BYTES + b"{}", "expected a table of at most "),
         (b"\x80\x04\x95pickle", "expected strict JSON: "),
     ],
 )

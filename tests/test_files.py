@@ -63,8 +63,8 @@ def test_an_os_error_names_the_path_the_reason_and_the_remedy(tmp_path: Path) ->
     path = tmp_path / "a.txt"
     with pytest.raises(JobError) as caught, replacing(path):
         raise full_disk()
-    assert str(caught.value) == f"{path} can't be written: No space left on device; choose another place"
-    with pytest.raises(JobError, match=r"a\.txt can't be written: short write; "), replacing(path):
+    assert str(caught.value) == f"{path}: can't be written: No space left on device; choose another path"
+    with pytest.raises(JobError, match=r"a\.txt: can't be written: short write; "), replacing(path):
         raise OSError("short write")  # such as zipfile raises, without a number
 
 
@@ -75,7 +75,7 @@ def test_a_place_that_can_t_hold_a_file(tmp_path: Path) -> None:
     for place, reason in (
         ("missing/a.txt", "No such file or directory"),
         ("file/a.txt", "Not a directory"),
-        ("folder", "Is a directory"),
+        ("folder", "not a regular file"),
         ("n" * 300, "File name too long"),
     ):
         with pytest.raises(JobError, match=reason) as caught, replacing(tmp_path / place) as partial:

@@ -21,6 +21,7 @@ FACADE = "__init__"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
     ("plan", "noise_schedule", "files"),
+    ("table_file",),
     ("cache_table",),
     ("table_importers",),
     ("reference", "kernels"),

@@ -113,13 +113,17 @@ def archive() -> bytes:
     return buffer.getvalue()
 
 
-def huge() -> bytes:
-    """A header that promises 8 EiB, and no data."""
-    header = "{'descr': '<i8', 'fortran_order': False, 'shape': (1152921504606846976,)}\n"
+def with_header(header: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", archive(), huge(), b"0, 2, 2", b"\x80\x04."])
+EIGHT_EXBIBYTES = with_header("{'descr': '<i8', 'fortran_order': False, 'shape': (1152921504606846976,)}\n")
+LONG_HEADER = with_header(" " * 20_000)  # numpy's message on it has two lines
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY", archive(), EIGHT_EXBIBYTES, LONG_HEADER, b"0, 2, 2", b"\x80\x04."]
+)
 def test_a_file_that_is_no_array_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.npy").write_bytes(content)
     with pytest.raises(TableError, match=r"t\.npy: expected a \.npy array, saved without pickle: .") as caught:

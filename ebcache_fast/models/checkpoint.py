@@ -6,7 +6,6 @@ InputError before anything is changed.
 
 import math
 import os
-import secrets
 import warnings
 import zipfile
 from argparse import Namespace
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ebcache_fast.errors import InputError
+from ebcache_fast.files import replacing
 from ebcache_fast.models.dit import DiT
 
 WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the best first
@@ -86,15 +86,11 @@ def save_weights(model: DiT, path: str | os.PathLike[str], dtype: torch.dtype | 
         "num_heads": str(model.num_heads),
         "num_classes": str(model.y_embedder.num_classes),
     }
-    partial = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(target, InputError) as partial:
         try:
             save_file(weights, partial, metadata)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target} can't be written ({_first_line(error)}); choose another path") from None
+        except SafetensorError as error:  # its wrapping of what the system refused
+            raise OSError(_first_line(error)) from None
 
 
 def _read(path: Path) -> tuple[StateDict, Metadata]:

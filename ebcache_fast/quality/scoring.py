@@ -1,8 +1,6 @@
 """The features of some pictures, the statistics of the real ones, and the scores of one against the other."""
 
-import contextlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -12,6 +10,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, contiguous_format
 
 from ebcache_fast.errors import InputError
+from ebcache_fast.files import replacing
 from ebcache_fast.quality.checks import checked
 from ebcache_fast.quality.distances import GaussianStats, frechet_distance, inception_score, precision_recall
 from ebcache_fast.quality.samples import recognised
@@ -108,15 +107,8 @@ class Reference:
             {name: tensor.clone(memory_format=contiguous_format) for name, tensor in tensors.items()},
             metadata,
         )
-        target = Path(path)
-        partial = target.parent / f"{target.name}.{os.getpid()}.partial"
-        try:
+        with replacing(Path(path), InputError) as partial:
             partial.write_bytes(data)
-            partial.replace(target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise InputError(f"{target} can't be written ({error.strerror}); pass a writable file path") from error
 
     @classmethod
     def load(cls, path: Path | str) -> Self:

@@ -1,0 +1,107 @@
+"""What the README promises is there: its commands, its code, its options, its files."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_dit
+from torch import nn
+
+from ebcache_fast import cli, models
+from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.sampling import sample
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_two_commands_and_ci_are_the_same() -> None:
+    commands = blocks("")[0].splitlines()
+    assert commands == [
+        "pip install -c constraints.txt -e . && ebcache-fast demo",
+        "pip install -c constraints.txt -e '.[test]' && pytest",
+    ]
+    ci = (ROOT / ".ci" / "run").read_text()
+    stages = dict(re.findall(r"^(demo|tests)=\"(.*)\"$", ci, re.MULTILINE))
+    assert list(stages.values()) == commands
+    for name in stages:
+        assert re.search(rf'^stage {name} "\${name}"$', ci, re.MULTILINE)
+    assert (ROOT / "constraints.txt").is_file()
+
+
+def test_the_first_screen_has_all_it_needs() -> None:
+    """What it is, the picture, the commands and the code, before the first heading."""
+    first = README.split("\n## ")[0]
+    assert len(first.splitlines()) < 50
+    assert re.search(r"!\[.+\]\(docs/demo\.png\)", first)
+    assert all(block in first for block in (blocks("")[0], blocks("python")[0]))
+    assert len([line for line in blocks("python")[0].splitlines() if line]) <= 6  # five, and an import
+
+
+def test_the_first_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but for a tiny model in the big one's place, and on the CPU."""
+    sizes = {"patch_size": 8, "num_classes": 1000}
+    trained = tiny_dit(4, torch.float32, input_size=32, **sizes)
+    torch.save({"ema": trained.state_dict()}, tmp_path / "DiT-XL-2-256x256.pt")
+    factory = partial(models.DiT, hidden_size=16, depth=2, num_heads=2, **sizes)
+    monkeypatch.setitem(models.DIT_MODELS, "DiT-XL/2", factory)
+    monkeypatch.setattr(nn.Module, "cuda", lambda self: self)
+    monkeypatch.chdir(tmp_path)
+
+    names: dict[str, object] = {}
+    exec(blocks("python")[0], names)
+
+    table = CacheTable.named("eb-cache-released-50")
+    expected = sample(trained, [207, 360], table=table, cfg_scale=4.0)
+    assert expected.shape == (2, 4, 32, 32)
+    assert expected.isfinite().all()
+    assert torch.equal(names["latents"], expected)
+
+
+def test_the_other_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names it takes as given are a model and its shape; a thousand samples of a tiny model are quick."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_dit(dtype=torch.float32, depth=1)
+    names: dict[str, object] = {"model": model, "shape": models.as_denoiser(model).shape}
+    few = blocks("python")[1].replace("samples=1000, steps=50", "samples=4, steps=6")
+    assert few != blocks("python")[1]
+    exec(few, names)
+    assert CacheTable.load("mine.json") == names["table"]
+
+
+def test_every_block_of_code_is_one_of_these() -> None:
+    assert len(blocks("python")) == 2
+
+
+COMMAND_ROWS: Mapping[str, str] = dict(re.findall(r"^\| `ebcache-fast (\S+)(.*?)` \|", README, re.MULTILINE))
+FUNCTIONS: Mapping[str, str] = {"table": "table-show", **{name: name for name in cli.COMMANDS}}
+
+
+def test_every_command_has_its_row() -> None:
+    assert {name.partition("-")[0] for name in cli.COMMANDS} == COMMAND_ROWS.keys()
+    verbs = {name.partition("-")[2] for name in cli.COMMANDS if name.startswith("table-")}
+    assert set(COMMAND_ROWS["table"].strip().split(r"\|")) == verbs
+
+
+@pytest.mark.parametrize("command", COMMAND_ROWS)
+def test_every_option_in_the_table_of_commands_exists(command: str) -> None:
+    row = next(line for line in README.splitlines() if line.startswith(f"| `ebcache-fast {command}"))
+    known = inspect.signature(cli.COMMANDS[FUNCTIONS[command]]).parameters
+    options = re.findall(r"--([a-z-]+)", row)
+    assert {option.replace("-", "_") for option in options} <= known.keys()
+
+
+def test_every_file_it_points_to_is_there() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", prose) + re.findall(r"`((?:bench|docs|\.ci)/[\w./-]*)`", prose)
+    assert "docs/demo.png" in paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
