@@ -24,8 +24,8 @@ OUT = Path(__file__).resolve().parent / "results" / "cpu-speedup.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=52)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=26)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     model = load_letters().model

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.default_model.calibrate_tables import SCHEDULES, all_tables
 from ebcache_fast import sample
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.compare import equal_cost_methods
+from ebcache_fast.compare import Method, equal_cost_methods
 from ebcache_fast.demo import machine
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
@@ -81,20 +81,22 @@ def equal_cost(setting: dict[str, Any], seed: int, samples: int) -> dict[str, An
     shape = as_denoiser(preset.model).shape
     labels = labels_in_turn(samples, 26)
     sampler, steps = setting["sampler"], setting["steps"]
-    cached = [
-        (wanted.name, CacheTable.load(wanted.path).plan(shape))
-        for wanted in all_tables()
-        if (wanted.sampler, wanted.steps) == (sampler, steps)
+    wanted = [w for w in all_tables() if (w.sampler, w.steps) == (sampler, steps)]
+    plans = {w: CacheTable.load(w.path).plan(shape) for w in wanted}
+    ours = [(f"EB-Cache, vectors compared, {w.target}x", plan) for w, plan in plans.items() if not w.criterion]
+    methods = equal_cost_methods(shape, ours, sampler)
+    methods += [
+        Method(f"EB-Cache, norms compared, {w.target}x", plan, sampler) for w, plan in plans.items() if w.criterion
     ]
-    methods = equal_cost_methods(shape, cached, sampler)
     uncached: Tensor | None = None
     answers: dict[str, Any] = {}
     for method in methods:
         images = sample(preset.model, labels, table=method.plan, sampler=sampler, seed=seed, batch_size=BATCH)
         uncached = images if uncached is None else uncached
-        answers[method.name] = score_of(images, labels) | {
+        limit = methods[0].plan.macs(shape) / method.plan.macs(shape)
+        answers[f"{method.name} ({limit:.2f}x)"] = score_of(images, labels) | {
             "macs": method.plan.macs(shape),
-            "mac_limit": methods[0].plan.macs(shape) / method.plan.macs(shape),
+            "mac_limit": limit,
             "paired_error": float(paired_error(images, uncached).mean()),
         }
     return answers

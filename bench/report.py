@@ -119,7 +119,7 @@ def equal_cost() -> str:
             figures = [entry["figures"][method] for entry in entries]
             rows.append(
                 (
-                    method,
+                    method.rpartition(" (")[0],
                     f"{figures[0]['mac_limit']:.2f}x",
                     spread([f["fd_semantic"] for f in figures]),
                     spread([f["fd_texture"] for f in figures], 4),
@@ -230,19 +230,20 @@ def plot_exposure(real: list[float], curves: dict[int, dict[str, list[float]]]) 
     figure.savefig(DOCS / "exposure.png", dpi=110)
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (demo, quality, cpu, equal_cost, scale, gating, exposure, similarity)
+PARTS: tuple[Callable[[], str], ...] = (demo, quality, cpu, equal_cost, scale, gating, exposure, similarity)
+NEEDS = {"exposure": {"exposure", "real_norm"}} | {
+    p.__name__: {p.__name__} for p in (equal_cost, scale, gating, similarity)
 }
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, part in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        if pattern.search(text):
-            made = part()
-            text = pattern.sub(lambda match, made=made: f"{match[1]}{made}{match[2]}", text)
+    answered = {question for question, entries in answers().items() if entries}
+    for part in PARTS:
+        made = part() if NEEDS.get(part.__name__, set()) <= answered else "Not measured yet."
+        pattern = re.compile(rf"(<!-- {part.__name__} -->\n)(?:.*?\n)?(<!-- /{part.__name__} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
     readme.write_text(text)
 
 

@@ -10,14 +10,14 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.algorithm1 import Algorithm1, Tally, tally_batch
+from ebcache_fast.algorithm1 import CANDIDATES, KEEP_FIRST, KEEP_LAST, Algorithm1, Tally, tally_batch
 from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec
 from ebcache_fast.calibration_progress import CalibrationProgress
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
 from ebcache_fast.engine.trajectory import latent_dtype
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Denoiser, as_denoiser
-from ebcache_fast.plan import StepType
+from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import Sampler, trajectory_noise
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, check_labels, resolve_run
 
@@ -146,7 +146,8 @@ class _Voting:
         made = Provenance(
             by="ebcache_fast.calibrate",
             source="Algorithm 1 of EB-Cache (arXiv 2503.07120)",
-            options=self.options() | {"a": algorithm.a, "k": algorithm.k, "samples": samples},
+            options=self.options()
+            | {"a": algorithm.a, "k": algorithm.k, "samples": samples, "samplings_a_sample": round(self.cost(), 3)},
             errors={
                 "ATTENTION": tally.mean_errors(StepType.ATTENTION),
                 "ATTN_MLP": tally.mean_errors(StepType.ATTN_MLP),
@@ -185,6 +186,15 @@ class _Voting:
             tally.add(batch)
             self.progress.write(key, tally)
         return tally
+
+    def cost(self) -> float:
+        """What one sample's vote costs in uncached samplings, by MACs; the paper says about 1.5."""
+        shape, steps = self.denoiser.shape, self.sampler.steps
+        branches = tuple(cost.branch for cost in shape.branches)
+        candidates = Plan.from_types(CANDIDATES, range(len(CANDIDATES))[::-1], shape.depth, branches)
+        original, *others = candidates.step_macs(shape)
+        tried = max(0, steps - KEEP_FIRST - KEEP_LAST)
+        return 1 + tried * sum(others) / (steps * original)
 
     def options(self) -> dict[str, bool | int | float | str | None]:
         """The choices that the votes depend on and a table does not state elsewhere, thresholds apart."""

@@ -495,7 +495,7 @@ def load_bytes(folder: Path, name: str, content: bytes) -> None:
 names = st.sampled_from(["zip.pt", "old.pt", "a.safetensors"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(name=names, part=st.floats(0, 1, exclude_max=True))
 @example(name="zip.pt", part=0.999)
 def test_truncated_files(
@@ -506,7 +506,7 @@ def test_truncated_files(
     refused(path)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     name=names,
     changes=st.lists(st.tuples(st.integers(0, 3000), st.booleans(), st.integers(0, 255)), min_size=1, max_size=4),

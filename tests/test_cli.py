@@ -133,10 +133,10 @@ def test_sample_draws_every_letter_in_turn(run: Run) -> None:
 
 
 def test_sample_a_text_with_a_named_table(run: Run) -> None:
-    code, _, _ = run(f"sample --text Ab --table {LETTERS_50} --sample-dir there --per-proc-batch-size 1")
+    code, _, _ = run(f"sample --text Ab --table {LETTERS_50} --sample-dir there")
     assert code == 0
     table = CacheTable.named(LETTERS_50)
-    expected = sample(letters().model, [0, 1], table=table, batch_size=1)
+    expected = sample(letters().model, [0, 1], table=table)
     assert np.array_equal(arr_0("there/samples.npz"), to_pixels(expected).numpy())
     with Image.open("there/samples.png") as sheet:
         assert sheet.width > sheet.height
