@@ -44,6 +44,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
+def sample_count(entries: Sequence[dict[str, Any]]) -> str:
+    """What stands behind a table, in a line."""
+    if len(entries) == 1:
+        return f"One seed of {entries[0]['samples']} samples a method."
+    return f"{len(entries)} seeds of {entries[0]['samples']} samples a method; ± is the standard deviation over seeds."
+
+
 def machine(report: dict[str, Any]) -> str:
     """On what it was measured, in a line."""
     m = report["machine"]
@@ -111,7 +118,10 @@ def equal_cost() -> str:
     """EB-Cache, FORA and fewer steps at equal cost."""
     parts = []
     settings: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for entry in answers()["equal_cost"]:
+    by_steps = sorted(
+        answers()["equal_cost"], key=lambda e: (e["setting"]["sampler"] != "ddpm", -e["setting"]["steps"])
+    )
+    for entry in by_steps:
         settings[f"{entry['setting']['sampler'].upper()}, {entry['setting']['steps']} steps"].append(entry)
     for setting, entries in settings.items():
         rows = []
@@ -129,7 +139,7 @@ def equal_cost() -> str:
                 )
             )
         head = (setting, "by MACs", "Fréchet semantic", "texture", "recognised %", "contrast", "error vs no cache")
-        parts.append(table(head, rows) + f"\n\n{len(entries)} seeds of {entries[0]['samples']} samples, ± over seeds.")
+        parts.append(f"{table(head, rows)}\n\n{sample_count(entries)}")
     return "\n\n".join(parts)
 
 
