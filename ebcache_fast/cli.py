@@ -112,6 +112,8 @@ def calibrate(
     a: float = 0.05,
     k: float = 0.15,
     criterion: Literal["vector", "norm"] = "vector",
+    norm: Literal["rms", "l2"] = "rms",
+    compare_scaled: bool = True,
     max_run: int = 3,
     global_seed: int = 0,
     per_proc_batch_size: int = 64,
@@ -134,6 +136,8 @@ def calibrate(
         a: threshold at the last step; where a target is given, only its ratio to k counts.
         k: how much higher the threshold is at the first step.
         criterion: compare outputs as vectors, or, as in the paper, by their norms.
+        norm: root mean square, or, as in the paper, L2, for which the thresholds must be as much larger.
+        compare_scaled: compare b times both outputs, or, as in the paper, b times the cached one alone.
         max_run: most cached steps in a row; 0 for no limit.
         global_seed: of all noise.
         per_proc_batch_size: samples at once.
@@ -154,7 +158,9 @@ def calibrate(
             sampler=sampler,
             cfg_scale=cfg_scale,
             eps_scale=eps_scale,
-            algorithm=Algorithm1(a=a, k=k, criterion=criterion, max_run=max_run or None),
+            algorithm=Algorithm1(
+                a=a, k=k, criterion=criterion, norm=norm, compare_scaled=compare_scaled, max_run=max_run or None
+            ),
             target_speedup=target_speedup,
             seed=global_seed,
             batch_size=per_proc_batch_size,
