@@ -125,11 +125,8 @@ def pictures(seed: int, n: int = 21) -> Tensor:
 
 REFERENCE = Reference.from_features(judge(pictures(99, 40)), keep=20)
 LABELS = torch.arange(21) % CLASSES
-METHODS = [
-    Method("base", UNCACHED),
-    Method("cached", CACHED),
-    Method("b", dataclasses.replace(UNCACHED, eps_scale=0.9)),
-]
+SHORTER = dataclasses.replace(plan(NO_CACHE, NO_CACHE), eps_scale=0.9)
+METHODS = [Method("base", UNCACHED), Method("cached", CACHED), Method("shorter", SHORTER)]
 RUNS = [
     Run(pictures(0), (8.0, 3.0, 1.0)),
     Run(pictures(1), (2.0, 3.0, 0.5)),
