@@ -238,7 +238,7 @@ QUESTIONS: dict[str, tuple[Callable[..., dict[str, Any]], list[dict[str, Any]]]]
         scale,
         [
             {"eps_scale": b, "cfg_scale": cfg, "table": table}
-            for cfg, table in ((1.0, None), (1.5, None), (1.5, "letters-ddpm-50-1.5x"))
+            for cfg, table in ((1.0, None), (1.5, None), (1.5, "letters-ddpm-20-1.5x"))
             for b in SCALES
         ],
     ),

@@ -154,7 +154,7 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         for b, branch in enumerate((Branch.SELF_ATTN, Branch.MLP)):
             shift, scale, gate = layers[:, layer, b].unbind(1)
             u = reference.norm_modulate(h, shift, scale, denoiser.norm_eps(layer, branch))
-            out = torch.empty_like(h)
+            out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
             denoiser.run_branch(layer, branch, u, out)
             h = h + gate.unsqueeze(1) * out
     shift, scale = modulation.head[rows, :, rows].unbind(1)
