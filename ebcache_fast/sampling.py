@@ -19,6 +19,7 @@ from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajector
 DEFAULT_STEPS = 50
 DEFAULT_SAMPLER = "ddpm"
 DEFAULT_CFG_SCALE = 1.5
+MAX_TRAIN_STEPS = 100_000  # a table's schedule is computed step by step: no file may fill the memory
 
 
 @torch.no_grad()
@@ -137,6 +138,10 @@ def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | Non
     plan.macs(denoiser.shape)  # raises where the plan is for another model
     if spec is None:
         return plan, sampler or DEFAULT_SAMPLER, 1000
+    if spec.train_steps > MAX_TRAIN_STEPS:
+        raise TableError(
+            f"sampler.train_steps={spec.train_steps} is above {MAX_TRAIN_STEPS}; models are trained with 1000"
+        )
     return plan, spec.name, spec.train_steps
 
 

@@ -255,6 +255,10 @@ def test_latents_of_another_batch_are_refused(samples: int) -> None:
         start(plan_of(TYPES)).predict(0, x)
 
 
+class Cancelled(BaseException):
+    """No Exception, as what ends a task or a process is none."""
+
+
 PARTS: dict[str, Callable[[DiT], torch.nn.Module]] = {
     "embedding": lambda model: model.x_embedder,
     "first attention": lambda model: model.blocks[0].attn.qkv,
@@ -273,12 +277,12 @@ def test_a_step_that_fails_half_way_can_be_tried_again_but_not_skipped(
     done = [trajectory.predict(i, xs[i]) for i in range(fatal)]
 
     def fail(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise Cancelled
 
     with part(model).register_forward_pre_hook(fail):
         try:
             done.append(trajectory.predict(fatal, xs[fatal]))
-        except KeyboardInterrupt:
+        except Cancelled:
             with pytest.raises(TrajectoryError):
                 trajectory.predict(fatal + 1, xs[fatal])
     done += [trajectory.predict(i, xs[i]) for i in range(len(done), len(TYPES))]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ebcache_fast import reference
 
 EPS = 1e-6
-SHAPES = [(1, 1, 4), (3, 7, 12), (17, 5, 20), (33, 3, 8)]  # (N, T, D): below, at and across a block of rows
+SHAPES = [(1, 1, 4), (3, 7, 12), (17, 5, 20), (33, 3, 8)]  # (N, T, D)
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 pytestmark = pytest.mark.parametrize(("rows", "tokens", "width"), SHAPES, ids=str)

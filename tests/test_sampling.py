@@ -318,6 +318,11 @@ REFUSED: dict[str, tuple[dict[str, object], type[EBCacheError], str]] = (
         "table for another model": ({"table": table_with(model={"depth": 28})}, TableError, "depth 28, not 2"),
         "table for another sampler": ({"table": table_with("ddim"), "sampler": "ddpm"}, TableError, "'ddim'"),
         "table of an unknown sampler": ({"table": table_with("euler")}, InputError, "'euler' is unknown"),
+        "table of an endless schedule": (
+            {"table": CacheTable([5, 0], [0, 0], sampler=SamplerSpec(name="ddpm", steps=2, train_steps=2**62))},
+            TableError,
+            "train_steps=4611686018427387904 is above 100000",
+        ),
         "table beyond the schedule": (
             {"table": CacheTable([1000, 0], [0, 0])},
             InputError,
