@@ -17,6 +17,7 @@ from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
 from ebcache_fast.engine.trajectory import latent_dtype
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.noise_schedule import TRAIN_STEPS
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import Sampler, trajectory_noise
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, check_labels, resolve_run
@@ -25,7 +26,6 @@ SEARCH_SAMPLES = 64  # a target cost is searched with so many; the table is then
 SEARCH_ROUNDS = 12
 SEARCH_TOLERANCE = 0.02  # of the target: as near as a table of 50 steps can come
 SEARCH_STRIDE = 4.0  # by which the threshold moves until the target is bracketed
-TRAIN_STEPS = 1000
 
 
 def calibrate(

@@ -285,10 +285,10 @@ def import_table(
         allow_amplify: lets b exceed 1.
     """
     from ebcache_fast import console
-    from ebcache_fast.noise_schedule import ddim_timesteps, respaced_timesteps
+    from ebcache_fast.noise_schedule import TRAIN_STEPS, ddim_timesteps, respaced_timesteps
     from ebcache_fast.table_importers import eps_scale_of, from_eb_npy, from_smoothcache
 
-    timesteps = (respaced_timesteps if spacing == "even" else ddim_timesteps)(1000, steps)
+    timesteps = (respaced_timesteps if spacing == "even" else ddim_timesteps)(TRAIN_STEPS, steps)
     b = eps_scale_of(eps_scale, adm_lambda, eb_delta)
     if kind == "eb-npy":
         table = from_eb_npy(source, timesteps, order, b, allow_amplify)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.noise_schedule import respaced_timesteps
+from ebcache_fast.noise_schedule import TRAIN_STEPS, respaced_timesteps
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora_at_cost
 from ebcache_fast.quality import (
@@ -25,8 +25,6 @@ from ebcache_fast.quality import (
     score,
 )
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, sample
-
-TRAIN_STEPS = 1000
 
 
 @dataclass(frozen=True)

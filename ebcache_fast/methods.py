@@ -9,11 +9,9 @@ from typing import Final
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.compare import Method
 from ebcache_fast.errors import EBCacheError, InputError
-from ebcache_fast.noise_schedule import respaced_timesteps
+from ebcache_fast.noise_schedule import TRAIN_STEPS, respaced_timesteps
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora
-
-TRAIN_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)

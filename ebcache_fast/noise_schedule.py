@@ -19,6 +19,7 @@ from ebcache_fast.errors import InputError
 Array = NDArray[np.float64]
 
 # Ho et al. 2020, section 4: variances from 1e-4 to 2e-2 over 1000 steps; other lengths are scaled to match.
+TRAIN_STEPS = 1000  # of every model whose table or caller does not say otherwise
 _BETA_FIRST, _BETA_LAST, _BETA_STEPS = 1e-4, 2e-2, 1000
 _MIN_LINEAR_STEPS = 21  # with 20 or fewer the scaled last beta would reach 1
 

@@ -12,7 +12,7 @@ from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
 from ebcache_fast.engine.trajectory import Trajectory, latent_dtype
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import Denoiser, as_denoiser
-from ebcache_fast.noise_schedule import NoiseSchedule
+from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import Plan
 from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajectory_noise
 
@@ -137,7 +137,7 @@ def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | Non
     plan = table.plan(denoiser.shape) if isinstance(table, CacheTable) else table
     plan.macs(denoiser.shape)  # raises where the plan is for another model
     if spec is None:
-        return plan, sampler or DEFAULT_SAMPLER, 1000
+        return plan, sampler or DEFAULT_SAMPLER, TRAIN_STEPS
     if spec.train_steps > MAX_TRAIN_STEPS:
         raise TableError(
             f"sampler.train_steps={spec.train_steps} is above {MAX_TRAIN_STEPS}; models are trained with 1000"
