@@ -3,7 +3,9 @@
     python -m bench.paper_questions --samples 520 --seeds 4
 
 Every answer is one or more tasks, run in as many processes as ``--workers`` says, each on one thread; finished tasks
-are kept in ``--out`` beside the result, so that the same command resumes. ``--only equal_cost`` runs one question.
+are kept in ``--out`` beside the result, so that the same command resumes. ``--only equal_cost`` runs one question. The
+model is sampled in bfloat16 with latents in float32, as it would be served; the question ``precision`` shows what that
+changes.
 """
 
 import argparse
@@ -38,16 +40,30 @@ from ebcache_fast.reference import sampler_update
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 Task = tuple[str, dict[str, Any], int, int]  # question, setting, seed, samples
-BATCH = 52
+BATCH = 104
 FEW_STEPS = 20  # few steps: exposure bias is larger, and more of b's values can be tried
 SCALES = (0.955, 0.98, 0.99, 1.0, 1.01, 1.02, 1.036)
 
 
 @cache
 def letters() -> Preset:
-    """The bundled model, loaded once a process."""
+    """The bundled model in bfloat16, loaded once a process."""
     torch.set_num_threads(1)
-    return load_letters()
+    preset = load_letters()
+    preset.model.to(torch.bfloat16)
+    return preset
+
+
+def precision(setting: dict[str, Any], seed: int, samples: int) -> dict[str, Any]:
+    """Whether bfloat16 changes an answer: the same samples in float32."""
+    labels = labels_in_turn(samples, 26)
+    low = sample(letters().model, labels, steps=FEW_STEPS, seed=seed, batch_size=BATCH)
+    high = sample(load_letters().model, labels, steps=FEW_STEPS, seed=seed, batch_size=BATCH)
+    return {
+        "bfloat16": score_of(low, labels),
+        "float32": score_of(high, labels),
+        "paired_error": float(paired_error(low, high).mean()),
+    }
 
 
 def score_of(images: Tensor, labels: list[int]) -> dict[str, float]:
@@ -83,10 +99,10 @@ def equal_cost(setting: dict[str, Any], seed: int, samples: int) -> dict[str, An
     sampler, steps = setting["sampler"], setting["steps"]
     wanted = [w for w in all_tables() if (w.sampler, w.steps) == (sampler, steps)]
     plans = {w: CacheTable.load(w.path).plan(shape) for w in wanted}
-    ours = [(f"EB-Cache, vectors compared, {w.target}x", plan) for w, plan in plans.items() if not w.criterion]
+    ours = [(f"EB-Cache, {w.described}, {w.target}x", plan) for w, plan in plans.items() if not w.criterion]
     methods = equal_cost_methods(shape, ours, sampler)
     methods += [
-        Method(f"EB-Cache, norms compared, {w.target}x", plan, sampler) for w, plan in plans.items() if w.criterion
+        Method(f"EB-Cache, {w.described}, {w.target}x", plan, sampler) for w, plan in plans.items() if w.criterion
     ]
     uncached: Tensor | None = None
     answers: dict[str, Any] = {}
@@ -158,7 +174,7 @@ def similarity(setting: dict[str, Any], seed: int, samples: int) -> dict[str, An
                 continue
             for branch, total in totals.items():
                 for layer in range(shape.depth):
-                    now, before = (caches[(i - k) % 2].slot(layer, branch).flatten(1) for k in (0, 1))
+                    now, before = (caches[(i - k) % 2].slot(layer, branch).flatten(1).float() for k in (0, 1))
                     cosine = torch.cosine_similarity(now, before, dim=1)
                     total[i - 1, layer] += float(cosine.mean()) * len(part)
     return {branch.value: (total / samples).tolist() for branch, total in totals.items()}
@@ -178,7 +194,7 @@ def gating(setting: dict[str, Any], seed: int, samples: int) -> dict[str, Any]:
 
 def fresh_cache(rows: int) -> FeatureCache:
     denoiser = as_denoiser(letters().model)
-    return FeatureCache.full(denoiser.shape, rows, torch.float32, torch.device("cpu"))
+    return FeatureCache.full(denoiser.shape, rows, torch.bfloat16, torch.device("cpu"))
 
 
 def guided_rows(labels: Tensor) -> Tensor:
@@ -187,7 +203,7 @@ def guided_rows(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def run(plan: Any, x: Tensor, modulation: StepModulation, cache: FeatureCache) -> Tensor:
-    return run_step(as_denoiser(letters().model), x, plan, modulation, cache)
+    return run_step(as_denoiser(letters().model), x.bfloat16(), plan, modulation, cache).float()
 
 
 @torch.no_grad()
@@ -230,6 +246,7 @@ def trajectories(
 
 QUESTIONS: dict[str, tuple[Callable[..., dict[str, Any]], list[dict[str, Any]]]] = {
     "equal_cost": (equal_cost, [{"sampler": sampler, "steps": steps} for sampler, steps in SCHEDULES]),
+    "precision": (precision, [{}]),
     "exposure": (exposure, [{"interval": n} for n in (1, 2, 3)]),
     "real_norm": (real_norm, [{}]),
     "similarity": (similarity, [{}]),

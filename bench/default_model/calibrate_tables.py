@@ -21,9 +21,17 @@ from ebcache_fast.presets import load_letters
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "ebcache_fast" / "assets" / "tables"
 EXPERIMENTAL = ROOT / "bench" / "results" / "tables"
-CRITERIA = {"": Algorithm1(), "-norm": Algorithm1(criterion="norm", max_run=None)}  # ours, and the paper's
+CRITERIA = {  # by what a table's name ends with: what it is called, and its choices
+    "": ("vectors compared", Algorithm1()),  # ours
+    "-norm": ("norms compared, no limit", Algorithm1(criterion="norm", max_run=None)),  # the paper's
+    "-norm-run3": ("norms compared", Algorithm1(criterion="norm")),
+    "-free": ("vectors compared, no limit", Algorithm1(max_run=None)),
+    "-flat": ("vectors compared, flat threshold", Algorithm1(k=0.0)),
+    "-falling": ("vectors compared, falling threshold", Algorithm1(a=0.2, k=-0.15)),
+}
 TARGETS = (1.5, 2.5)
 SCHEDULES = (("ddpm", 50), ("ddpm", 20), ("ddpm", 10), ("ddim", 20))
+ABLATED = ("ddpm", 20)  # the only schedule with one table a switch
 
 
 @dataclass(frozen=True)
@@ -40,19 +48,24 @@ class Wanted:
         return f"letters-{self.sampler}-{self.steps}-{self.target}x{self.criterion}"
 
     @property
+    def described(self) -> str:
+        """How it was made, in a few words."""
+        return CRITERIA[self.criterion][0]
+
+    @property
     def path(self) -> Path:
         shipped = not self.criterion and self.steps >= 20
         return (SHIPPED if shipped else EXPERIMENTAL) / f"{self.name}.json"
 
 
 def all_tables() -> list[Wanted]:
-    """Every table of the experiments, shipped ones among them; the paper's criterion for DDPM only."""
+    """Every table of the experiments, shipped ones among them; the paper's form for DDPM, all others for one."""
     return [
         Wanted(sampler, steps, target, criterion)
         for criterion in CRITERIA
         for sampler, steps in SCHEDULES
         for target in TARGETS
-        if not criterion or sampler == "ddpm"
+        if not criterion or (sampler, steps) == ABLATED or (criterion == "-norm" and sampler == "ddpm")
     ]
 
 
@@ -67,7 +80,7 @@ def make(wanted: Wanted, samples: int) -> str:
         samples=samples,
         steps=wanted.steps,
         sampler=wanted.sampler,
-        algorithm=CRITERIA[wanted.criterion],
+        algorithm=CRITERIA[wanted.criterion][1],
         target_speedup=wanted.target,
         batch_size=64,
         progress_file=progress,
