@@ -43,7 +43,6 @@ setup(
     package_dir={"ebcache_fast.kernels": "kernels"},
     package_data={
         "ebcache_fast": ["py.typed", "assets/**/*.safetensors", "assets/**/*.json", "assets/**/*.npz"],
-        "ebcache_fast.kernels": [".gitkeep"],  # keeps the folder in source archives while it has no kernel
     },
     install_requires=[
         "torch>=2.10",

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ebcache_fast import ops
 from ebcache_fast.engine.feature_cache import FeatureCache
-from ebcache_fast.engine.guidance import Guidance, Prediction
-from ebcache_fast.engine.modulation import ModulationTable, StepModulation
-from ebcache_fast.engine.step import run_step
+from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.step import StepRunner
+from ebcache_fast.engine.trajectory import Prediction, latent_dtype, split
+from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Denoiser
 from ebcache_fast.plan import StepPlan, StepType
+from ebcache_fast.reference import sampler_update
 from ebcache_fast.samplers import Sampler
 
 CANDIDATES = (StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP)  # from the safest to the cheapest
@@ -145,13 +148,12 @@ def tally_batch(
     run = torch.zeros_like(labels)  # (N,) cached steps since each sample's last full one
     x = noise[0]
     for step in range(steps):
-        modulation = search.modulation.step(step)
-        original = search.full(x, modulation)
+        original = search.full(x, step)
         choice = torch.zeros_like(labels)  # (N,) columns of CANDIDATES
         if may_cache(step, steps):
             allowed = run < (steps if algorithm.max_run is None else algorithm.max_run)
             threshold = algorithm.threshold(step, steps)
-            for column, cached in ((1, search.attention(x, modulation)), (2, search.attn_mlp(x, modulation))):
+            for column, cached in ((1, search.attention(x, step)), (2, search.attn_mlp(x, step))):
                 error = algorithm.error(original.eps, cached.eps, eps_scale)
                 choice = torch.where(allowed & (error < threshold), column, choice)
                 tally.errors[step, column] = float(error.double().sum())
@@ -159,7 +161,7 @@ def tally_batch(
         run = torch.where(choice == 0, 0, run + 1)
         tally.votes[step] = torch.bincount(choice, minlength=3).cpu().numpy()
         step_noise = noise[step + 1] if len(noise) > 1 else None
-        x = ops.sampler_update(x, original.eps * eps_scale, original.variance, step_noise, rows[step])
+        x = sampler_update(x, original.eps * eps_scale, original.variance, step_noise, rows[step])
         if on_step is not None:
             on_step(len(labels))
     return tally
@@ -171,8 +173,15 @@ class _Search:
     def __init__(self, denoiser: Denoiser, labels: Tensor, timesteps: tuple[int, ...], guidance: Guidance) -> None:
         shape, weight = denoiser.shape, denoiser.weight()
         row_labels = guidance.row_labels(denoiser, labels)
-        self.modulation = ModulationTable(denoiser, timesteps, row_labels)
-        self._denoiser, self._guidance = denoiser, guidance
+        self._runner = StepRunner(
+            denoiser,
+            ops.select(weight.device, weight.dtype),
+            ModulationTable(denoiser, timesteps, row_labels),
+            guidance.guide(denoiser, 1.0, latent_dtype(denoiser)),
+            Workspace(weight.dtype, weight.device),
+            rows=len(row_labels),
+        )
+        self._rows, self._out_channels = len(row_labels), denoiser.out_channels
         self._copies = len(row_labels) // len(labels)
         self._kept, self._fresh, self._trial = (
             FeatureCache.full(shape, len(row_labels), weight.dtype, weight.device) for _ in range(3)
@@ -180,19 +189,19 @@ class _Search:
         branches = tuple(cost.branch for cost in shape.branches)
         self._plans = {kind: StepPlan.uniform(kind, shape.depth, branches) for kind in CANDIDATES}
 
-    def full(self, x: Tensor, modulation: StepModulation) -> Prediction:
+    def full(self, x: Tensor, step: int) -> Prediction:
         """The original output; what it computes waits in ``_fresh``."""
-        return self._run(x, modulation, StepType.NO_CACHE, self._fresh)
+        return self._run(x, step, StepType.NO_CACHE, self._fresh)
 
-    def attention(self, x: Tensor, modulation: StepModulation) -> Prediction:
+    def attention(self, x: Tensor, step: int) -> Prediction:
         """The output with kept attention; what it computes waits in ``_trial``."""
-        everywhere = torch.ones(modulation.head.shape[1], dtype=torch.bool, device=x.device)
+        everywhere = torch.ones(self._rows, dtype=torch.bool, device=x.device)
         self._trial.copy_rows(self._kept, self._plans[StepType.ATTENTION].reused, everywhere)
-        return self._run(x, modulation, StepType.ATTENTION, self._trial)
+        return self._run(x, step, StepType.ATTENTION, self._trial)
 
-    def attn_mlp(self, x: Tensor, modulation: StepModulation) -> Prediction:
+    def attn_mlp(self, x: Tensor, step: int) -> Prediction:
         """The output with everything kept."""
-        return self._run(x, modulation, StepType.ATTN_MLP, self._kept)
+        return self._run(x, step, StepType.ATTN_MLP, self._kept)
 
     def keep(self, choice: Tensor) -> None:
         """Refresh each sample's cache with what its chosen step, choice (N,), computed."""
@@ -200,7 +209,7 @@ class _Search:
             rows = (choice == column).repeat(self._copies)
             self._kept.copy_rows(source, self._plans[CANDIDATES[column]].computed, rows)
 
-    def _run(self, x: Tensor, modulation: StepModulation, kind: StepType, cache: FeatureCache) -> Prediction:
-        u = x.to(self._denoiser.weight().dtype)
-        out = run_step(self._denoiser, u, self._plans[kind], modulation, cache)
-        return self._guidance.predict(out.to(x.dtype), x.shape[1], eps_scale=1.0)
+    def _run(self, x: Tensor, step: int, kind: StepType, cache: FeatureCache) -> Prediction:
+        out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
+        self._runner.predict(x, self._plans[kind], step, cache, out)
+        return split(out, len(x), x.shape[1])

@@ -110,6 +110,10 @@ def print_info() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so everything runs on the CPU"
     print(f"ebcache_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"Triton: {'installed' if found else 'not installed'}; GPU: {device}; {torch.get_num_threads()} CPU threads")
-    for operation in ops.OPERATIONS:
-        print(f"  {operation.__name__}: {ops.BACKEND}")
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in (torch.bfloat16, torch.float32):
+        reason = ops.why_torch(where, dtype)
+        print(f"operations on {where}, {dtype}" + (f" (torch, because of {reason}):" if reason else ":"))
+        for operation, runs_it in ops.select(where, dtype).implementations().items():
+            print(f"  {operation}: {runs_it}")
     print("tables: " + ", ".join(named_tables()))

@@ -136,5 +136,5 @@ def machine() -> dict[str, object]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "operations": ops.BACKEND,
+        "operations": ops.select(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32).name,
     }

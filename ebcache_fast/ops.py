@@ -1,37 +1,107 @@
-"""The only switch between torch and Triton: every fused operation is reached through this module.
+"""The only switch between torch and Triton: every fused operation is reached through an `Operations`."""
 
-Until the Triton kernels land, each operation is its torch reference.
-"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 
-from ebcache_fast.reference import (
-    gated_residual,
-    gated_residual_norm_modulate,
-    gated_sum,
-    guide,
-    head_tokens,
-    norm_modulate,
-    sampler_update,
+import torch
+from torch import Tensor
+
+from ebcache_fast import reference
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+
+OLDEST_ARCH = (8, 0)  # Ampere: what the kernels are compiled and checked for, from here on
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One implementation of every fused operation; signatures and meaning are those of `ebcache_fast.reference`.
+
+    None for one of the last two means that the model's own layers do it, through torch's libraries.
+    """
+
+    name: str
+    embed: Callable[[Tensor, Patches, Tensor], None]
+    embed_norm_modulate: Callable[[Tensor, Patches, Norm, At, Tensor, Tensor], None]
+    gated_residual: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], At], None]
+    gated_residual_norm_modulate: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Norm, At, Tensor], None]
+    gated_sum: Callable[[Tensor, Tensor, At, Tensor | None, Tensor], None]
+    head_predict: Callable[
+        [Tensor, Sequence[Tensor], Sequence[Tensor], Norm, At, Linear, Guide, Tensor],
+        None,
+    ]
+    head_update: Callable[
+        [Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], Norm, At, Linear, Guide, Update],
+        None,
+    ]
+    run_update: Callable[[Tensor, Tensor, Patches, Norm, At, Linear, Guide, Update], None]
+    linear_gelu: Callable[[Tensor, Linear, Tensor], None] | None = None
+    attention: Callable[[Tensor, int, Tensor], None] | None = None
+
+    def implementations(self) -> dict[str, str]:
+        """By operation: what runs it."""
+        named = (field.name for field in fields(self) if field.name != "name")
+        return {name: self.name if getattr(self, name) else "torch's libraries" for name in named}
+
+
+TORCH = Operations(
+    name="torch",
+    embed=reference.embed,
+    embed_norm_modulate=reference.embed_norm_modulate,
+    gated_residual=reference.gated_residual,
+    gated_residual_norm_modulate=reference.gated_residual_norm_modulate,
+    gated_sum=reference.gated_sum,
+    head_predict=reference.head_predict,
+    head_update=reference.head_update,
+    run_update=reference.run_update,
 )
 
-BACKEND = "torch"
-OPERATIONS = (
-    gated_residual,
-    gated_residual_norm_modulate,
-    gated_sum,
-    guide,
-    head_tokens,
-    norm_modulate,
-    sampler_update,
-)
 
-__all__ = [
-    "BACKEND",
-    "OPERATIONS",
-    "gated_residual",
-    "gated_residual_norm_modulate",
-    "gated_sum",
-    "guide",
-    "head_tokens",
-    "norm_modulate",
-    "sampler_update",
-]
+def triton_operations() -> Operations:
+    """The Triton kernels; matrix products and attention stay with cuBLASLt and SDPA."""
+    from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, run
+
+    return Operations(
+        name="triton",
+        embed=embed.embed,
+        embed_norm_modulate=embed.embed_norm_modulate,
+        gated_residual=gated_residual.gated_residual,
+        gated_residual_norm_modulate=gated_residual.gated_residual_norm_modulate,
+        gated_sum=gated_sum.gated_sum,
+        head_predict=head.head_predict,
+        head_update=head.head_update,
+        run_update=run.run_update,
+        linear_gelu=_addmm_gelu,
+    )
+
+
+def own_matmul_operations() -> Operations:
+    """The Triton kernels, attention and the first half of the MLP among them: not the default until measured."""
+    from ebcache_fast.kernels import attention, linear_gelu
+
+    return replace(triton_operations(), linear_gelu=linear_gelu.linear_gelu, attention=attention.attention)
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Operations:
+    """What runs a model of this dtype on this device: Triton wherever it can."""
+    return triton_operations() if why_torch(device, dtype) is None else TORCH
+
+
+def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the torch operations run there, in a few words; None where Triton's do."""
+    if device.type != "cuda":
+        return f"a {device.type} device"
+    if dtype not in TRITON_DTYPES:
+        return f"{dtype} has no kernels"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_ARCH:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _addmm_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
+    """cuBLASLt's matrix product with bias and tanh-GELU in its epilogue; on a CPU its GELU would be the exact one."""
+    torch._addmm_activation(linear.bias, u, linear.weight.t(), use_gelu=True, out=out)

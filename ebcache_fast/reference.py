@@ -1,69 +1,164 @@
 """The plain-torch truth of every fused operation: one function per kernel, with the kernel's signature.
 
-Shapes: N rows of the batch (guidance counted), T tokens, D channels, K cache slots. Modulation vectors are
-(N, D), one a row. All take and give one floating dtype; nothing here knows of models, plans or caches.
+Shapes: B samples, R batch rows (B, or 2B under guidance: the conditional ones, then the unconditional), T tokens,
+D channels, K cache slots, S steps of the trajectory. The residual stream h and all branches are (R, T, D). Latents x
+are (B, C, H, W), in float32 or float64, whatever the model's dtype. Nothing here knows of models, plans or caches.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-
-def norm_modulate(h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h (N, T, D), no affine -> (N, T, D)."""
-    normed = F.layer_norm(h, h.shape[-1:], eps=eps)
-    return torch.addcmul(shift.unsqueeze(1), normed, (1 + scale).unsqueeze(1))
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 
 
-def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor]) -> Tensor:
-    """``h + sum_k gates[k] * branches[k]``; branches (N, T, D), fresh or cached, ungated -> (N, T, D)."""
+def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
+    """Write the tokens of latents x (B, C, H, W) into h (R, T, D), the same for every row of a sample."""
+    dtype = patches.weight.dtype
+    tokens = F.conv2d(x.to(dtype), patches.weight, patches.bias, stride=patches.weight.shape[2])  # (B, D, H/p, W/p)
+    tokens = tokens.flatten(2).transpose(1, 2) + patches.positions  # (B, T, D)
+    h.view(-1, *tokens.shape).copy_(tokens.expand(len(h) // len(x), *tokens.shape))
+
+
+def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
+    """`embed` into h, and the first branch's modulated input into u, both (R, T, D)."""
+    embed(x, patches, h)
+    u.copy_(norm_modulate(h, norm, at))
+
+
+def norm_modulate(h: Tensor, norm: Norm, at: At) -> Tensor:
+    """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h -> (R, T, D)."""
+    normed = F.layer_norm(h, h.shape[-1:], eps=norm.eps)
+    return torch.addcmul(_rows(norm.shift, at), normed, 1 + _rows(norm.scale, at))
+
+
+def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
+    """``h += sum_k gates[k] * branches[k]`` in place; branches (R, T, D) fresh or cached, ungated; gates (S, U, D)."""
     for branch, gate in zip(branches, gates, strict=True):
-        h = torch.addcmul(h, gate.unsqueeze(1), branch)
-    return h
+        h.addcmul_(_rows(gate, at), branch)
 
 
 def gated_residual_norm_modulate(
-    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The residual stream after ``branches``, and the next branch's modulated input: (h, u), both (N, T, D).
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: At, u: Tensor
+) -> None:
+    """`gated_residual` on h, and the next branch's modulated input into u.
 
     With a cached attention output among ``branches`` this is the cached-attention substitution.
     """
-    h = gated_residual(h, branches, gates)
-    return h, norm_modulate(h, shift, scale, eps)
+    gated_residual(h, branches, gates, at)
+    u.copy_(norm_modulate(h, norm, at))
 
 
-def gated_sum(h: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
-    """``h + sum_k gates[k] * slots[k]``: all layers of an ATTN_MLP step at once.
+def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:
+    """``sums[j] = base + sum_k gates[step + j, k] * slots[k]``: all layers of ATTN_MLP steps at once.
 
-    h (N, T, D), slots (K, N, T, D), gates (K, N, D) -> (N, T, D). No branch runs in such a step, so that no
-    layer waits for another.
+    slots (K, R, T, D), gates (S, K, U, D), base (R, T, D) or None for 0, sums (n, R, T, D) for n coming steps. No
+    branch runs in such a step, so that no layer waits for another, and the sums do not depend on x.
     """
-    total = h.clone()
-    for slot, gate in zip(slots, gates, strict=True):
-        total.addcmul_(gate.unsqueeze(1), slot)
-    return total
+    for j, total in enumerate(sums):
+        here = At(at.step + j, at.row_of)
+        if base is None:
+            total.zero_()
+        else:
+            total.copy_(base)
+        for k, slot in enumerate(slots):
+            total.addcmul_(_rows(gates[:, k], here), slot)
 
 
-def head_tokens(h: Tensor, shift: Tensor, scale: Tensor, linear: nn.Module, eps: float) -> Tensor:
-    """Modulated LayerNorm and the last linear map, D to P; h (N, T, D) -> (N, T, P)."""
-    return cast(Tensor, linear(norm_modulate(h, shift, scale, eps)))
+def head(
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: At, linear: Linear, out: Tensor
+) -> None:
+    """The model's raw output: the last residuals, modulated LayerNorm, linear map, unpatchify; out (R, Cout, H, W).
 
-
-def guide(eps_cond: Tensor, eps_uncond: Tensor, scale: float | Tensor, channels: int) -> Tensor:
-    """``eps_uncond + scale * (eps_cond - eps_uncond)`` on the first ``channels`` channels, else eps_cond.
-
-    eps_cond, eps_uncond (N, C, H, W) -> the same shape. Source: Ho and Salimans, arXiv 2207.12598, eq. 6,
-    with scale = 1 + w; a tensor of it stays on its device.
+    A token's features are its patch row by row, channels last. h stays as it is.
     """
-    uncond = eps_uncond[:, :channels]  # (N, channels, H, W)
-    guided: Tensor = uncond + scale * (eps_cond[:, :channels] - uncond)
-    return torch.cat((guided, eps_cond[:, channels:]), dim=1)
+    h = h.clone()
+    gated_residual(h, branches, gates, at)
+    tokens = F.linear(norm_modulate(h, norm, at), linear.weight, linear.bias)  # (R, T, p * p * Cout)
+    unpatchify(tokens, out)
+
+
+def unpatchify(tokens: Tensor, out: Tensor) -> None:
+    """Tokens (R, T, p * p * Cout), each its patch row by row, channels last -> out (R, Cout, H, W)."""
+    rows, channels, height, width = out.shape
+    patch = int((tokens.shape[2] // channels) ** 0.5)
+    grid = tokens.view(rows, height // patch, width // patch, patch, patch, channels)
+    out.view(rows, channels, height // patch, patch, width // patch, patch).copy_(grid.permute(0, 5, 1, 3, 2, 4))
+
+
+def head_predict(
+    h: Tensor,
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    norm: Norm,
+    at: At,
+    linear: Linear,
+    guide: Guide,
+    out: Tensor,
+) -> None:
+    """`head`, then guidance and eps scaling; out (R, Cout, H, W) in the dtype of latents.
+
+    Under guidance the guided eps channels of both halves are alike, all others stay each row's own. b multiplies
+    every eps channel and no variance channel.
+    """
+    raw = torch.empty_like(out, dtype=h.dtype)
+    head(h, branches, gates, norm, at, linear, raw)
+    out.copy_(raw)
+    guide_and_scale(out, guide)
+
+
+def guide_and_scale(out: Tensor, guide: Guide) -> None:
+    """Guidance, then eps scaling, of a raw output (R, Cout, H, W) in place; see `head_predict`."""
+    cfg_scale, eps_scale = guide.settings
+    if guide.copies == 2:
+        cond, uncond = out[:, : guide.channels].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        cond.copy_(guided)
+        uncond.copy_(guided)
+    out[:, : guide.eps_channels] *= eps_scale
+
+
+def head_update(
+    x: Tensor,
+    h: Tensor,
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    norm: Norm,
+    at: At,
+    linear: Linear,
+    guide: Guide,
+    update: Update,
+) -> None:
+    """`head_predict`, then the sampler's step on x (B, C, H, W) in place: the end of a step of our own loop."""
+    patch_elements = x[0].numel() // h.shape[1]  # C * p * p
+    out = x.new_empty(len(h), x.shape[1] * len(linear.weight) // patch_elements, *x.shape[2:])
+    head_predict(h, branches, gates, norm, at, linear, guide, out)
+    step_on(x, out, guide, at, update)
+
+
+def step_on(x: Tensor, out: Tensor, guide: Guide, at: At, update: Update) -> None:
+    """The sampler's step on x (B, C, H, W) in place, from a guided and scaled output (R, Cout, H, W)."""
+    eps, variance = out[: len(x), : guide.eps_channels], out[: len(x), guide.eps_channels :]
+    noise = None if update.noise is None else update.noise[at.step][0]
+    x.copy_(sampler_update(x, eps, variance if variance.shape[1] else None, noise, update.rows[at.step][0]))
+
+
+def run_update(
+    x: Tensor, sums: Tensor, patches: Patches, norm: Norm, at: At, linear: Linear, guide: Guide, update: Update
+) -> None:
+    """A whole run of n ATTN_MLP steps on x (B, C, H, W) in place, from their gated sums (n, R, T, D).
+
+    Each step is embed, its sum, head, guidance, eps scaling and the sampler's step; none mixes tokens.
+    """
+    h = torch.empty_like(sums[0])
+    for j, total in enumerate(sums):
+        embed(x, patches, h)
+        h += total
+        head_update(x, h, (), (), norm, At(at.step + j, at.row_of), linear, guide, update)
 
 
 def sampler_update(
@@ -71,7 +166,7 @@ def sampler_update(
 ) -> Tensor:
     """One sampler step: x' = cx*x + ce*eps + (noise_on*exp(log_var/2) + sigma) * noise.
 
-    x, eps, variance, noise: (N, C, H, W). Computed in x's dtype, float32 or float64; returns new memory.
+    x, eps, variance, noise: (B, C, H, W). Computed in x's dtype, float32 or float64; returns new memory.
     eps: the noise prediction after guidance and after multiplication by eps_scale.
     variance: the model's raw variance output v; log_var goes from min_log at v = -1 to max_log at v = 1, and
     on beyond (IDDPM, arXiv 2102.09672, equation 15). None, for a model without one, means v = -1.
@@ -86,3 +181,23 @@ def sampler_update(
     log_var = fraction * (max_log - min_log) + min_log
     deviation: Tensor = torch.exp(log_var * 0.5) * noise_on + sigma
     return mean + deviation * noise.to(x.dtype)
+
+
+def linear_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
+    """``gelu_tanh(u @ weight.T + bias)``: u (M, D) -> out (M, F), the first half of the MLP.
+
+    Source: Hendrycks and Gimpel, arXiv 1606.08415, the tanh approximation that the original DiT uses.
+    """
+    out.copy_(F.gelu(F.linear(u, linear.weight, linear.bias), approximate="tanh"))
+
+
+def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
+    """Self-attention from packed projections qkv (R, T, 3 * D), as (3, heads, D / heads) -> out (R, T, D)."""
+    rows, tokens, width = out.shape
+    q, k, v = qkv.view(rows, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, heads, T, D / heads)
+    out.view(rows, tokens, heads, -1).copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
+def _rows(vectors: Tensor, at: At) -> Tensor:
+    """The vectors (S, U, D) that the batch rows take -> (R, 1, D)."""
+    return vectors[at.step, at.row_of].unsqueeze(1)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast import ops
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
 from ebcache_fast.engine.trajectory import Trajectory, latent_dtype
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import Denoiser, as_denoiser
 from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
+from ebcache_fast.operands import Update
 from ebcache_fast.plan import Plan
 from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajectory_noise
 
@@ -160,11 +160,13 @@ def _sample_batch(
     drawn = stepper.steps if stepper.draws_noise else 0
     noise = trajectory_noise(seed, indices, drawn, denoiser.latent_shape, dtype).to(y.device)
     rows = torch.as_tensor(stepper.rows.copy(), dtype=dtype, device=y.device)
+    update = Update(rows, noise[1:] if drawn else None)
     x = noise[0]  # (N, C, H, W)
     trajectory = Trajectory(denoiser, plan, y, guidance)
-    for i in range(len(plan)):
-        eps, variance = trajectory.predict(i, x)
-        x = ops.sampler_update(x, eps, variance, noise[i + 1] if drawn else None, rows[i])
-        if on_step is not None:
-            on_step(len(y))
+    done = 0
+    while done < len(plan):
+        for _ in range(trajectory.advance(done, x, update)):
+            done += 1
+            if on_step is not None:
+                on_step(len(y))
     return x

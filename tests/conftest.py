@@ -1,11 +1,17 @@
 """What every test runs under: one thread, reproducible examples, unwritten memory that shows."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import wraps
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
+
 from hypothesis import settings
+from interpreter import repair_bfloat16
 from torch import Tensor
 
 torch.set_num_threads(1)
@@ -31,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def honest_interpreter() -> Iterator[None]:
+    """Triton's interpreter with bfloat16 as it should be; see `interpreter`."""
+    with pytest.MonkeyPatch.context() as patch:
+        repair_bfloat16(patch)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

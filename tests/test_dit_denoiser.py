@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ebcache_fast import reference
 from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.dit import DIT_MODELS, DiT, timestep_embedding
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
+from ebcache_fast.ops import TORCH
 from ebcache_fast.plan import Branch
 
 CLASSES, WIDTH, HEADS, SIDE = 5, 16, 4, 6
@@ -153,12 +154,17 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     for layer in range(denoiser.shape.depth):
         for b, branch in enumerate((Branch.SELF_ATTN, Branch.MLP)):
             shift, scale, gate = layers[:, layer, b].unbind(1)
-            u = reference.norm_modulate(h, shift, scale, denoiser.norm_eps(layer, branch))
+            u = normed(h, shift, scale, denoiser.norm_eps(layer, branch))
             out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
-            denoiser.run_branch(layer, branch, u, out)
+            denoiser.run_branch(layer, branch, u, out, TORCH, Workspace(h.dtype, h.device))
             h = h + gate.unsqueeze(1) * out
     shift, scale = modulation.head[rows, :, rows].unbind(1)
-    return denoiser.head(h, shift, scale)
+    return denoiser.head(normed(h, shift, scale, denoiser.head_eps))
+
+
+def normed(h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """A modulated LayerNorm of h (N, T, D) by vectors (N, D)."""
+    return F.layer_norm(h, h.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +229,7 @@ def test_a_branch_writes_into_the_memory_it_is_given(branch: Branch, strides: tu
     u = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     out = torch.empty(2 * 9 * WIDTH, dtype=torch.float64).as_strided(u.shape, strides)
     with torch.no_grad():
-        DiTDenoiser(model).run_branch(1, branch, u, out)
+        DiTDenoiser(model).run_branch(1, branch, u, out, TORCH, Workspace(u.dtype, u.device))
         expected = block.attn(u) if branch is Branch.SELF_ATTN else block.mlp(u)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
@@ -249,7 +255,7 @@ def test_autocast() -> None:
     for branch, module in ((Branch.SELF_ATTN, model.blocks[0].attn), (Branch.MLP, model.blocks[0].mlp)):
         out = torch.empty_like(u)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            DiTDenoiser(model).run_branch(0, branch, u, out)
+            DiTDenoiser(model).run_branch(0, branch, u, out, TORCH, Workspace(u.dtype, u.device))
             assert torch.equal(out, module(u).float())
 
 

@@ -11,9 +11,9 @@ from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error
 from torch import Tensor
 
 from ebcache_fast.engine.feature_cache import FeatureCache
-from ebcache_fast.engine.guidance import Guidance, Prediction
+from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
-from ebcache_fast.engine.trajectory import Trajectory, latent_dtype
+from ebcache_fast.engine.trajectory import Prediction, Trajectory, latent_dtype
 from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.plan import Action, Branch, Plan, Slot, StepPlan, StepType
@@ -154,14 +154,19 @@ def test_rows_are_copied_where_asked_and_nowhere_else() -> None:
 def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
     table = ModulationTable(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor([4, 1, 4, CLASSES]))
     for i, t in enumerate(TIMESTEPS):
-        step = table.step(i)
+        at = table.at(i)
         for row, label in enumerate([4, 1, 4, CLASSES]):
             c = MODEL.t_embedder(torch.tensor([t])) + MODEL.y_embedder(torch.tensor([label]))
-            one = step.rows(slice(row, row + 1))
+            here = int(at.step), int(at.row_of[row])
             for layer, block in enumerate(MODEL.blocks):
-                assert relative_error(one.layers[layer].flatten(), block.adaLN_modulation(c)[0]) <= 1e-12
-            head = MODEL.final_layer.adaLN_modulation(c)[0]
-            assert relative_error(one.head.flatten(), head) <= 1e-12
+                norms = [table.norm(layer, b, 0.0) for b in (0, 1)]
+                vectors = [v for b in (0, 1) for v in (norms[b].shift, norms[b].scale, table.gate(layer, b))]
+                ours = torch.cat([vector[here] for vector in vectors])
+                assert relative_error(ours, block.adaLN_modulation(c)[0]) <= 1e-12
+                assert torch.equal(table.gates()[here[0], 2 * layer + 1, here[1]], vectors[5][here])
+            head = table.head_norm(0.0)
+            ours = torch.cat([head.shift[here], head.scale[here]])
+            assert relative_error(ours, MODEL.final_layer.adaLN_modulation(c)[0]) <= 1e-12
 
 
 @torch.no_grad()
@@ -190,16 +195,11 @@ def test_guidance_of_no_sense_is_refused(scale: float) -> None:
         Guidance(scale)
 
 
-def test_prediction_scales_eps_once_and_never_the_variance() -> None:
-    cond, uncond = (torch.full((1, 8, 2, 2), value) for value in (3.0, 1.0))
-    eps, variance = Guidance(2.0, 3).predict(torch.cat([cond, uncond]), 4, eps_scale=0.5)
-    assert eps[0, :, 0, 0].tolist() == [2.5, 2.5, 2.5, 1.5]  # 1 + 2 * (3 - 1), halved; the fourth unguided
-    assert variance is not None
-    assert variance[0, :, 0, 0].tolist() == [3.0] * 4
-
-
-def test_prediction_without_learned_variance_has_none() -> None:
-    assert Guidance(1.0).predict(torch.ones(2, 4, 2, 2), 4, eps_scale=1.0).variance is None
+def test_guidance_as_operands() -> None:
+    guide = Guidance(2.5, 7).guide(DiTDenoiser(MODEL), 0.5, torch.float64)
+    assert guide.settings.tolist() == [2.5, 0.5]
+    assert (guide.channels, guide.eps_channels, guide.copies) == (4, 4, 2)  # no more than there are
+    assert Guidance(1.0).guide(DiTDenoiser(MODEL), 1.0, torch.float64).copies == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

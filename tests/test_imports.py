@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("table_file",),
     ("cache_table",),
     ("table_importers",),
+    ("operands",),
     ("reference", "kernels"),
     ("ops",),
     ("models", "samplers", "policies"),
@@ -45,7 +46,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # Units that see less than their level allows: of this package ...
 ONLY_UNITS = {
-    "kernels": set[str](),
+    "kernels": {"errors", "operands"},
     "policies": {"plan", "cache_table", "errors"},
 }
 # ... and of others (the standard library is always allowed).

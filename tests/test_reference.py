@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebcache_fast import reference
+from ebcache_fast.operands import At, Norm
 
 EPS = 1e-6
 SHAPES = [(1, 1, 4), (3, 7, 12), (17, 5, 20), (33, 3, 8)]  # (N, T, D)
@@ -43,76 +44,60 @@ def assert_close(ours: Tensor, theirs: np.ndarray) -> None:
     torch.testing.assert_close(ours, torch.from_numpy(theirs), **CLOSE)
 
 
-def test_norm_modulate(rows: int, tokens: int, width: int) -> None:
-    h, shift, scale = draw((rows, tokens, width), (rows, width), (rows, width))
-    h = h * 3 + 2  # a mean and a variance of its own
-    expected = numpy_norm_modulate(h.numpy(), shift.numpy(), scale.numpy())
-    assert_close(reference.norm_modulate(h, shift, scale, EPS), expected)
+def table(rows: int, width: int, count: int, seed: int = 1) -> tuple[list[Tensor], At, list[np.ndarray]]:
+    """Modulation tables of two steps and three conditions, where step 1 reads, and what each row gets of them."""
+    tables = draw(*[(2, 3, width)] * count, seed=seed)
+    row_of = (torch.arange(rows, dtype=torch.int32) * 2) % 3
+    return tables, At(torch.tensor([1], dtype=torch.int32), row_of), [t.numpy()[1, row_of.numpy()] for t in tables]
 
 
-def test_norm_modulate_keeps_to_its_epsilon(rows: int, tokens: int, width: int) -> None:
-    # At a variance near epsilon a wrong epsilon shows.
-    h, shift, scale = draw((rows, tokens, width), (rows, width), (rows, width))
-    h = h * 1e-3
-    expected = numpy_norm_modulate(h.numpy(), shift.numpy(), scale.numpy())
-    assert_close(reference.norm_modulate(h, shift, scale, EPS), expected)
+@pytest.mark.parametrize("size", [3.0, 1e-3], ids=["plain", "near epsilon"])
+def test_norm_modulate(size: float, rows: int, tokens: int, width: int) -> None:
+    h = draw((rows, tokens, width))[0] * size + 2 * size  # a mean and a variance of its own
+    vectors, at, (shift, scale) = table(rows, width, 2)
+    expected = numpy_norm_modulate(h.numpy(), shift, scale)
+    assert_close(reference.norm_modulate(h, Norm(*vectors, EPS), at), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_gated_residual(count: int, rows: int, tokens: int, width: int) -> None:
     h, *branches = draw(*[(rows, tokens, width)] * (count + 1))
-    gates = draw(*[(rows, width)] * count, seed=1)
-    kept = [tensor.clone() for tensor in (h, *branches)]
-    expected = numpy_gated_sum(h.numpy(), [b.numpy() for b in branches], [g.numpy() for g in gates])
-    assert_close(reference.gated_residual(h, branches, gates), expected)
-    assert all(map(torch.equal, (h, *branches), kept))  # a cached branch must survive its use
+    gates, at, chosen = table(rows, width, count)
+    kept = [branch.clone() for branch in branches]
+    expected = numpy_gated_sum(h.numpy(), [b.numpy() for b in branches], chosen)
+    reference.gated_residual(h, branches, gates, at)
+    assert_close(h, expected)
+    assert all(map(torch.equal, branches, kept))  # a cached branch must survive its use
 
 
 def test_a_branch_without_a_gate_is_an_error(rows: int, tokens: int, width: int) -> None:
     h, branch = draw(*[(rows, tokens, width)] * 2)
     with pytest.raises(ValueError, match="zip"):
-        reference.gated_residual(h, [branch], [])
+        reference.gated_residual(h, [branch], [], table(rows, width, 0)[1])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_gated_residual_norm_modulate(count: int, rows: int, tokens: int, width: int) -> None:
     h, *branches = draw(*[(rows, tokens, width)] * (count + 1))
-    shift, scale, *gates = draw(*[(rows, width)] * (count + 2), seed=1)
-    new_h, u = reference.gated_residual_norm_modulate(h, branches, gates, shift, scale, EPS)
-    expected = numpy_gated_sum(h.numpy(), [b.numpy() for b in branches], [g.numpy() for g in gates])
-    assert_close(new_h, expected)
-    assert_close(u, numpy_norm_modulate(expected, shift.numpy(), scale.numpy()))
+    (shift, scale, *gates), at, (chosen_shift, chosen_scale, *chosen) = table(rows, width, count + 2)
+    expected = numpy_gated_sum(h.numpy(), [b.numpy() for b in branches], chosen)
+    u = torch.empty_like(h)
+    reference.gated_residual_norm_modulate(h, branches, gates, Norm(shift, scale, EPS), at, u)
+    assert_close(h, expected)
+    assert_close(u, numpy_norm_modulate(expected, chosen_shift, chosen_scale))
 
 
-@pytest.mark.parametrize("count", [0, 1, 4])
-def test_gated_sum(count: int, rows: int, tokens: int, width: int) -> None:
-    h, slots, gates = draw((rows, tokens, width), (count, rows, tokens, width), (count, rows, width))
-    kept = h.clone(), slots.clone()
-    expected = numpy_gated_sum(h.numpy(), list(slots.numpy()), list(gates.numpy()))
-    assert_close(reference.gated_sum(h, slots, gates), expected)
-    assert torch.equal(h, kept[0])
-    assert torch.equal(slots, kept[1])
-
-
-def test_head_tokens(rows: int, tokens: int, width: int) -> None:
-    h, shift, scale = draw((rows, tokens, width), (rows, width), (rows, width))
-    linear = nn.Linear(width, 3, dtype=torch.float64)
-    modulated = numpy_norm_modulate(h.numpy(), shift.numpy(), scale.numpy())
-    weight, bias = linear.weight.detach().numpy(), linear.bias.detach().numpy()
-    with torch.no_grad():
-        assert_close(reference.head_tokens(h, shift, scale, linear, EPS), modulated @ weight.T + bias)
-
-
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("channels", [1, 2, 3])
-def test_guide(channels: int, as_tensor: bool, rows: int, tokens: int, width: int) -> None:
-    cond, uncond = draw(*[(rows, 3, tokens, width)] * 2)
-    scale = 1.7
-    expected = cond.numpy().copy()
-    for c in range(channels):
-        expected[:, c] = uncond.numpy()[:, c] + scale * (cond.numpy()[:, c] - uncond.numpy()[:, c])
-    given = torch.tensor(scale, dtype=torch.float64) if as_tensor else scale
-    assert_close(reference.guide(cond, uncond, given, channels), expected)
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_gated_sum(count: int, with_base: bool, rows: int, tokens: int, width: int) -> None:
+    base, slots, gates = draw((rows, tokens, width), (count, rows, tokens, width), (4, count, 3, width))
+    at = table(rows, width, 0)[1]
+    sums = torch.empty(3, rows, tokens, width, dtype=torch.float64)
+    reference.gated_sum(slots, gates, at, base if with_base else None, sums)
+    start = base.numpy() if with_base else np.zeros(base.shape)
+    for j, ours in enumerate(sums):
+        chosen = gates.numpy()[1 + j][:, at.row_of.numpy()]
+        assert_close(ours, numpy_gated_sum(start, list(slots.numpy()), list(chosen)))
 
 
 ROW = {"cx": 1.1, "ce": -0.3, "min_log": -7.0, "max_log": -2.0, "noise_on": 1.0, "sigma": 0.0}

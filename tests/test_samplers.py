@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.noise_schedule import NoiseSchedule, ddim_timesteps, respaced_timesteps
-from ebcache_fast.reference import guide, sampler_update
+from ebcache_fast.operands import Guide
+from ebcache_fast.reference import guide_and_scale, sampler_update
 from ebcache_fast.samplers import (
     SAMPLERS,
     Sampler,
@@ -296,11 +297,12 @@ def test_bad_samplers() -> None:
 def test_guidance_changes_only_the_first_channels(channels: int) -> None:
     generator = torch.Generator().manual_seed(1)
     cond, uncond = (torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    guided = guide(cond, uncond, 1.5, channels)
+    out = torch.cat([cond, uncond])
+    guide_and_scale(out, Guide(torch.tensor([1.5, 0.5], dtype=torch.float64), channels, cond.shape[1], 2))
     expected = 1.5 * cond[:, :channels] - 0.5 * uncond[:, :channels]
-    torch.testing.assert_close(guided[:, :channels], expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(guided[:, channels:], cond[:, channels:])
-    assert torch.equal(guide(cond, uncond, torch.tensor(1.5), channels), guided)
+    for half, own in zip(out.chunk(2), (cond, uncond), strict=True):
+        torch.testing.assert_close(half[:, :channels], 0.5 * expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(half[:, channels:], 0.5 * own[:, channels:])
 
 
 # ---------------------------------------------------------------------------------------------------- noise

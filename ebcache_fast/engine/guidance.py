@@ -1,23 +1,15 @@
-"""From the model's raw output to scaled eps: classifier-free guidance, then eps scaling, exactly once."""
+"""Classifier-free guidance: which rows a batch needs for it, and what the last operation of a step is told."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebcache_fast import ops
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Denoiser
+from ebcache_fast.operands import Guide
 
 GUIDED_CHANNELS = 3  # the original DiT guides the first three eps channels
-
-
-class Prediction(NamedTuple):
-    """What a sampler needs of a step, both (N, C, H, W); ``variance`` is None where a model learned none."""
-
-    eps: Tensor
-    variance: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -52,11 +44,8 @@ class Guidance:
             raise InputError(f"cfg_scale={self.scale} needs a null label, which this model has not; use cfg_scale=1")
         return torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
 
-    def predict(self, out: Tensor, channels: int, eps_scale: float) -> Prediction:
-        """Model output (rows, C or 2C, H, W) -> guided eps times ``eps_scale``, the conditional variance."""
-        cond, uncond = out.chunk(2) if self.active else (out, None)
-        eps = cond[:, :channels]
-        if uncond is not None:
-            eps = ops.guide(eps, uncond[:, :channels], self.scale, min(self.channels, channels))
-        variance = cond[:, channels:] if out.shape[1] > channels else None
-        return Prediction(eps * eps_scale, variance)
+    def guide(self, denoiser: Denoiser, eps_scale: float, dtype: torch.dtype) -> Guide:
+        """Guidance with eps scaling as operands for ``denoiser``; ``dtype`` is that of the latents."""
+        channels = denoiser.latent_shape[0]
+        settings = torch.tensor([self.scale, eps_scale], dtype=dtype, device=denoiser.weight().device)
+        return Guide(settings, min(self.channels, channels), channels, copies=2 if self.active else 1)

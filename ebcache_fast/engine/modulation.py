@@ -1,22 +1,10 @@
 """The modulation of a whole trajectory, computed before it starts from the live parameters."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ebcache_fast.models.denoiser import Denoiser
-
-
-class StepModulation(NamedTuple):
-    """One step's vectors, a row of the batch each."""
-
-    layers: Tensor  # (L, branches, 3, N, D): shift and scale before the branch, gate after it
-    head: Tensor  # (2, N, D): shift, scale
-
-    def rows(self, rows: slice) -> "StepModulation":
-        """The same for some rows of the batch."""
-        return StepModulation(self.layers[..., rows, :], self.head[:, rows])
+from ebcache_fast.operands import At, Norm
 
 
 class ModulationTable:
@@ -27,17 +15,33 @@ class ModulationTable:
     """
 
     def __init__(self, denoiser: Denoiser, timesteps: tuple[int, ...], labels: Tensor) -> None:
-        distinct, self._row_of = torch.unique(labels, return_inverse=True)
+        distinct, row_of = torch.unique(labels, return_inverse=True)
         t = torch.tensor(timesteps, device=labels.device)
-        self._layers, self._head = denoiser.modulation(t, distinct)
+        self.layers, self.head = denoiser.modulation(t, distinct)  # (S, L, branches, 3, U, D), (S, 2, U, D)
+        self._row_of = row_of.int()
+        self._steps = torch.arange(len(timesteps), dtype=torch.int32, device=labels.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return self._layers.nbytes + self._head.nbytes
+        return self.layers.nbytes + self.head.nbytes
 
-    def step(self, i: int) -> StepModulation:
-        """The vectors of executed step ``i``, one for each row of the batch."""
-        return StepModulation(
-            self._layers[i].index_select(3, self._row_of), self._head[i].index_select(1, self._row_of)
-        )
+    def at(self, i: int) -> At:
+        """Where executed step ``i`` reads."""
+        return At(self._steps[i : i + 1], self._row_of)
+
+    def norm(self, layer: int, branch: int, eps: float) -> Norm:
+        """The LayerNorm before a branch, counted within its layer."""
+        return Norm(self.layers[:, layer, branch, 0], self.layers[:, layer, branch, 1], eps)
+
+    def head_norm(self, eps: float) -> Norm:
+        """The LayerNorm before the last linear map."""
+        return Norm(self.head[:, 0], self.head[:, 1], eps)
+
+    def gate(self, layer: int, branch: int) -> Tensor:
+        """The gate of a branch's output, (S, U, D)."""
+        return self.layers[:, layer, branch, 2]
+
+    def gates(self) -> Tensor:
+        """The gates of all slots in the order of execution, (S, K, U, D)."""
+        return self.layers[:, :, :, 2].flatten(1, 2)

@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ebcache_fast.operands import Linear, Patches
+from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, ModelShape
 
 
@@ -15,6 +17,14 @@ class Modulation(NamedTuple):
 
     layers: Tensor  # (S, L, branches, 3, U, D)
     head: Tensor  # (S, 2, U, D): shift, scale
+
+
+class Scratch(Protocol):
+    """Working memory: the same buffer for the same name and shape, in the model's dtype."""
+
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """A buffer of this shape; what it holds means nothing between two branches."""
+        ...
 
 
 class Denoiser(Protocol):
@@ -52,18 +62,43 @@ class Denoiser(Protocol):
         """Timesteps t (S,) and labels y (U,) int64 -> the modulation of every pair."""
         ...
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C of eps, and as many of the variance interpolation if the model learned it."""
+        ...
+
+    @property
+    def has_plain_ends(self) -> bool:
+        """Whether embedding and head are bare layers, so that their weights say all; else their modules must run."""
+        ...
+
+    def patches(self) -> Patches:
+        """The embedding's weights; only of plain ends."""
+        ...
+
+    def head_linear(self) -> Linear:
+        """The last linear map's weights; only of plain ends."""
+        ...
+
+    @property
+    def head_eps(self) -> float:
+        """The epsilon of the last LayerNorm."""
+        ...
+
     def embed(self, x: Tensor) -> Tensor:
-        """Latents (N, C, H, W) -> tokens (N, T, D)."""
+        """Latents (N, C, H, W) -> tokens (N, T, D), through the model's own layers."""
+        ...
+
+    def head(self, u: Tensor) -> Tensor:
+        """The head's modulated input (N, T, D) -> (N, C or 2C, H, W), through the model's own layers."""
         ...
 
     def norm_eps(self, layer: int, branch: Branch) -> float:
         """The epsilon of the LayerNorm before a branch."""
         ...
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor) -> None:
+    def run_branch(
+        self, layer: int, branch: Branch, u: Tensor, out: Tensor, operations: Operations, scratch: Scratch
+    ) -> None:
         """Write a branch's ungated output for its modulated input u (N, T, D) into ``out``, of the same shape."""
-        ...
-
-    def head(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Tokens (N, T, D) -> (N, C or 2C, H, W): eps, and the variance interpolation if the model learned it."""
         ...

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebcache_fast import ops
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Modulation
+from ebcache_fast.models.denoiser import Modulation, Scratch
 from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
+from ebcache_fast.operands import Linear, Patches
+from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, BranchShape, ModelShape
 
 _NORMS = ("blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final")
@@ -86,7 +87,7 @@ class DiTDenoiser:
                 ("tokens", tokens),
                 ("patch_size", self._patch_size),
                 ("in_channels", self.latent_shape[0]),
-                ("out_channels", self._out_channels),
+                ("out_channels", self.out_channels),
                 ("num_classes", self.num_classes),
             ),
         )
@@ -130,17 +131,44 @@ class DiTDenoiser:
         block = self._blocks[layer]
         return cast(float, (block.norm1 if branch is Branch.SELF_ATTN else block.norm2).eps)
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor) -> None:
+    def run_branch(
+        self, layer: int, branch: Branch, u: Tensor, out: Tensor, operations: Operations, scratch: Scratch
+    ) -> None:
         block = self._blocks[layer]
         if branch is Branch.SELF_ATTN:
-            _linear_into(block.attn.proj, _attend(block.attn, u), out)
+            _linear_into(block.attn.proj, _attend(block.attn, u, operations, scratch), out)
         else:
-            _linear_into(block.mlp.fc2, block.mlp.act(block.mlp.fc1(u)), out)
+            _linear_into(block.mlp.fc2, _widen(block.mlp, u, operations, scratch), out)
 
-    def head(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        final = self._model.final_layer
-        tokens = ops.head_tokens(h, shift, scale, final.linear, final.norm_final.eps)
-        return unpatchify(tokens, self._patch_size, self._out_channels)
+    @property
+    def has_plain_ends(self) -> bool:
+        embedder, final = self._model.x_embedder, self._model.final_layer
+        dtypes = {
+            self.weight().dtype,
+            embedder.proj.weight.dtype,
+            self._model.pos_embed.dtype,
+            final.linear.weight.dtype,
+        }
+        return len(dtypes) == 1 and _is_plain(final.linear) and _is_plain_patching(embedder)
+
+    def patches(self) -> Patches:
+        proj = self._model.x_embedder.proj
+        return Patches(proj.weight, proj.bias, self._model.pos_embed[0])
+
+    def head_linear(self) -> Linear:
+        linear = self._model.final_layer.linear
+        return Linear(linear.weight, linear.bias)
+
+    @property
+    def head_eps(self) -> float:
+        return cast(float, self._model.final_layer.norm_final.eps)
+
+    def head(self, u: Tensor) -> Tensor:
+        return unpatchify(self._model.final_layer.linear(u), self._patch_size, self.out_channels)
+
+    @property
+    def out_channels(self) -> int:
+        return cast(int, self._model.final_layer.linear.out_features // self._patch_size**2)
 
     @property
     def _labels(self) -> int:
@@ -149,10 +177,6 @@ class DiTDenoiser:
     @property
     def _patch_size(self) -> int:
         return cast(int, self._model.x_embedder.proj.kernel_size[0])
-
-    @property
-    def _out_channels(self) -> int:
-        return cast(int, self._model.final_layer.linear.out_features // self._patch_size**2)
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -163,14 +187,30 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def _attend(attention: Any, u: Tensor) -> Tensor:
+def _attend(attention: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
     """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
     n, tokens, width = u.shape
     heads = attention.num_heads
-    q, k, v = attention.qkv(u).view(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    if hasattr(attention, "q_norm"):  # timm's: identities in the original
+    qkv = attention.qkv(u)  # (N, T, 3 * D)
+    has_norms = hasattr(attention, "q_norm")  # timm's: identities in the original
+    if operations.attention is not None and not has_norms:
+        out = scratch.buffer("attention", n, tokens, width)
+        operations.attention(qkv, heads, out)
+        return out
+    q, k, v = qkv.view(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    if has_norms:
         q, k = attention.q_norm(q), attention.k_norm(k)  # (N, heads, T, D / heads), as v
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+
+
+def _widen(mlp: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
+    """The MLP up to its last linear layer, (N, T, D) -> (N, T, F)."""
+    is_tanh_gelu = type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh" and not _is_watched(mlp.act)
+    if operations.linear_gelu is None or not (is_tanh_gelu and _is_plain(mlp.fc1) and u.dtype == mlp.fc1.weight.dtype):
+        return cast(Tensor, mlp.act(mlp.fc1(u)))
+    out = scratch.buffer("mlp", *u.shape[:2], mlp.fc1.out_features)
+    operations.linear_gelu(u.flatten(0, 1), Linear(mlp.fc1.weight, mlp.fc1.bias), out.flatten(0, 1))
+    return out
 
 
 def _linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
@@ -184,6 +224,23 @@ def _linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
 
 def _is_plain(linear: Any) -> bool:
     """Whether the layer is its dense weight and bias alone: no adapter, parametrization or hook."""
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
+    return type(linear) is nn.Linear and _is_bare(linear)
+
+
+def _is_plain_patching(embedder: Any) -> bool:
+    """Whether the embedder is one bare convolution of patches side by side, and nothing after it."""
+    proj = embedder.proj
+    if _is_watched(embedder) or type(proj) is not nn.Conv2d or not _is_bare(proj):
         return False
-    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    apart = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
+    return apart and isinstance(getattr(embedder, "norm", nn.Identity()), nn.Identity)
+
+
+def _is_bare(layer: Any) -> bool:
+    """Whether a layer's weight and bias are parameters of its own, and its forward its class's."""
+    return type(layer.weight) is nn.Parameter and layer.bias is not None and not _is_watched(layer)
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether hooks, or a forward of its own, change what a module does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -1,0 +1,24 @@
+"""The memory that a step works in: allocated at its first use, then at fixed addresses."""
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named buffers of one trajectory, each of one shape; what they hold means nothing between two steps."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated so far."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """The buffer of this name and shape, in the model's dtype."""
+        key = name, shape
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return self._buffers[key]

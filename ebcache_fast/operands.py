@@ -1,0 +1,56 @@
+"""What the fused operations take together: small named tuples of tensors, the same for torch and for Triton.
+
+Modulation vectors come as tables over the whole trajectory, (S, U, D): S steps, U distinct conditions, D channels.
+`At` says which row of them a batch row takes in the step at hand; both of its tensors stay on the device, so that one
+captured graph serves every step.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class At(NamedTuple):
+    """Where in the tables the step at hand reads."""
+
+    step: Tensor  # (1,) int32: the executed step
+    row_of: Tensor  # (R,) int32: each batch row's condition
+
+
+class Norm(NamedTuple):
+    """A LayerNorm without affine and the modulation of its output: ``LN(h) * (1 + scale) + shift``."""
+
+    shift: Tensor  # (S, U, D)
+    scale: Tensor  # (S, U, D)
+    eps: float
+
+
+class Patches(NamedTuple):
+    """The map from latents to tokens: one linear map of each p x p patch, and a position embedding."""
+
+    weight: Tensor  # (D, C, p, p)
+    bias: Tensor  # (D,)
+    positions: Tensor  # (T, D)
+
+
+class Linear(NamedTuple):
+    """A linear map, torch's layout."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor  # (out,)
+
+
+class Guide(NamedTuple):
+    """Classifier-free guidance and eps scaling. Source: Ho and Salimans, arXiv 2207.12598, eq. 6, scale = 1 + w."""
+
+    settings: Tensor  # (2,): the guidance scale, and b, the factor on eps; the host never reads it
+    channels: int  # how many eps channels guidance reaches
+    eps_channels: int  # how many of the output's channels are eps; those after them are the variance
+    copies: int  # 2 where unconditional rows follow the conditional ones, else 1: no guidance
+
+
+class Update(NamedTuple):
+    """A sampler's steps: ``x' = cx * x + ce * eps + (noise_on * exp(log_var / 2) + sigma) * noise``."""
+
+    rows: Tensor  # (S, 6): cx, ce, min_log, max_log, noise_on, sigma
+    noise: Tensor | None  # (S, B, C, H, W), standard normal; None where the sampler draws none

@@ -1,0 +1,51 @@
+"""What the kernels over the residual stream share: which modulation a row takes, and the gated residual itself.
+
+The stream h is (R, T, D), here M = R * T rows of D channels. Everything is computed in float32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def vector_offsets(batch_row, keep, at, strides):
+    """Where batch rows' modulation vectors start in a table (S, U, D) whose first two strides are given."""
+    step, row_of = at
+    here = tl.load(step).to(tl.int64)
+    condition = tl.load(row_of + batch_row, mask=keep, other=0).to(tl.int64)
+    return here * strides[0] + condition * strides[1]
+
+
+@triton.jit
+def load(tensor, offsets, keep):
+    """A tile in float32, 0 where it is not kept."""
+    return tl.load(tensor + offsets, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def residual(h, branches, gates, stream_offsets, gate_offsets, keep):
+    """A tile of ``h + sum_k gates[k] * branches[k]``."""
+    total = load(h, stream_offsets, keep)
+    for k in tl.static_range(len(branches)):
+        total += load(gates[k], gate_offsets, keep) * load(branches[k], stream_offsets, keep)
+    return total
+
+
+@triton.jit
+def modulate(normed, norm, offsets, keep):
+    """``normed * (1 + scale) + shift``."""
+    return normed * (1.0 + load(norm.scale, offsets, keep)) + load(norm.shift, offsets, keep)
+
+
+@triton.jit
+def merge_statistics(count, mean, squares, tile, keep, fresh):
+    """Mean and sum of squared deviations of ``count + fresh`` channels, from those of ``count`` and a new tile.
+
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    No sum of squares is taken, so that a large mean costs no digits.
+    """
+    share = fresh / (count + fresh)
+    tile_mean = tl.sum(tile, axis=1) / fresh
+    centred = tl.where(keep, tile - tile_mean[:, None], 0.0)
+    delta = tile_mean - mean
+    return mean + delta * share, squares + tl.sum(centred * centred, axis=1) + delta * delta * (count * share)

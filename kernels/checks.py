@@ -1,0 +1,147 @@
+"""What every launcher asks of its tensors before it launches: what a kernel can't take is an InputError."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.operands import At, Guide, Linear, Patches, Update
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def stream(h: Tensor, *others: Tensor) -> tuple[int, int, int]:
+    """(R, T, D) of the residual stream; all others must be its like: shape, dtype, device, contiguous."""
+    if h.dtype not in DTYPES:
+        raise InputError(f"dtype {h.dtype} is none of {_names(DTYPES)}; the torch operations take it")
+    if h.ndim != 3 or not h.numel():
+        raise InputError(f"h of shape {tuple(h.shape)} is not (rows, tokens, channels), one or more of each")
+    for tensor in (h, *others):
+        alike(tensor, h, h.shape)
+    rows, tokens, width = h.shape
+    return rows, tokens, width
+
+
+def alike(tensor: Tensor, h: Tensor, shape: Sequence[int]) -> None:
+    """One operand: of this shape, contiguous, in h's dtype and on its device."""
+    if tensor.shape != torch.Size(shape):
+        raise InputError(f"an operand of shape {tuple(tensor.shape)} does not fit; it must be {tuple(shape)}")
+    if not tensor.is_contiguous():
+        raise InputError(f"an operand with strides {tensor.stride()} is not contiguous; pass .contiguous()")
+    if tensor.dtype != h.dtype:
+        raise InputError(f"an operand is {tensor.dtype}, but the residual stream is {h.dtype}; convert one of them")
+    same_device(tensor, h)
+
+
+def same_device(tensor: Tensor, h: Tensor) -> None:
+    """One operand, on h's device."""
+    if tensor.device != h.device:
+        raise InputError(f"an operand is on {tensor.device}, but the residual stream on {h.device}; move one of them")
+
+
+def vectors(h: Tensor, *tables: Tensor) -> tuple[int, int]:
+    """The strides of a step and of a condition in modulation tables (S, U, D), the same for all of them."""
+    for table in tables:
+        if table.ndim != 3 or table.shape[2] != h.shape[2] or table.stride(2) != 1:
+            raise InputError(
+                f"a modulation table of shape {tuple(table.shape)} and strides {table.stride()} does not fit; "
+                f"it must be (steps, conditions, {h.shape[2]}) with channels side by side"
+            )
+        if table.dtype != h.dtype:
+            raise InputError(f"a modulation table is {table.dtype}, but the residual stream is {h.dtype}; convert one")
+        same_device(table, h)
+    strides = {table.stride()[:2] for table in tables}
+    if len(strides) != 1:
+        raise InputError(f"modulation tables have strides {sorted(strides)}; pass views of one table")
+    step, condition = strides.pop()
+    return step, condition
+
+
+def at(h: Tensor, where: At) -> None:
+    """The step, (1,) int32, and each batch row's condition, (R,) int32, on h's device."""
+    for name, tensor, size in (("step", where.step, 1), ("row_of", where.row_of, len(h))):
+        if tensor.shape != (size,) or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise InputError(
+                f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype} does not fit; it must be ({size},) int32, "
+                "contiguous"
+            )
+        same_device(tensor, h)
+
+
+def branch_count(branches: Sequence[Tensor], gates: Sequence[Tensor], most: int) -> None:
+    """As many gates as branches, and no more than a kernel takes."""
+    if len(branches) != len(gates) or len(branches) > most:
+        raise InputError(
+            f"{len(branches)} branches and {len(gates)} gates; give one gate a branch, and at most {most} at once"
+        )
+
+
+def samples(h: Tensor, guide: Guide) -> int:
+    """How many samples h's rows are of."""
+    if guide.copies not in (1, 2) or len(h) % guide.copies:
+        raise InputError(f"{len(h)} rows are not {guide.copies} a sample; it must be 1, or 2 under guidance, of each")
+    if not 0 <= guide.channels <= guide.eps_channels:
+        raise InputError(f"{guide.channels} guided channels are outside [0, {guide.eps_channels}], those of eps")
+    if guide.settings.shape != (2,) or guide.settings.dtype != torch.float32 or not guide.settings.is_contiguous():
+        raise InputError(f"settings {guide.settings.shape}, {guide.settings.dtype} must be (2,) float32: scale and b")
+    same_device(guide.settings, h)
+    return len(h) // guide.copies
+
+
+def patch_size(h: Tensor, image: Tensor) -> int:
+    """The side of the square patches that cut images (N, channels, H, W) into h's tokens."""
+    height, width = image.shape[-2:]
+    side = math.isqrt(height * width // h.shape[1])
+    if image.ndim != 4 or side * side * h.shape[1] != height * width or height % side or width % side:
+        raise InputError(f"images of shape {tuple(image.shape)} can't be cut into {h.shape[1]} square patches")
+    return side
+
+
+def latents(image: Tensor, h: Tensor, shape: Sequence[int]) -> None:
+    """Latents or an output, float32 of this shape, contiguous, on h's device."""
+    if image.shape != torch.Size(shape) or image.dtype != torch.float32 or not image.is_contiguous():
+        raise InputError(
+            f"latents of shape {tuple(image.shape)}, {image.dtype} and strides {image.stride()} do not fit; they must "
+            f"be {tuple(shape)} float32, contiguous"
+        )
+    same_device(image, h)
+
+
+def patches(h: Tensor, embedding: Patches, x: Tensor) -> int:
+    """The patch size of an embedding of latents x (B, C, H, W) that fits h."""
+    patch = patch_size(h, x)
+    alike(embedding.weight, h, (h.shape[2], x.shape[1], patch, patch))
+    alike(embedding.bias, h, h.shape[2:])
+    alike(embedding.positions, h, h.shape[1:])
+    return patch
+
+
+def head(h: Tensor, linear: Linear, guide: Guide, image: Tensor) -> tuple[int, int]:
+    """The patch size and the output's channels: those of eps, and perhaps as many of the variance."""
+    patch = patch_size(h, image)
+    channels = len(linear.weight) // patch**2
+    if channels * patch**2 != len(linear.weight) or channels not in (guide.eps_channels, 2 * guide.eps_channels):
+        raise InputError(
+            f"{len(linear.weight)} features a token do not fit {guide.eps_channels} eps channels in patches of "
+            f"{patch}; there must be {guide.eps_channels * patch**2}, or twice as many with a variance"
+        )
+    alike(linear.weight, h, (len(linear.weight), h.shape[2]))
+    alike(linear.bias, h, linear.weight.shape[:1])
+    return patch, channels
+
+
+def update(what: Update, x: Tensor) -> None:
+    """A sampler's coefficients (S, 6) float32 and its noise (S, B, C, H, W) float32, or None."""
+    if what.rows.ndim != 2 or what.rows.shape[1] != 6 or what.rows.dtype != torch.float32:
+        raise InputError(f"sampler rows of shape {tuple(what.rows.shape)}, {what.rows.dtype} must be (S, 6) float32")
+    if not what.rows.is_contiguous():
+        raise InputError(f"sampler rows with strides {what.rows.stride()} are not contiguous; pass .contiguous()")
+    same_device(what.rows, x)
+    if what.noise is not None:
+        latents(what.noise, x, (len(what.rows), *x.shape))
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

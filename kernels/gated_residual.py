@@ -1,0 +1,131 @@
+"""Gated residual, and with it the next branch's modulated LayerNorm.
+
+    h <- h + sum_k gate_k * branch_k                                                          k up to 2
+    u <- (h - mean(h)) / sqrt(var(h) + eps) * (1 + scale) + shift                             over the D channels
+
+A branch is a fresh output or lies in the cache, ungated: with a cached attention output this is the cached-attention
+substitution. A program holds whole rows, cut into the largest power of two that fits in D and a masked rest (1152 =
+1024 + 128), because one masked tile of 2048 would need twice the registers.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ebcache_fast.kernels import checks, launch
+from ebcache_fast.kernels._stream import modulate, residual, vector_offsets
+from ebcache_fast.operands import At, Norm
+
+MAX_BRANCHES = 2
+
+
+@triton.jit
+def _residual_kernel(h, branches, gates, at, strides, M, T, D, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    keep = (row < M)[:, None] & (col < D)[None, :]
+    offsets = row.to(tl.int64)[:, None] * D + col[None, :]
+    gate_offsets = vector_offsets(row // T, row < M, at, strides)[:, None] + col[None, :]
+    total = residual(h, branches, gates, offsets, gate_offsets, keep)
+    tl.store(h + offsets, total.to(h.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _norm_kernel(
+    h, branches, gates, norm, at, strides, u, M, T, D, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = row.to(tl.int64)[:, None] * D
+    vectors = vector_offsets(row // T, row < M, at, strides)[:, None]
+
+    col = tl.arange(0, MAIN)[None, :]
+    keep = (row < M)[:, None] & (col < D)
+    main = residual(h, branches, gates, start + col, vectors + col, keep)  # (ROWS, MAIN)
+    mean = tl.sum(main, axis=1)
+    if REST > 0:
+        rest_col = MAIN + tl.arange(0, REST)[None, :]
+        rest_keep = (row < M)[:, None] & (rest_col < D)
+        rest = residual(h, branches, gates, start + rest_col, vectors + rest_col, rest_keep)  # (ROWS, REST)
+        mean += tl.sum(rest, axis=1)
+    mean = mean / D
+
+    if len(branches) > 0:
+        tl.store(h + start + col, main.to(h.dtype.element_ty), mask=keep)
+    main = tl.where(keep, main - mean[:, None], 0.0)
+    variance = tl.sum(main * main, axis=1)
+    if REST > 0:
+        if len(branches) > 0:
+            tl.store(h + start + rest_col, rest.to(h.dtype.element_ty), mask=rest_keep)
+        rest = tl.where(rest_keep, rest - mean[:, None], 0.0)
+        variance += tl.sum(rest * rest, axis=1)
+    scale = tl.rsqrt(variance / D + norm.eps)[:, None]
+
+    main = modulate(main * scale, norm, vectors + col, keep)
+    tl.store(u + start + col, main.to(u.dtype.element_ty), mask=keep)
+    if REST > 0:
+        rest = modulate(rest * scale, norm, vectors + rest_col, rest_keep)
+        tl.store(u + start + rest_col, rest.to(u.dtype.element_ty), mask=rest_keep)
+
+
+def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
+    """``h += sum_k gates[k] * branches[k]`` in place; see `ebcache_fast.reference.gated_residual`.
+
+    Raises InputError for more than two branches and what `checks` refuses.
+    """
+    rows, tokens, width = checks.stream(h, *branches)
+    checks.branch_count(branches, gates, MAX_BRANCHES)
+    if not branches:
+        return
+    strides = checks.vectors(h, *gates)
+    checks.at(h, at)
+    chosen = launch.parameters("gated_residual", rows * tokens, h.device)
+    cols = min(1024, triton.next_power_of_2(width))
+    grid = (triton.cdiv(rows * tokens, chosen.rows), triton.cdiv(width, cols))
+    with launch.on(h):
+        _residual_kernel[grid](
+            h,
+            tuple(branches),
+            tuple(gates),
+            at,
+            strides,
+            rows * tokens,
+            tokens,
+            width,
+            ROWS=chosen.rows,
+            COLS=cols,
+            num_warps=chosen.warps,
+        )
+
+
+def gated_residual_norm_modulate(
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: At, u: Tensor
+) -> None:
+    """`gated_residual` on h, its modulated LayerNorm into u; see the reference of this name.
+
+    Raises InputError for more than two branches and what `checks` refuses.
+    """
+    rows, tokens, width = checks.stream(h, u, *branches)
+    checks.branch_count(branches, gates, MAX_BRANCHES)
+    strides = checks.vectors(h, norm.shift, norm.scale, *gates)
+    checks.at(h, at)
+    chosen = launch.parameters("gated_residual", rows * tokens, h.device)
+    main = max(16, 1 << (width.bit_length() - 1))
+    with launch.on(h):
+        _norm_kernel[(triton.cdiv(rows * tokens, chosen.rows),)](
+            h,
+            tuple(branches),
+            tuple(gates),
+            norm,
+            at,
+            strides,
+            u,
+            rows * tokens,
+            tokens,
+            width,
+            ROWS=chosen.rows,
+            MAIN=main,
+            REST=triton.next_power_of_2(width - main) if width > main else 0,
+            num_warps=chosen.warps,
+        )

@@ -1,0 +1,114 @@
+"""A whole run of ATTN_MLP steps, with the latents in registers.
+
+    for each step j of the run:
+        h  = patch @ weight + bias + position + sums_j
+        x <- the head's update of x from h: see `head`
+
+Given its gated sums such a step mixes no tokens, so that a program carries its tile of latents through all of them and
+writes it once.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ebcache_fast.kernels import checks, launch
+from ebcache_fast.kernels._features import features, guided, sampler_step
+from ebcache_fast.kernels._patches import embedded, pixels
+from ebcache_fast.kernels._stream import load, vector_offsets
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+
+
+@triton.jit
+def _summed_tile(source, col, D):
+    """Channels of the embedded latents with their gated sum, of the tokens that ``source`` names."""
+    latents, patches, total, token, stream_row, keep_token, element, C, P = source
+    keep = keep_token[:, None] & (col < D)[None, :]
+    tokens = embedded(latents, patches, token, col, D, keep_token, element, C, P)
+    return tokens + load(total, stream_row[:, None] * D + col[None, :], keep)
+
+
+@triton.jit
+def _kernel(
+    x, sums, patches, norm, at, strides, linear, settings, update, size, steps, B, T, D,
+    C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, COPIES: tl.constexpr, GUIDED: tl.constexpr,
+    NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sample = tl.program_id(1)
+    element = tl.arange(0, E)
+    keep_token = token < T
+    keep = keep_token[:, None] & (element < C * P * P)[None, :]
+    where = pixels(sample, C, 0, token, element, size, C, P)
+    first_step = tl.load(at.step).to(tl.int64)
+    image_size = tl.cast(B, tl.int64) * C * size[0] * size[1]
+    VARIANCE: tl.constexpr = OUT > C and NOISE
+
+    latents = tl.load(x + where, mask=keep, other=0.0)
+    for j in range(steps):
+        stream_row = sample.to(tl.int64) * T + token
+        total = sums + j * (tl.cast(B * COPIES, tl.int64) * T * D)
+        vectors = vector_offsets(sample, True, at, strides) + j * tl.cast(strides[0], tl.int64)
+        source = (latents, patches, total, token, stream_row, keep_token, element, C, P)
+        eps, variance = features(
+            source, _summed_tile, norm, vectors, linear, element, D, C, P, OUT, VARIANCE, ROWS, COLS, E
+        )  # fmt: skip
+        if COPIES == 2:
+            vectors = vector_offsets(sample + B, True, at, strides) + j * tl.cast(strides[0], tl.int64)
+            source = (latents, patches, total, token, stream_row + B * T, keep_token, element, C, P)
+            uncond, _ = features(
+                source, _summed_tile, norm, vectors, linear, element, D, C, P, OUT, False, ROWS, COLS, E
+            )  # fmt: skip
+            eps = guided(eps, uncond, settings, element, C, GUIDED)
+        noise = eps
+        if NOISE:
+            noise = tl.load(update.noise + (first_step + j) * image_size + where, mask=keep, other=0.0)
+        row = update.rows + (first_step + j) * 6
+        latents = sampler_step(latents, eps * tl.load(settings + 1), variance, noise, row, OUT > C, NOISE)
+    tl.store(x + where, latents, mask=keep)
+
+
+def run_update(
+    x: Tensor, sums: Tensor, patches: Patches, norm: Norm, at: At, linear: Linear, guide: Guide, update: Update
+) -> None:
+    """Whole ATTN_MLP steps, one for each of sums (n, R, T, D), on x (B, C, H, W) float32 in place.
+
+    See `ebcache_fast.reference.run_update`. Raises InputError for what `checks` refuses.
+    """
+    rows, tokens, width = checks.stream(sums[0])
+    checks.alike(sums, sums, (len(sums), rows, tokens, width))
+    samples = checks.samples(sums[0], guide)
+    checks.latents(x, sums, (samples, guide.eps_channels, *x.shape[2:]))
+    patch, channels = checks.head(sums[0], linear, guide, x)
+    checks.patches(sums[0], patches, x)
+    strides = checks.vectors(sums[0], norm.shift, norm.scale)
+    checks.at(sums[0], at)
+    checks.update(update, x)
+    chosen = launch.parameters("run", rows * tokens, x.device)
+    with launch.on(x):
+        _kernel[(triton.cdiv(tokens, chosen.rows), samples)](
+            x,
+            sums,
+            patches,
+            norm,
+            at,
+            strides,
+            linear,
+            guide.settings,
+            update,
+            tuple(x.shape[2:]),
+            len(sums),
+            samples,
+            tokens,
+            width,
+            C=guide.eps_channels,
+            P=patch,
+            OUT=channels,
+            COPIES=guide.copies,
+            GUIDED=guide.channels,
+            NOISE=update.noise is not None,
+            ROWS=chosen.rows,
+            COLS=chosen.cols,
+            E=max(16, triton.next_power_of_2(guide.eps_channels * patch * patch)),
+            num_warps=chosen.warps,
+        )

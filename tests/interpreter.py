@@ -1,0 +1,91 @@
+"""Triton's interpreter, made honest about bfloat16.
+
+It keeps bfloat16 as raw bits in uint16 and computes with those as if they were integers, and it truncates where a GPU
+rounds to nearest even. Here conversions and dot products are right, and any other bfloat16 arithmetic is an error.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+
+def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bits -> float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 -> bfloat16 bits, to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """Patch the interpreter for as long as ``patch`` lasts."""
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    binary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
+
+    def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(widen(src.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(narrow(src.data), tl.bfloat16)
+        if tl.bfloat16 in kinds:
+            raise NotImplementedError(f"the interpreter can't convert {kinds[0]} to {kinds[1]}; go through float32")
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        a, b = (TensorHandle(widen(m.data), tl.float32) if m.dtype.scalar == tl.bfloat16 else m for m in (a, b))
+        return dot(self, a, b, *rest)
+
+    def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        refuse(lhs, rhs)
+        return binary(self, lhs, rhs, op)
+
+    def unary_op(self: Any, arg: TensorHandle, op: Any) -> TensorHandle:
+        refuse(arg)
+        return unary(self, arg, op)
+
+    patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    patch.setattr(InterpreterBuilder, "create_fp_to_fp", lambda self, src, dst, _: cast_impl(self, src, dst))
+    patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    patch.setattr(InterpreterBuilder, "binary_op", binary_op)
+    patch.setattr(InterpreterBuilder, "unary_op", unary_op)
+
+
+def refuse(*handles: TensorHandle) -> None:
+    """Raise for bfloat16 operands: the interpreter would compute with their bits."""
+    if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
+        raise NotImplementedError("the interpreter has no bfloat16 arithmetic; a kernel computes in float32")
+
+
+@contextmanager
+def only_program(x: int, y: int = 0, z: int = 0) -> Iterator[None]:
+    """Run this one program of every launch inside: the interpreter would need hours for a huge tensor's grid.
+
+    On a GPU, where nothing is interpreted, all programs run.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    run = GridExecutor.__call__
+    place, size = InterpreterBuilder.set_grid_idx, InterpreterBuilder.set_grid_dim
+
+    def run_one(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.grid = (1, 1, 1)
+        run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", run_one)
+        patch.setattr(InterpreterBuilder, "set_grid_dim", lambda self, *_: size(self, x + 1, y + 1, z + 1))
+        patch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, *_: place(self, x, y, z))
+        yield

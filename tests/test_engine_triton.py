@@ -1,0 +1,156 @@
+"""The engine over the Triton kernels: whole trajectories of tiny models, in the interpreter or on a GPU."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import DEVICE
+from tiny import CLASSES, relative_error, tiny_dit
+from torch import Tensor, nn
+
+from ebcache_fast import ops
+from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.trajectory import Prediction, Trajectory
+from ebcache_fast.kernels import launch
+from ebcache_fast.models import DiT, DiTDenoiser
+from ebcache_fast.operands import Update
+from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.samplers import make_sampler, trajectory_noise
+
+BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
+NO, ATTENTION, ATTN_MLP, MLP = StepType
+LABELS = torch.tensor([1, 4])
+DEPTH = 2
+MIXED = [NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, NO]
+TRITON = replace(ops.own_matmul_operations(), attention=None)  # SDPA, as by default
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger tiles than on a GPU: the interpreter takes its time by the program. The kernels' own tests keep theirs."""
+    table = {name: {80: ((launch.ALL, launch.Launch(16, 128, 4)),)} for name in launch.TABLE}
+    table["linear_gelu"] = launch.TABLE["linear_gelu"]
+    monkeypatch.setattr(launch, "TABLE", table)
+
+
+@torch.no_grad()
+def model_in(dtype: torch.dtype, **sizes: object) -> DiT:
+    model = tiny_dit(5, torch.float64, depth=DEPTH, **sizes)
+    model.final_layer.linear.weight.mul_(0.5)  # keeps 50 steps of an untrained model below 1e3
+    return model.to(dtype)
+
+
+def plan_of(types: list[StepType], sampler: str = "ddpm", eps_scale: float = 1.0) -> Plan:
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, DEPTH, BRANCHES, eps_scale)
+
+
+@torch.no_grad()
+def run(
+    model: DiT, plan: Plan, operations: ops.Operations, device: torch.device, sampler: str = "ddpm", scale: float = 1.5
+) -> Tensor:
+    """Our own loop over one plan; latents (2, C, H, W) in float32, or float64 for a float64 model."""
+    model = copy.deepcopy(model).to(device)
+    denoiser = DiTDenoiser(model)
+    dtype = torch.float64 if denoiser.weight().dtype == torch.float64 else torch.float32
+    stepper = make_sampler(sampler, len(plan))
+    noise = trajectory_noise(7, range(len(LABELS)), len(plan), denoiser.latent_shape).to(device, dtype)
+    rows = torch.as_tensor(stepper.rows.copy(), dtype=dtype, device=device)
+    update = Update(rows, noise[1:] if stepper.draws_noise else None)
+    trajectory = Trajectory(denoiser, plan, LABELS.to(device), Guidance(scale), operations)
+    x, done = noise[0], 0
+    while done < len(plan):
+        done += trajectory.advance(done, x, update)
+    return x.cpu()
+
+
+CPU = torch.device("cpu")
+
+
+def fifty_steps() -> Plan:
+    """50 steps in the pattern of the released table, with ATTENTION steps among them."""
+    types = [NO, *[kind for _ in range(12) for kind in (NO, ATTENTION, ATTN_MLP, ATTN_MLP)], NO]
+    return plan_of(types, eps_scale=0.97)
+
+
+def test_fifty_cached_steps_in_float32() -> None:
+    plan = fifty_steps()
+    exact = run(model_in(torch.float64), plan, ops.TORCH, CPU)
+    ours = run(model_in(torch.float32), plan, TRITON, DEVICE)
+    assert exact.abs().max() < 1e3
+    assert relative_error(ours, exact) <= 1e-5
+
+
+def test_fifty_cached_steps_in_float16() -> None:
+    plan, half = fifty_steps(), model_in(torch.float16)
+    exact = run(copy.deepcopy(half).double(), plan, ops.TORCH, CPU)  # the very weights
+    ours, own = run(half, plan, TRITON, DEVICE), run(half, plan, ops.TORCH, DEVICE)
+    assert exact.abs().max() < 1e3
+    assert (ours - exact).abs().max() <= 2 * (own - exact).abs().max()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("sizes", [{}, {"learn_sigma": False}, {"in_channels": 3, "patch_size": 2, "input_size": 6}])
+def test_every_step_type(sizes: dict[str, object], scale: float, sampler: str) -> None:
+    plan = plan_of(MIXED, sampler, 0.95)
+    exact = run(model_in(torch.float64, **sizes), plan, ops.TORCH, CPU, sampler, scale)
+    assert relative_error(run(model_in(torch.float32, **sizes), plan, TRITON, DEVICE, sampler, scale), exact) <= 1e-5
+
+
+def test_plans_that_reuse_layer_by_layer() -> None:
+    """More than two pending branches, at the start of a step, amidst it and at its end."""
+    row = {
+        c: tuple(Action.COMPUTE if letter == "C" else Action.REUSE for letter in c) for c in ("CC", "CR", "RC", "RR")
+    }
+    steps = [["CC"] * 4, ["RR", "RC", "RR", "CR"], ["RR", "RR", "CC", "RR"], ["CR", "RR", "RR", "RR"], ["CC"] * 4]
+    timesteps = make_sampler("ddpm", len(steps)).timesteps
+    plan = Plan(tuple(StepPlan(BRANCHES, tuple(row[c] for c in rows)) for rows in steps), timesteps, 1.0)
+    models = [tiny_dit(5, dtype, depth=4) for dtype in (torch.float64, torch.float32)]
+    exact, ours = run(models[0], plan, ops.TORCH, CPU), run(models[1], plan, TRITON, DEVICE)
+    assert relative_error(ours, exact) <= 1e-5
+
+
+def test_own_attention() -> None:
+    plan = plan_of([NO, MLP, NO])
+    exact = run(model_in(torch.float64), plan, ops.TORCH, CPU)
+    ours = run(model_in(torch.float32), plan, ops.own_matmul_operations(), DEVICE)
+    assert relative_error(ours, exact) <= 1e-5
+
+
+def predictions(model: DiT, operations: ops.Operations, device: torch.device) -> list[Prediction]:
+    """The drop-in's form: eps and variance of each step of MIXED for given latents."""
+    model = copy.deepcopy(model).to(device)
+    dtype = torch.float64 if DiTDenoiser(model).weight().dtype == torch.float64 else torch.float32
+    xs = torch.randn(len(MIXED), len(LABELS), 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    trajectory = Trajectory(DiTDenoiser(model), plan_of(MIXED), LABELS.to(device), Guidance(1.5), operations)
+    return [trajectory.predict(i, x) for i, x in enumerate(xs)]
+
+
+def test_predictions_of_every_step_type() -> None:
+    ours = predictions(model_in(torch.float32), TRITON, DEVICE)
+    for one, exact in zip(ours, predictions(model_in(torch.float64), ops.TORCH, CPU), strict=True):
+        assert relative_error(one.eps.cpu(), exact.eps) <= 1e-5
+        assert relative_error(one.variance.cpu(), exact.variance) <= 1e-5
+
+
+def doubled(module: nn.Module, _: object, out: Tensor) -> Tensor:
+    return 2 * out
+
+
+@pytest.mark.parametrize(
+    "part", ["x_embedder", "x_embedder.proj", "final_layer.linear", "blocks.1.mlp.act", "blocks.0.attn.proj"]
+)
+def test_a_layer_with_a_hook_runs_as_a_module(part: str) -> None:
+    """At the ends it must leave the fused operations, in every step type; inside, the fused MLP."""
+    models = [model_in(dtype) for dtype in (torch.float64, torch.float32)]
+    plain = run(models[0], plan_of(MIXED), ops.TORCH, CPU)
+    for model in models:
+        model.get_submodule(part).register_forward_hook(doubled)
+    hooked = run(models[0], plan_of(MIXED), ops.TORCH, CPU)
+    assert relative_error(hooked, plain) > 1e-3
+    assert relative_error(run(models[1], plan_of(MIXED), TRITON, DEVICE), hooked) <= 1e-5
+
+
+def test_labels_out_of_the_tests_range() -> None:
+    assert int(LABELS.max()) < CLASSES

@@ -1,0 +1,173 @@
+"""The head in both of its forms against the references, under the rule of accuracy."""
+
+import dataclasses
+
+import pytest
+import torch
+from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
+from interpreter import only_program
+from step_operands import SIZES, STEP, STEPS, Sizes, StepOperands
+from torch import Tensor
+
+from ebcache_fast import reference
+from ebcache_fast.errors import InputError
+from ebcache_fast.kernels.head import head_predict, head_update
+from ebcache_fast.operands import At
+
+EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def predict_with_reference(case: StepOperands) -> Tensor:
+    s = case.sizes
+    out = case.x.new_empty(s.rows, s.out_channels, *s.image)
+    reference.head_predict(case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out)
+    return out
+
+
+def update_with_reference(case: StepOperands) -> Tensor:
+    x = case.x.clone()
+    reference.head_update(
+        x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update
+    )
+    return x
+
+
+@EVERY_SIZE
+@EVERY_DTYPE
+def test_predict(sizes: Sizes, dtype: torch.dtype) -> None:
+    case = StepOperands.of(sizes, dtype)
+    out = Guarded((sizes.rows, sizes.out_channels, *sizes.image), torch.float32)
+    head_predict(case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out.tensor)
+    own, exact = predict_with_reference(case), predict_with_reference(case.exact())
+    assert_accurate(out.written().to(dtype), own.to(dtype), exact)
+
+
+@EVERY_SIZE
+@EVERY_DTYPE
+def test_update(sizes: Sizes, dtype: torch.dtype) -> None:
+    case = StepOperands.of(sizes, dtype)
+    x = Guarded(case.x.shape, torch.float32, case.x)
+    head_update(x.tensor, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
+    own, exact = update_with_reference(case), update_with_reference(case.exact())
+    assert_accurate(x.written().to(dtype), own.to(dtype), exact)
+
+
+@pytest.mark.parametrize("branches", [0, 1])
+def test_fewer_branches(branches: int) -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32, branches)
+    x, out = case.x.clone(), case.x.new_empty(4, 8, *case.sizes.image)
+    head_update(x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
+    head_predict(case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out)
+    assert_accurate(x, update_with_reference(case), update_with_reference(case.exact()))
+    assert_accurate(out, predict_with_reference(case), predict_with_reference(case.exact()))
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """The stream, the latents and the noise, huge and zero but for their last sample's last tile."""
+    sizes = Sizes(samples=1, channels=1, patch=1, grid=(1, 16), width=16, copies=1, guided=0)
+    case = StepOperands.of(sizes, torch.float16)
+    samples = 2**31 // 256 + 1
+    h, x = huge_zeros(samples, 16, 16), huge_zeros(samples, 1, 1, 16, dtype=torch.float32)
+    noise = huge_zeros(STEPS, samples, 1, 1, 16, dtype=torch.float32)
+    h[-1], x[-1], noise[STEP, -1] = case.h[0], case.x[0], case.update.noise[STEP, 0]
+    at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
+    with only_program(0, samples - 1):
+        head_update(x, h, (), (), case.norm, at, case.linear, case.guide, case.update._replace(noise=noise))
+    case = dataclasses.replace(case, branches=[], gates=[])
+    assert_accurate(x[-1:].half(), update_with_reference(case).half(), update_with_reference(case.exact()))
+
+
+def test_what_is_read_stays_as_it_was() -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    read = [case.h, *case.branches, *case.gates, *case.norm[:2], *case.at, *case.linear, case.guide.settings]
+    read += [case.update.rows, case.update.noise]
+    before = [operand.clone() for operand in read]
+    head_update(case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
+    assert all(map(torch.equal, read, before))
+
+
+def test_each_step_reads_its_own_rows() -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    at = At(case.at.step + 1, case.at.row_of)
+    x, own = case.x.clone(), case.x.clone()
+    for function, latents in ((head_update, x), (reference.head_update, own)):
+        function(latents, case.h, case.branches, case.gates, case.norm, at, case.linear, case.guide, case.update)
+    torch.testing.assert_close(x, own, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(x, update_with_reference(case))  # the step before it
+
+
+def test_guidance_of_one_and_b_of_one_change_nothing() -> None:
+    case = StepOperands.of(Sizes(guided=4), torch.float32)
+    case.guide.settings.fill_(1.0)
+    out = case.x.new_empty(4, 8, *case.sizes.image)
+    raw = torch.empty_like(out)
+    head_predict(case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out)
+    reference.head(case.h, case.branches, case.gates, case.norm, case.at, case.linear, raw)
+    torch.testing.assert_close(out[:2], raw[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out[2:, :4], raw[:2, :4], rtol=1e-4, atol=1e-4)
+
+
+def test_the_epsilon_counts() -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32, branches=0)
+    case.h.mul_(1e-3)
+    small = case.norm._replace(eps=1e-4)
+    out = case.x.new_empty(4, 8, *case.sizes.image)
+    own = torch.empty_like(out)
+    for function, tensor in ((head_predict, out), (reference.head_predict, own)):
+        function(case.h, [], [], small, case.at, case.linear, case.guide, tensor)
+    torch.testing.assert_close(out, own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    case = StepOperands.of(SIZES["DiT-XL/2"], torch.float32, branches=0)
+    case.h.add_(1e3)
+    out = case.x.new_empty(2, 8, *case.sizes.image)
+    head_predict(case.h, [], [], case.norm, case.at, case.linear, case.guide, out)
+    assert_accurate(out, predict_with_reference(case), predict_with_reference(case.exact()))
+
+
+WRONG = {
+    "float64 latents": (lambda c: dict(x=c.x.double()), "latents of shape"),
+    "strides of x": (lambda c: dict(x=c.x.mT.contiguous().mT), "latents of shape"),
+    "x of another batch": (lambda c: dict(x=c.x[:1]), "latents of shape"),
+    "three branches": (lambda c: dict(branches=[c.h] * 3, gates=[c.gates[0]] * 3), "at most 2"),
+    "features of no patch": (lambda c: dict(linear=c.linear._replace(weight=c.linear.weight[1:])), "features a token"),
+    "a bias of another size": (lambda c: dict(linear=c.linear._replace(bias=c.linear.bias[1:])), "must be"),
+    "strides of the weight": (
+        lambda c: dict(linear=c.linear._replace(weight=c.linear.weight.T.contiguous().T)),
+        "not contiguous",
+    ),
+    "three copies": (lambda c: dict(guide=c.guide._replace(copies=3)), "1, or 2 under guidance"),
+    "guided channels": (lambda c: dict(guide=c.guide._replace(channels=5)), r"outside \[0, 4\]"),
+    "settings": (lambda c: dict(guide=c.guide._replace(settings=c.guide.settings.double())), "scale and b"),
+    "coefficients": (lambda c: dict(update=c.update._replace(rows=c.update.rows[:, :5])), r"\(S, 6\)"),
+    "strides of the coefficients": (
+        lambda c: dict(update=c.update._replace(rows=c.update.rows.T.contiguous().T)),
+        "not contiguous",
+    ),
+    "noise of fewer steps": (lambda c: dict(update=c.update._replace(noise=c.update.noise[1:])), "latents of shape"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_operands_are_refused_before_launch(name: str) -> None:
+    change, message = WRONG[name]
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    names = ("x", "h", "branches", "gates", "norm", "at", "linear", "guide", "update")
+    operands = {name: getattr(case, name) for name in names} | change(case)
+    before = operands["x"].clone()
+    with pytest.raises(InputError, match=message):
+        head_update(**operands)
+    assert torch.equal(operands["x"], before)
+
+
+def test_an_output_of_another_shape_is_refused() -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    out = torch.empty(4, 7, *case.sizes.image)
+    with pytest.raises(InputError, match="latents of shape"):
+        head_predict(case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out.to(case.h))
+
+
+def test_the_tables_hold_more_than_the_step_at_hand() -> None:
+    assert STEP > 0, "a kernel that reads step 0 would pass"
