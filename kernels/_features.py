@@ -10,6 +10,8 @@ import triton.language as tl
 
 from ebcache_fast.kernels._stream import load, merge_statistics, modulate
 
+SMALLEST_DOT = tl.constexpr(16)  # rows, columns and depth of the smallest matrix product
+
 
 @triton.jit
 def features(
@@ -26,35 +28,66 @@ def features(
         mean, squares = merge_statistics(start, mean, squares, tile, (col < D)[None, :], tl.minimum(D - start, COLS))
     scale = tl.rsqrt(squares / D + norm.eps)
 
-    # The head's rows: eps of a place in the patch, then its variance, channels last.
+    # The head's rows go place by place in the patch: there the channels of eps, then those of the variance.
     keep_element = element < C * P * P
-    row = element // C * OUT + element % C
-    eps = tl.zeros((ROWS, E), tl.float32)
-    variance = tl.zeros((ROWS, E), tl.float32)
+    row = element % (P * P) * OUT + element // (P * P)
+    # A product of 16 features would be made by every warp alike: slices of the channels give each warp its own.
+    SLICES: tl.constexpr = COLS // SMALLEST_DOT if E == SMALLEST_DOT else 1
+    eps = tl.zeros((SLICES, ROWS, E), tl.float32)
+    variance = tl.zeros((SLICES, ROWS, E), tl.float32)
     for start in range(0, D, COLS):
         col = start + tl.arange(0, COLS)
         keep = (col < D)[None, :]
         tile = tile_of(source, col, D)
         normed = tl.where(keep, (tile - mean[:, None]) * scale[:, None], 0.0)
         inputs = modulate(normed, norm, norm_start + col[None, :], keep).to(linear.weight.dtype.element_ty)
-        weight_offsets = row[None, :] * D + col[:, None]
-        keep_weight = keep_element[None, :] & (col < D)[:, None]
-        weight = tl.load(linear.weight + weight_offsets, mask=keep_weight, other=0.0)  # (COLS, E)
-        eps = tl.dot(inputs, weight, eps, input_precision="tf32x3")
+        where = row[:, None] * D + col[None, :]
+        keep = keep_element[:, None] & keep
+        eps = _add_products(eps, inputs, tl.load(linear.weight + where, mask=keep, other=0.0))
         if VARIANCE:
-            weight = tl.load(linear.weight + C * D + weight_offsets, mask=keep_weight, other=0.0)
-            variance = tl.dot(inputs, weight, variance, input_precision="tf32x3")
-    eps += load(linear.bias, row, keep_element)[None, :]
+            weight = tl.load(linear.weight + C * D + where, mask=keep, other=0.0)  # (E, COLS)
+            variance = _add_products(variance, inputs, weight)
+    eps = tl.sum(eps, axis=0) + load(linear.bias, row, keep_element)[None, :]
+    variance = tl.sum(variance, axis=0)
     if VARIANCE:
         variance += load(linear.bias, row + C, keep_element)[None, :]
     return eps, variance
 
 
 @triton.jit
-def guided(cond, uncond, settings, element, C: tl.constexpr, GUIDED: tl.constexpr):
+def _add_products(totals, inputs, weight):
+    """Add ``inputs @ weight.T`` to totals (slices, ROWS, E), whose sum over the slices counts."""
+    if totals.shape[0] == 1:
+        return tl.dot(inputs, weight.T, totals.reshape(totals.shape[1], totals.shape[2]), input_precision="tf32x3")[
+            None
+        ]
+    SLICES: tl.constexpr = totals.shape[0]
+    depth: tl.constexpr = inputs.shape[1] // SLICES
+    left = inputs.reshape(inputs.shape[0], SLICES, depth).permute(1, 0, 2)
+    right = weight.reshape(weight.shape[0], SLICES, depth).permute(1, 2, 0)
+    return tl.dot(left, right, totals, input_precision="tf32x3")
+
+
+@triton.jit
+def guided(cond, uncond, settings, element, P: tl.constexpr, GUIDED: tl.constexpr):
     """Classifier-free guidance on the first GUIDED channels; all others stay the conditional ones."""
-    mixed = uncond + tl.load(settings).to(tl.float32) * (cond - uncond)
-    return tl.where((element % C < GUIDED)[None, :], mixed, cond)
+    mixed = uncond + tl.load(settings) * (cond - uncond)
+    return tl.where((element < GUIDED * P * P)[None, :], mixed, cond)
+
+
+@triton.jit
+def add_row(
+    eps, variance, row_eps, row_variance, copy, copies, settings, element, P: tl.constexpr, GUIDED: tl.constexpr
+):
+    """`guided`, and the conditional variance, row by row: the conditional one (copy 0) comes first.
+
+    The rows of a sample are a loop and not the same code twice, because registers would not suffice.
+    """
+    scale = tl.where(copies == 2, tl.load(settings), 1.0)
+    share = tl.where(copy == 0, scale, 1.0 - scale)
+    unguided = tl.where(copy == 0, row_eps, eps)
+    eps = tl.where((element < GUIDED * P * P)[None, :], eps + share * row_eps, unguided)
+    return eps, tl.where(copy == 0, row_variance, variance)
 
 
 @triton.jit

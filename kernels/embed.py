@@ -82,7 +82,9 @@ def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
     rows, tokens, width = checks.stream(h)
     patch, copies = _fit(x, patches, h)
     chosen = launch.parameters("embed", rows * tokens, h.device)
-    grid = (triton.cdiv(tokens, chosen.rows), len(x), triton.cdiv(width, chosen.cols))
+    elements = launch.elements_of(x.shape[1], patch)
+    cols = launch.columns(chosen, h.dtype, elements)
+    grid = (triton.cdiv(tokens, chosen.rows), len(x), triton.cdiv(width, cols))
     with launch.on(h):
         _embed_kernel[grid](
             x,
@@ -96,8 +98,8 @@ def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
             P=patch,
             COPIES=copies,
             ROWS=chosen.rows,
-            COLS=chosen.cols,
-            E=max(16, triton.next_power_of_2(x.shape[1] * patch * patch)),
+            COLS=cols,
+            E=elements,
             num_warps=chosen.warps,
         )
 
@@ -112,6 +114,8 @@ def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tens
     strides = checks.vectors(h, norm.shift, norm.scale)
     checks.at(h, at)
     chosen = launch.parameters("embed", rows * tokens, h.device)
+    elements = launch.elements_of(x.shape[1], patch)
+    cols = launch.columns(chosen, h.dtype, elements)
     with launch.on(h):
         _embed_norm_kernel[(triton.cdiv(tokens, chosen.rows), len(x))](
             x,
@@ -129,8 +133,8 @@ def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tens
             P=patch,
             COPIES=copies,
             ROWS=chosen.rows,
-            COLS=chosen.cols,
-            E=max(16, triton.next_power_of_2(x.shape[1] * patch * patch)),
+            COLS=cols,
+            E=elements,
             num_warps=chosen.warps,
         )
 

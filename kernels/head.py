@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._features import features, guided, sampler_step
+from ebcache_fast.kernels._features import add_row, features, guided, sampler_step
 from ebcache_fast.kernels._patches import pixels
 from ebcache_fast.kernels._stream import residual, vector_offsets
 from ebcache_fast.operands import At, Guide, Linear, Norm, Update
@@ -77,8 +77,8 @@ def _predict_kernel(
             stream, norm, at, strides, linear, sample + B, token, element, T, D,
             C, P, OUT, VARIANCE, ROWS, COLS, E,
         )  # fmt: skip
-        mixed = guided(eps, other, settings, element, C, GUIDED)
-        other = tl.where((element % C < GUIDED)[None, :], mixed, other)
+        mixed = guided(eps, other, settings, element, P, GUIDED)
+        other = tl.where((element < GUIDED * P * P)[None, :], mixed, other)
         eps = mixed
         other_where = pixels(sample + B, OUT, 0, token, element, size, C, P)
         tl.store(out + other_where, b * other, mask=keep)
@@ -91,8 +91,8 @@ def _predict_kernel(
 
 @triton.jit
 def _update_kernel(
-    x, stream, norm, at, strides, linear, settings, update, size, B, T, D,
-    C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, COPIES: tl.constexpr, GUIDED: tl.constexpr,
+    x, stream, norm, at, strides, linear, settings, update, size, copies, B, T, D,
+    C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
     NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -100,15 +100,16 @@ def _update_kernel(
     element = tl.arange(0, E)
     keep = (token < T)[:, None] & (element < C * P * P)[None, :]
     VARIANCE: tl.constexpr = OUT > C
-    eps, variance = _row_features(
-        stream, norm, at, strides, linear, sample, token, element, T, D,
-        C, P, OUT, VARIANCE and NOISE, ROWS, COLS, E,
-    )  # fmt: skip
-    if COPIES == 2:
-        uncond, _ = _row_features(
-            stream, norm, at, strides, linear, sample + B, token, element, T, D, C, P, OUT, False, ROWS, COLS, E
+    eps = tl.zeros((ROWS, E), tl.float32)
+    variance = tl.zeros((ROWS, E), tl.float32)
+    for copy in range(copies):
+        row_eps, row_variance = _row_features(
+            stream, norm, at, strides, linear, sample + copy * B, token, element, T, D,
+            C, P, OUT, VARIANCE and NOISE, ROWS, COLS, E,
         )  # fmt: skip
-        eps = guided(eps, uncond, settings, element, C, GUIDED)
+        eps, variance = add_row(
+            eps, variance, row_eps, row_variance, copy, copies, settings, element, P, GUIDED
+        )  # fmt: skip
 
     where = pixels(sample, C, 0, token, element, size, C, P)
     step = tl.load(at.step).to(tl.int64)
@@ -142,7 +143,8 @@ def head_predict(
     samples = checks.samples(h, guide)
     patch, channels = checks.head(h, linear, guide, out)
     checks.latents(out, h, (rows, channels, *out.shape[2:]))
-    chosen, elements = _launch(h, guide.eps_channels * patch * patch)
+    chosen = launch.parameters("head", h.shape[0] * tokens, h.device)
+    elements = launch.elements_of(guide.eps_channels, patch)
     with launch.on(h):
         _predict_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             out,
@@ -162,7 +164,7 @@ def head_predict(
             COPIES=guide.copies,
             GUIDED=guide.channels,
             ROWS=chosen.rows,
-            COLS=chosen.cols,
+            COLS=launch.columns(chosen, h.dtype, elements),
             E=elements,
             num_warps=chosen.warps,
         )
@@ -189,7 +191,8 @@ def head_update(
     patch, channels = checks.head(h, linear, guide, x)
     checks.latents(x, h, (samples, guide.eps_channels, *x.shape[2:]))
     checks.update(update, x)
-    chosen, elements = _launch(h, guide.eps_channels * patch * patch)
+    chosen = launch.parameters("head", h.shape[0] * tokens, h.device)
+    elements = launch.elements_of(guide.eps_channels, patch)
     with launch.on(h):
         _update_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             x,
@@ -201,17 +204,17 @@ def head_update(
             guide.settings,
             update,
             tuple(x.shape[2:]),
+            guide.copies,
             samples,
             tokens,
             width,
             C=guide.eps_channels,
             P=patch,
             OUT=channels,
-            COPIES=guide.copies,
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
             ROWS=chosen.rows,
-            COLS=chosen.cols,
+            COLS=launch.columns(chosen, h.dtype, elements),
             E=elements,
             num_warps=chosen.warps,
         )
@@ -225,8 +228,3 @@ def _strides(
     checks.at(h, at)
     norm_strides = checks.vectors(h, norm.shift, norm.scale)
     return checks.vectors(h, *gates) if gates else norm_strides, norm_strides
-
-
-def _launch(h: Tensor, elements: int) -> tuple[launch.Launch, int]:
-    """Launch parameters, and a patch's elements padded to what a matrix product takes."""
-    return launch.parameters("head", h.shape[0] * h.shape[1], h.device), max(16, triton.next_power_of_2(elements))

@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+SMALLEST_DOT = 16  # rows, columns and depth of the smallest matrix product
 DEFAULT_ARCH = 90  # of tensors that are on no GPU: what the interpreter and offline compiles run
 
 
@@ -27,16 +29,19 @@ class Launch(NamedTuple):
 Entries = tuple[tuple[float, Launch], ...]
 ALL = float("inf")
 TABLE: Mapping[str, Mapping[int, Entries]] = {
-    "gated_residual": {80: ((ALL, Launch(rows=2, cols=0, warps=4)),)},
+    "gated_residual": {80: ((4096, Launch(rows=1, cols=0, warps=4)), (ALL, Launch(rows=4, cols=0, warps=8)))},
     "gated_sum": {80: ((ALL, Launch(rows=16, cols=128, warps=4, stages=5)),)},
     "embed": {80: ((ALL, Launch(rows=16, cols=128, warps=4)),)},
-    "head": {80: ((ALL, Launch(rows=16, cols=128, warps=8)),)},
+    "head": {80: ((ALL, Launch(rows=16, cols=128, warps=8)),), 100: ((ALL, Launch(rows=16, cols=64, warps=4)),)},
     "run": {80: ((ALL, Launch(rows=16, cols=128, warps=8)),)},
     "linear_gelu": {
         80: ((1024, Launch(64, 128, 4, 4)), (ALL, Launch(128, 128, 8, 4))),
         90: ((1024, Launch(64, 128, 4, 4)), (ALL, Launch(128, 128, 8, 3))),
     },
-    "attention": {80: ((1024, Launch(64, 64, 4, 2)), (ALL, Launch(128, 128, 8, 2)))},
+    "attention": {
+        80: ((1024, Launch(64, 64, 4, 2)), (ALL, Launch(128, 64, 8, 2))),
+        90: ((1024, Launch(64, 64, 4, 2)), (ALL, Launch(128, 128, 8, 2))),
+    },
 }
 
 
@@ -54,6 +59,19 @@ def parameters(kernel: str, rows: int, device: torch.device) -> Launch:
     archs = TABLE[kernel]
     entries = archs[max((known for known in archs if known <= arch), default=min(archs))]
     return next(launch for limit, launch in entries if rows <= limit)
+
+
+def elements_of(channels: int, patch: int) -> int:
+    """The latent elements of a patch, padded to what a matrix product takes."""
+    return max(SMALLEST_DOT, triton.next_power_of_2(channels * patch * patch))
+
+
+def columns(launch: Launch, dtype: torch.dtype, elements: int) -> int:
+    """Channels at a time of a kernel that multiplies by patches: fewer where they are wider or patches larger.
+
+    The table's are for 2-byte channels and the smallest patches.
+    """
+    return max(SMALLEST_DOT, launch.cols * 2 * SMALLEST_DOT // (dtype.itemsize * elements))
 
 
 def on(x: Tensor) -> AbstractContextManager[object]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._features import features, guided, sampler_step
+from ebcache_fast.kernels._features import add_row, features, sampler_step
 from ebcache_fast.kernels._patches import embedded, pixels
 from ebcache_fast.kernels._stream import load, vector_offsets
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
@@ -30,8 +30,8 @@ def _summed_tile(source, col, D):
 
 @triton.jit
 def _kernel(
-    x, sums, patches, norm, at, strides, linear, settings, update, size, steps, B, T, D,
-    C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, COPIES: tl.constexpr, GUIDED: tl.constexpr,
+    x, sums, patches, norm, at, strides, linear, settings, update, size, steps, copies, B, T, D,
+    C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
     NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -46,20 +46,20 @@ def _kernel(
 
     latents = tl.load(x + where, mask=keep, other=0.0)
     for j in range(steps):
-        stream_row = sample.to(tl.int64) * T + token
-        total = sums + j * (tl.cast(B * COPIES, tl.int64) * T * D)
-        vectors = vector_offsets(sample, True, at, strides) + j * tl.cast(strides[0], tl.int64)
-        source = (latents, patches, total, token, stream_row, keep_token, element, C, P)
-        eps, variance = features(
-            source, _summed_tile, norm, vectors, linear, element, D, C, P, OUT, VARIANCE, ROWS, COLS, E
-        )  # fmt: skip
-        if COPIES == 2:
-            vectors = vector_offsets(sample + B, True, at, strides) + j * tl.cast(strides[0], tl.int64)
-            source = (latents, patches, total, token, stream_row + B * T, keep_token, element, C, P)
-            uncond, _ = features(
-                source, _summed_tile, norm, vectors, linear, element, D, C, P, OUT, False, ROWS, COLS, E
+        total = sums + j * (tl.cast(B * copies, tl.int64) * T * D)
+        eps = tl.zeros((ROWS, E), tl.float32)
+        variance = tl.zeros((ROWS, E), tl.float32)
+        for copy in range(copies):
+            batch_row = sample + copy * B
+            vectors = vector_offsets(batch_row, True, at, strides) + j * tl.cast(strides[0], tl.int64)
+            stream_row = batch_row.to(tl.int64) * T + token
+            source = (latents, patches, total, token, stream_row, keep_token, element, C, P)
+            row_eps, row_variance = features(
+                source, _summed_tile, norm, vectors, linear, element, D, C, P, OUT, VARIANCE, ROWS, COLS, E
             )  # fmt: skip
-            eps = guided(eps, uncond, settings, element, C, GUIDED)
+            eps, variance = add_row(
+                eps, variance, row_eps, row_variance, copy, copies, settings, element, P, GUIDED
+            )  # fmt: skip
         noise = eps
         if NOISE:
             noise = tl.load(update.noise + (first_step + j) * image_size + where, mask=keep, other=0.0)
@@ -85,6 +85,7 @@ def run_update(
     checks.at(sums[0], at)
     checks.update(update, x)
     chosen = launch.parameters("run", rows * tokens, x.device)
+    elements = launch.elements_of(guide.eps_channels, patch)
     with launch.on(x):
         _kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             x,
@@ -98,17 +99,17 @@ def run_update(
             update,
             tuple(x.shape[2:]),
             len(sums),
+            guide.copies,
             samples,
             tokens,
             width,
             C=guide.eps_channels,
             P=patch,
             OUT=channels,
-            COPIES=guide.copies,
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
             ROWS=chosen.rows,
-            COLS=chosen.cols,
-            E=max(16, triton.next_power_of_2(guide.eps_channels * patch * patch)),
+            COLS=launch.columns(chosen, sums.dtype, elements),
+            E=elements,
             num_warps=chosen.warps,
         )

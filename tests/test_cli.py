@@ -265,7 +265,7 @@ def test_table_import_from_smoothcache(run: Run, tmp_path: Path) -> None:
 def test_info(run: Run) -> None:
     code, out, err = run("info")
     assert (code, err) == (0, "")
-    for word in (__version__, torch.__version__, "Triton", "sampler_update: torch", *named_tables()):
+    for word in (__version__, torch.__version__, "Triton", "run_update: torch", *named_tables()):
         assert word in out
 
 

@@ -1,0 +1,117 @@
+"""The launches that `bench.kernel_resources` compiles without a GPU, and what each must come to.
+
+A case makes tensors on the device it is given and calls a launcher as the engine does. The device is meta, so nothing
+is allocated and nothing runs; addresses count from 0, so a slice is as aligned as on a GPU. Types, alignments,
+constants and launch parameters stand nowhere but in the kernels and their launchers. To add a kernel, add a line to
+`CALLS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.kernel_operands import LETTERS, XL_256, KernelOperands, ModelSizes
+from ebcache_fast.kernels.attention import attention
+from ebcache_fast.kernels.embed import embed, embed_norm_modulate
+from ebcache_fast.kernels.gated_residual import gated_residual, gated_residual_norm_modulate
+from ebcache_fast.kernels.gated_sum import gated_sum
+from ebcache_fast.kernels.head import head_predict, head_update
+from ebcache_fast.kernels.linear_gelu import linear_gelu
+from ebcache_fast.kernels.run import run_update
+from ebcache_fast.operands import Linear
+
+Call = Callable[[KernelOperands], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher, and what must hold of every kernel that it launches.
+
+    No case may spill, use a stack or global scratch, or exceed its architecture's memories: that is not said here.
+    """
+
+    name: str  # unlike all others
+    launch: Callable[[torch.device], None]
+    vectorised: bool = True  # its widest global load has 128 bit or more, or is TMA's
+    most_narrow_loads: int | None = None  # at most so many load instructions below 128 bit; None for any number
+    wgmma: bool = False  # products run on the architecture's own unit: wgmma on sm_90, tcgen05 on sm_100
+    tma: bool = False  # loads go through TMA, where there is one: not on sm_80
+
+
+def _residual(o: KernelOperands) -> None:
+    gated_residual(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.at)
+
+
+def _residual_norm(o: KernelOperands) -> None:
+    gated_residual_norm_modulate(o.h, [o.first], [o.gates[:, 0]], o.norm, o.at, o.u)
+
+
+def _residual_norm_of_two(o: KernelOperands) -> None:
+    gated_residual_norm_modulate(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.norm, o.at, o.u)
+
+
+def _norm(o: KernelOperands) -> None:
+    gated_residual_norm_modulate(o.h, [], [], o.norm, o.at, o.u)
+
+
+def _head_update(o: KernelOperands) -> None:
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.update)
+
+
+def _head_update_without_noise(o: KernelOperands) -> None:
+    quiet = o.update._replace(noise=None)
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, quiet)
+
+
+def _linear_gelu(o: KernelOperands) -> None:
+    wide = Linear(o.draw(o.model.hidden, o.model.width), o.draw(o.model.hidden))
+    linear_gelu(o.u.flatten(0, 1), wide, o.draw(o.rows * o.model.tokens, o.model.hidden))
+
+
+def _attention(o: KernelOperands) -> None:
+    attention(o.draw(o.rows, o.model.tokens, 3 * o.model.width), o.model.heads, o.u)
+
+
+CALLS: dict[str, Call] = {
+    "residual": _residual,
+    "residual, norm": _residual_norm,
+    "2 residuals, norm": _residual_norm_of_two,
+    "norm": _norm,
+    "sum for 1 step": lambda o: gated_sum(o.slots(), o.gates, o.at, o.h, o.sums(1)),
+    "sum for 2 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(2)),
+    "sum for 3 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(3)),
+    "embed": lambda o: embed(o.x, o.patches, o.h),
+    "embed, norm": lambda o: embed_norm_modulate(o.x, o.patches, o.norm, o.at, o.h, o.u),
+    "head": lambda o: head_predict(o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.out),
+    "head, DDPM": _head_update,
+    "head, DDIM": _head_update_without_noise,
+    "run of 3 steps": lambda o: run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update),
+    "linear, GELU": _linear_gelu,
+    "attention": _attention,
+}
+LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", "linear, GELU", "attention")
+
+
+def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype) -> Case:
+    """A call at one size. The MLP's products must run on the card's own unit, through TMA where it has one.
+
+    Rows of 96 channels are too few for every thread of a program to load 128 bit.
+    """
+    label = f"{name} / {model.name}, B={samples}, {str(dtype).removeprefix('torch.')}"
+    gemm = name == "linear, GELU" and dtype != torch.float32
+    return Case(
+        label,
+        lambda device: CALLS[name](KernelOperands(model, samples, dtype, device)),
+        vectorised=model is not LETTERS,
+        wgmma=gemm,
+        tma=gemm,
+    )
+
+
+CASES: tuple[Case, ...] = (
+    *(_case(name, XL_256, 1, torch.bfloat16) for name in CALLS),
+    *(_case(name, XL_256, 32, torch.bfloat16) for name in LAUNCHED_BY_ROWS),
+    *(_case(name, XL_256, 1, torch.float32) for name in CALLS if "head" in name or "run" in name or "embed" in name),
+    *(_case(name, LETTERS, 4, torch.float32) for name in CALLS),
+)

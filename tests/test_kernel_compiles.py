@@ -1,0 +1,222 @@
+"""Every kernel compiled for sm_80, sm_90 and sm_100, without a GPU, held to its limits; and that a limit can break.
+
+Kernels compile in processes of their own: in this one Triton interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ebcache_fast.kernels import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a run of bench.kernel_resources left."""
+
+    status: int
+    broken: list[str]
+    resources: list[dict[str, Any]]
+    table: list[str]
+
+    def of(self, case: str, arch: int) -> dict[str, Any]:
+        """The one kernel of a case."""
+        (found,) = (each for each in self.resources if (each["case"], each["arch"]) == (case, arch))
+        return found
+
+    def broken_by(self, case: str, arch: int) -> set[str]:
+        """The names of the limits that a case breaks."""
+        lines = (line.split(" / ") for line in self.broken)
+        return {text.split(":")[0] for name, _, on, text in lines if (name, on) == (case, f"sm_{arch}")}
+
+
+def compile_cases(folder: Path, *command: str) -> Compiled:
+    """Run a command in the repository's root, with nothing of this process's Triton, and read what it wrote."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": path}
+    out = folder / "resources.json"
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert out.exists(), done.stderr
+    lines = [line for line in done.stderr.splitlines() if " / sm_" in line]
+    return Compiled(done.returncode, lines, json.loads(out.read_text()), done.stdout.splitlines())
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Our kernels, compiled."""
+    return compile_cases(tmp_path_factory.mktemp("kernels"), "-m", "bench.kernel_resources")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_keep_to_their_limits(kernels: Compiled, arch: int) -> None:
+    broken = [line for line in kernels.broken if f" / sm_{arch} / " in line]
+    assert not broken, "\n".join(broken)
+
+
+def test_every_case_is_compiled_for_every_arch(kernels: Compiled) -> None:
+    assert kernels.status == (1 if kernels.broken else 0)
+    compiled: dict[str, set[int]] = {}
+    for each in kernels.resources:
+        compiled.setdefault(each["case"], set()).add(each["arch"])
+    assert all(archs == set(ARCHS) for archs in compiled.values()), compiled
+
+
+# Kernels that keep or break each limit, to see that the harness reads them right.
+
+
+@triton.jit
+def _copy(x, y, width, BLOCK: tl.constexpr):
+    """Copy a row a program."""
+    at = tl.program_id(0) * width + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, tl.arange(0, BLOCK) < width), tl.arange(0, BLOCK) < width)
+
+
+@triton.jit
+def _copy_described(x, y, rows, width, BLOCK: tl.constexpr):
+    """Copy 16 rows a program by a descriptor made here, which needs scratch in global memory."""
+    source = tl.make_tensor_descriptor(x, [rows, width], [width, 1], [16, BLOCK])
+    target = tl.make_tensor_descriptor(y, [rows, width], [width, 1], [16, BLOCK])
+    target.store([tl.program_id(0) * 16, 0], source.load([tl.program_id(0) * 16, 0]))
+
+
+@triton.jit
+def _multiply(x, y, z, width, BLOCK: tl.constexpr):
+    """A tile of the sum of three products, each with an accumulator of its own."""
+    rows, cols, inner = tl.arange(0, 128), tl.arange(0, BLOCK), tl.arange(0, 32)
+    one = tl.zeros((128, BLOCK), tl.float32)
+    two, three = one, one
+    for k in range(0, width, 32):
+        left = tl.load(x + rows[:, None] * width + inner + k)
+        right = tl.load(y + (inner[:, None] + k) * width + cols)
+        one, two, three = tl.dot(left, right, one), tl.dot(left * 2, right, two), tl.dot(left * 3, right, three)
+    tl.store(z + rows[:, None] * width + cols, one * two + three)
+
+
+def matrix(device: torch.device, *shape: int) -> Tensor:
+    """What the kernels below read and write."""
+    return torch.empty(shape, dtype=torch.bfloat16, device=device)
+
+
+def copy(device: torch.device) -> None:
+    """Loads 128 bit; the number of warps tells which architecture the launcher was told."""
+    warps = {80: 2, 90: 4, 100: 8}[launch.arch_of(device)]
+    for rows in (512, 1024):  # two launches, one kernel
+        _copy[(rows,)](matrix(device, rows, 1152), matrix(device, rows, 1152), 1152, 2048, num_warps=warps)
+
+
+def copy_slice(device: torch.device) -> None:
+    """Rows that begin one element behind a multiple of 16 bytes: loads element by element."""
+    _copy[(512,)](matrix(device, 512 * 1152 + 1)[1:], matrix(device, 512, 1152), 1152, 2048)
+
+
+def copy_crammed(device: torch.device) -> None:
+    """Far more values than registers."""
+    _copy[(512,)](matrix(device, 512, 16384), matrix(device, 512, 16384), 16384, 16384, maxnreg=24)
+
+
+def copy_described(device: torch.device) -> None:
+    """Loads by TMA where there is one, and its descriptors lie in global scratch."""
+    _copy_described[(32,)](matrix(device, 512, 256), matrix(device, 512, 256), 512, 256, 256)
+
+
+def multiply(device: torch.device) -> None:
+    """A modest product."""
+    _multiply[(1,)](matrix(device, 128, 1024), matrix(device, 1024, 1024), matrix(device, 128, 1024), 1024, 32)
+
+
+def multiply_greedily(device: torch.device) -> None:
+    """More tiles in flight than shared memory holds; on sm_100 more sums than tensor memory, so the code is a stub."""
+    block = {80: 32, 90: 32, 100: 256}[launch.arch_of(device)]
+    x, y, z = matrix(device, 128, 1024), matrix(device, 1024, 1024), matrix(device, 128, 1024)
+    _multiply[(1,)](x, y, z, 1024, block, num_stages=24)
+
+
+def compile_toys() -> int:
+    """Run the command on the kernels above, in a process that can import bench; see that it leaves no trace."""
+    from bench.kernel_cases import Case
+    from bench.kernel_resources import main
+
+    cases = (
+        Case("copy", copy, most_narrow_loads=0),
+        Case("copy_slice", copy_slice, most_narrow_loads=15, wgmma=True, tma=True),
+        Case("copy_crammed", copy_crammed),
+        Case("copy_described", copy_described, tma=True, vectorised=False),
+        Case("multiply", multiply, wgmma=True),
+        Case("multiply_greedily", multiply_greedily, vectorised=False),
+    )
+    run, arch_of = triton.JITFunction.run, launch.arch_of
+    status = main(cases)
+    assert (triton.JITFunction.run, launch.arch_of) == (run, arch_of)
+    return status
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The kernels above, compiled."""
+    program = "import sys, test_kernel_compiles as toys; sys.exit(toys.compile_toys())"
+    return compile_cases(tmp_path_factory.mktemp("toys"), "-c", program)
+
+
+BROKEN: Mapping[str, Mapping[int, set[str]]] = {
+    "copy": {80: set(), 90: set(), 100: set()},
+    "copy_slice": {
+        80: {"widest load", "narrow loads", "matrix unit"},
+        90: {"widest load", "narrow loads", "matrix unit", "TMA"},
+        100: {"widest load", "narrow loads", "matrix unit", "TMA"},
+    },
+    "copy_crammed": {arch: {"spills", "stack"} for arch in ARCHS},
+    "copy_described": {80: set(), 90: {"global scratch"}, 100: {"global scratch"}},
+    "multiply": {80: set(), 90: set(), 100: set()},
+    "multiply_greedily": {80: {"shared memory"}, 90: {"shared memory"}, 100: {"shared memory", "tensor memory"}},
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_limit_that_breaks_is_named(toys: Compiled, case: str, arch: int) -> None:
+    assert toys.broken_by(case, arch) == BROKEN[case][arch]
+    assert toys.status == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resources_are_read_off_the_binary(toys: Compiled, arch: int) -> None:
+    copy, crammed = toys.of("copy", arch), toys.of("copy_crammed", arch)
+    assert copy["widest_load_bits"] == 128
+    assert copy["narrow_loads"] == 0
+    assert toys.of("copy_slice", arch)["widest_load_bits"] == 16
+    assert copy["warps"] == {80: 2, 90: 4, 100: 8}[arch]
+    assert 0 < copy["registers"] <= 64
+    assert crammed["registers"] == 24
+    assert crammed["spill_bytes"] > crammed["stack_bytes"] > 256
+    assert 10 < copy["instructions"] < 200 < crammed["instructions"]
+    assert toys.of("multiply", arch)["matrix_unit"] == {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]
+    assert copy["matrix_unit"] == ""
+
+
+def test_the_table_has_a_line_for_each_kernel(toys: Compiled) -> None:
+    """All in the order of the JSON: by case, then architecture."""
+    keys = [(each["case"], each["arch"]) for each in toys.resources]
+    assert keys == sorted((case, arch) for case in BROKEN for arch in ARCHS)
+    assert [line.split(" | ")[0].removeprefix("| ") for line in toys.table[2:]] == [case for case, _ in keys]
