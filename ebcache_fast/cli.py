@@ -205,9 +205,9 @@ def compare(
     from ebcache_fast.files import make_folder
     from ebcache_fast.methods import Setting, parse_method
     from ebcache_fast.models import as_denoiser
-    from ebcache_fast.presets import labels_in_turn, load_letters
+    from ebcache_fast.presets import default_device, labels_in_turn, load_letters
 
-    preset = load_letters()
+    preset = load_letters(default_device())
     denoiser = as_denoiser(preset.model)
     setting = Setting(denoiser.shape, num_sampling_steps, sampler)
     parsed = [parse_method(method, setting) for method in methods]

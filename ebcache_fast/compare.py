@@ -108,7 +108,7 @@ def run_methods(
         part = labels[start : start + batch_size]
         for m, method in enumerate(methods):
             began = time.perf_counter()
-            made = run(part, table=method.plan, sampler=method.sampler, first_index=start, on_step=on_step)
+            made = run(part, table=method.plan, sampler=method.sampler, first_index=start, on_step=on_step).cpu()
             seconds[m].append(time.perf_counter() - began)
             images[m].append(made)
     return [Run(torch.cat(i), tuple(s)) for i, s in zip(images, seconds, strict=True)]

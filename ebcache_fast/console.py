@@ -10,6 +10,7 @@ from ebcache_fast._version import __version__
 from ebcache_fast.cache_table import CacheTable, named_tables
 from ebcache_fast.compare import Result
 from ebcache_fast.plan import ModelShape, Plan, StepType
+from ebcache_fast.presets import default_device
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -110,7 +111,7 @@ def print_info() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so everything runs on the CPU"
     print(f"ebcache_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"Triton: {'installed' if found else 'not installed'}; GPU: {device}; {torch.get_num_threads()} CPU threads")
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = default_device()
     for dtype in (torch.bfloat16, torch.float32):
         reason = ops.why_torch(where, dtype)
         print(f"operations on {where}, {dtype}" + (f" (torch, because of {reason}):" if reason else ":"))

@@ -17,7 +17,7 @@ from ebcache_fast.compare import Method, Result, Run, equal_cost_methods, judge_
 from ebcache_fast.errors import InputError
 from ebcache_fast.files import make_folder, replacing
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.presets import LETTERS, Preset, labels_in_turn, labels_of, load_letters
+from ebcache_fast.presets import LETTERS, Preset, default_device, labels_in_turn, labels_of, load_letters
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def demo(
     shown = labels_of(LETTERS if text is None else text)
     labels = shown + labels_in_turn(samples, len(LETTERS))[: max(0, samples - len(shown))]
     make_folder(out)
-    preset = load_letters()
+    preset = load_letters(default_device())
     runs, results = measure(preset, demo_methods(preset), labels, seed, on_start=on_start, on_step=on_step)
     pictures.save_picture(draw_comparison(results, runs, len(shown)), out / "comparison.png")
     write_report(out / "report.json", results, seed)
@@ -136,5 +136,5 @@ def machine() -> dict[str, object]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "operations": ops.select(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32).name,
+        "operations": ops.select(default_device(), torch.float32).name,
     }

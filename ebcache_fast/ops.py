@@ -1,7 +1,9 @@
 """The only switch between torch and Triton: every fused operation is reached through an `Operations`."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -84,8 +86,13 @@ def own_matmul_operations() -> Operations:
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Operations:
-    """What runs a model of this dtype on this device: Triton wherever it can."""
-    return triton_operations() if why_torch(device, dtype) is None else TORCH
+    """What runs a model of this dtype on this device: Triton wherever it can; on a GPU where it can't, that is said."""
+    reason = why_torch(device, dtype)
+    if reason is None:
+        return triton_operations()
+    if device.type == "cuda":
+        _say_once(reason)
+    return TORCH
 
 
 def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -100,6 +107,11 @@ def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < OLDEST_ARCH:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("torch operations run instead of the Triton kernels: %s", reason)
 
 
 def _addmm_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:

@@ -50,14 +50,22 @@ class LetterJudge:
         return Features(semantic=semantic, texture=texture, logits=logits, contrast=contrast(images.clamp(-1, 1)))
 
 
-def load_letters() -> Preset:
-    """The bundled model, its classifier, the real data's statistics and some real pictures, all on the CPU."""
+def default_device() -> torch.device:
+    """Where the commands run a model: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_letters(device: torch.device | None = None) -> Preset:
+    """The bundled model, on ``device``, its classifier, the real data's statistics and some real pictures.
+
+    None means the CPU, where all but the model always are.
+    """
     with as_file(files("ebcache_fast") / _FOLDER) as folder:
         classifier = LetterClassifier()
         classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
         real = load_file(folder / "real.safetensors")["images"]  # (M, 3, 24, 24) uint8
         return Preset(
-            model=load_dit(folder / "model.safetensors").eval(),
+            model=load_dit(folder / "model.safetensors").eval().to(device or "cpu"),
             judge=LetterJudge(classifier.eval().requires_grad_(False)),
             reference=Reference.load(folder / "reference.safetensors"),
             real=real.float() / 127.5 - 1,
@@ -92,19 +100,19 @@ def shape_of(name: str, image_size: int, num_classes: int) -> ModelShape:
 def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes: int) -> nn.Module:
     """The bundled model by its name, "letters", or an original DiT by its, with the weights of ``checkpoint``.
 
-    ``image_size`` is that of the decoded pictures: latents are an eighth of it. InputError for an unknown name, a
-    missing checkpoint or one that does not fit.
+    It lies on `default_device`. ``image_size`` is that of the decoded pictures: latents are an eighth of it.
+    InputError for an unknown name, a missing checkpoint or one that does not fit.
     """
     if name == BUNDLED:
         if checkpoint is not None:
             raise InputError(f"model {name!r} has its own weights; leave out --ckpt, or say which --model it is of")
-        return load_letters().model
+        return load_letters(default_device()).model
     factory = _factory(name, image_size, num_classes)
     if checkpoint is None:
         raise InputError(f"model {name!r} needs its weights; pass --ckpt FILE.pt or FILE.safetensors")
     with torch.device("meta"):  # no time is spent on values that the file will replace
         model = factory()
-    model.to_empty(device=torch.get_default_device())
+    model.to_empty(device=default_device())
     load_checkpoint(model, checkpoint)
     return model.eval()
 

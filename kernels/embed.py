@@ -31,7 +31,7 @@ def _embed_kernel(
     keep = keep_token[:, None] & (col < D)[None, :]
     for copy in tl.static_range(COPIES):
         row = (sample + copy * B).to(tl.int64) * T + token
-        tl.store(h + row[:, None] * D + col[None, :], tile.to(h.dtype.element_ty), mask=keep)
+        tl.store(h + row[:, None] * D + col[None, :], tile, mask=keep)
 
 
 @triton.jit
@@ -61,8 +61,8 @@ def _embed_norm_kernel(
             row = (sample + copy * B).to(tl.int64) * T + token
             where = row[:, None] * D + col[None, :]
             vectors = vector_offsets(sample + copy * B, True, at, strides) + col[None, :]
-            tl.store(h + where, tile.to(h.dtype.element_ty), mask=keep)
-            tl.store(u + where, modulate(normed, norm, vectors, keep_col).to(u.dtype.element_ty), mask=keep)
+            tl.store(h + where, tile, mask=keep)
+            tl.store(u + where, modulate(normed, norm, vectors, keep_col), mask=keep)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def _residual_kernel(h, branches, gates, at, strides, M, T, D, ROWS: tl.constexp
     offsets = row.to(tl.int64)[:, None] * D + col[None, :]
     gate_offsets = vector_offsets(row // T, row < M, at, strides)[:, None] + col[None, :]
     total = residual(h, branches, gates, offsets, gate_offsets, keep)
-    tl.store(h + offsets, total.to(h.dtype.element_ty), mask=keep)
+    tl.store(h + offsets, total, mask=keep)
 
 
 @triton.jit
@@ -52,21 +52,21 @@ def _norm_kernel(
     mean = mean / D
 
     if len(branches) > 0:
-        tl.store(h + start + col, main.to(h.dtype.element_ty), mask=keep)
+        tl.store(h + start + col, main, mask=keep)
     main = tl.where(keep, main - mean[:, None], 0.0)
     variance = tl.sum(main * main, axis=1)
     if REST > 0:
         if len(branches) > 0:
-            tl.store(h + start + rest_col, rest.to(h.dtype.element_ty), mask=rest_keep)
+            tl.store(h + start + rest_col, rest, mask=rest_keep)
         rest = tl.where(rest_keep, rest - mean[:, None], 0.0)
         variance += tl.sum(rest * rest, axis=1)
     scale = tl.rsqrt(variance / D + norm.eps)[:, None]
 
     main = modulate(main * scale, norm, vectors + col, keep)
-    tl.store(u + start + col, main.to(u.dtype.element_ty), mask=keep)
+    tl.store(u + start + col, main, mask=keep)
     if REST > 0:
         rest = modulate(rest * scale, norm, vectors + rest_col, rest_keep)
-        tl.store(u + start + rest_col, rest.to(u.dtype.element_ty), mask=rest_keep)
+        tl.store(u + start + rest_col, rest, mask=rest_keep)
 
 
 def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:

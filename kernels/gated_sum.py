@@ -47,11 +47,11 @@ def _kernel(
         if STEPS > 2:
             third += load(gate + 2 * tl.cast(step_stride, tl.int64), gate_offsets, keep) * slot
 
-    tl.store(sums + offsets, first.to(sums.dtype.element_ty), mask=keep)
+    tl.store(sums + offsets, first, mask=keep)
     if STEPS > 1:
-        tl.store(sums + slot_size + offsets, second.to(sums.dtype.element_ty), mask=keep)
+        tl.store(sums + slot_size + offsets, second, mask=keep)
     if STEPS > 2:
-        tl.store(sums + 2 * slot_size + offsets, third.to(sums.dtype.element_ty), mask=keep)
+        tl.store(sums + 2 * slot_size + offsets, third, mask=keep)
 
 
 def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:

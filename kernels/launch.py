@@ -63,7 +63,7 @@ def parameters(kernel: str, rows: int, device: torch.device) -> Launch:
 
 def elements_of(channels: int, patch: int) -> int:
     """The latent elements of a patch, padded to what a matrix product takes."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(channels * patch * patch))
+    return max(SMALLEST_DOT, int(triton.next_power_of_2(channels * patch * patch)))
 
 
 def columns(launch: Launch, dtype: torch.dtype, elements: int) -> int:

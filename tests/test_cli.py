@@ -50,7 +50,7 @@ Run = Callable[[str], Outcome]
 
 
 @cache
-def letters() -> Preset:
+def letters(device: object = None) -> Preset:
     """The bundled model, held against fewer real pictures: that is what judging spends its time on."""
     preset = load_letters()
     few = dataclasses.replace(preset.reference, real_semantic=preset.reference.real_semantic[:40])

@@ -40,7 +40,7 @@ KEYS = {
 
 
 @cache
-def letters() -> Preset:
+def letters(device: object = None) -> Preset:
     """The bundled model, held against fewer real pictures: that is what judging spends its time on."""
     preset = load_letters()
     few = dataclasses.replace(preset.reference, real_semantic=preset.reference.real_semantic[:40])
