@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from bench.default_model.calibrate_tables import SCHEDULES, all_tables
-from ebcache_fast import sample
+from ebcache_fast import ops, sample
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.compare import Method, equal_cost_methods
 from ebcache_fast.demo import machine
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
-from ebcache_fast.engine.modulation import ModulationTable, StepModulation
-from ebcache_fast.engine.step import run_step
+from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.step import StepRunner
+from ebcache_fast.engine.trajectory import Prediction, split
+from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
 from ebcache_fast.plan import Branch, Plan
@@ -150,10 +152,10 @@ def real_norm(setting: dict[str, Any], seed: int, samples: int) -> dict[str, Any
         x = alpha_bar[i] ** 0.5 * real + (1 - alpha_bar[i]) ** 0.5 * noise
         total = 0.0
         for rows in torch.arange(samples).split(BATCH):
-            step = ModulationTable(denoiser, timesteps[i : i + 1], guided_rows(labels[rows])).step(0)
             plan = Plan.uncached(timesteps[i : i + 1], denoiser.shape.depth, (Branch.SELF_ATTN, Branch.MLP))
-            out = run(plan.steps[0], x[rows], step, fresh_cache(2 * len(rows)))
-            total += float(Guidance(1.5).predict(out, 3, 1.0).eps.square().mean(dim=(1, 2, 3)).sqrt().sum())
+            run = Guided(plan, labels[rows])
+            eps = run.predict(0, x[rows], fresh_cache(2 * len(rows))).eps
+            total += float(eps.square().mean(dim=(1, 2, 3)).sqrt().sum())
         norms.append(total / samples)
     return {"eps_norm": norms}
 
@@ -197,34 +199,44 @@ def fresh_cache(rows: int) -> FeatureCache:
     return FeatureCache.full(denoiser.shape, rows, torch.bfloat16, torch.device("cpu"))
 
 
-def guided_rows(labels: Tensor) -> Tensor:
-    return Guidance(1.5).row_labels(as_denoiser(letters().model), labels)
+class Guided:
+    """A guided batch under one plan, with caches of the caller's choosing and modulation open to change."""
+
+    @torch.no_grad()
+    def __init__(self, plan: Plan, labels: Tensor) -> None:
+        denoiser, guidance = as_denoiser(letters().model), Guidance(1.5)
+        rows = guidance.row_labels(denoiser, labels)
+        self._plan, self._out_channels, self._rows = plan, denoiser.out_channels, len(rows)
+        self.modulation = ModulationTable(denoiser, plan.timesteps, rows)
+        guide = guidance.guide(denoiser, plan.eps_scale, torch.float32)
+        workspace = Workspace(torch.bfloat16, torch.device("cpu"))
+        self._runner = StepRunner(denoiser, ops.TORCH, self.modulation, guide, workspace, len(rows))
+
+    @torch.no_grad()
+    def predict(self, i: int, x: Tensor, cache: FeatureCache) -> Prediction:
+        """eps and variance of step ``i`` for latents x (N, C, H, W)."""
+        out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
+        self._runner.predict(x, self._plan.steps[i], i, cache, out)
+        return split(out, len(x), x.shape[1])
 
 
-@torch.no_grad()
-def run(plan: Any, x: Tensor, modulation: StepModulation, cache: FeatureCache) -> Tensor:
-    return run_step(as_denoiser(letters().model), x.bfloat16(), plan, modulation, cache).float()
-
-
-@torch.no_grad()
 def walk(
     plan: Plan, labels: Tensor, seed: int, first: int, caches: list[FeatureCache], gated: bool = False
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Sample one batch step by step, yielding (i, latents after the step, eps); step i uses ``caches[i % n]``."""
-    denoiser = as_denoiser(letters().model)
     sampler = make_sampler("ddpm", len(plan))
-    noise = trajectory_noise(seed, range(first, first + len(labels)), len(plan), denoiser.latent_shape)
-    table = ModulationTable(denoiser, plan.timesteps, guided_rows(labels))
-    x, stored = noise[0], None
+    noise = trajectory_noise(
+        seed, range(first, first + len(labels)), len(plan), as_denoiser(letters().model).latent_shape
+    )
+    run = Guided(plan, labels)
+    gates = run.modulation.layers[:, :, :, 2]  # (S, L, branches, U, D)
+    x, stored = noise[0], 0
     for i, step_plan in enumerate(plan.steps):
-        step = table.step(i)
-        if gated:
-            stored = step.layers[:, :, 2].clone() if not step_plan.reused else stored
-            layers = step.layers.clone()
-            layers[:, :, 2] = stored
-            step = StepModulation(layers, step.head)
-        out = run(step_plan, x, step, caches[i % len(caches)])
-        eps, variance = Guidance(1.5).predict(out, 3, plan.eps_scale)
+        if not step_plan.reused:
+            stored = i
+        elif gated:
+            gates[i] = gates[stored]
+        eps, variance = run.predict(i, x, caches[i % len(caches)])
         x = sampler_update(x, eps, variance, noise[i + 1], sampler.rows[i])
         yield i, x, eps
 
