@@ -96,6 +96,39 @@ def read_classifier() -> dict[str, Any]:
     return dict(json.loads((ROOT / "bench" / "default_model" / "classifier.json").read_text()))
 
 
+def kernels() -> str:
+    """Registers and shared memory of the kernels at DiT-XL/2's shapes, by architecture."""
+    found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for entry in json.loads((RESULTS / "kernel-resources.json").read_text()):
+        name, _, size = entry["case"].partition(" / ")
+        if size == "DiT-XL/2 256 px, B=1, bfloat16":
+            found[name][entry["arch"]] = entry
+    archs = sorted({arch for entries in found.values() for arch in entries})
+    rows = [
+        (name, *(f"{e['registers']}, {e['shared_bytes'] / 1024:.0f} KB" for e in map(entries.__getitem__, archs)))
+        for name, entries in found.items()
+    ]
+    head = ("registers a thread, shared memory", *(f"sm_{arch}" for arch in archs))
+    versions = {e["triton"] for entries in found.values() for e in entries.values()}
+    note = f"DiT-XL/2 at 256 px, batch 1 with guidance, bfloat16; no spills. Triton {', '.join(sorted(versions))}."
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def precision() -> str:
+    """Whether sampling in bfloat16 changes an answer."""
+    entries = answers()["precision"]
+    rows = [
+        (
+            dtype,
+            spread([e["figures"][dtype]["fd_semantic"] for e in entries]),
+            spread([e["figures"][dtype]["fd_texture"] for e in entries], 4),
+            spread([100 * e["figures"][dtype]["recognised"] for e in entries], 1),
+        )
+        for dtype in ("bfloat16", "float32")
+    ]
+    return table(("20 steps, no cache", "Fréchet semantic", "texture", "recognised %"), rows)
+
+
 def cpu() -> str:
     """How much of the allowed speed-up the wall clock shows."""
     report = read("cpu-speedup.json")
@@ -240,9 +273,20 @@ def plot_exposure(real: list[float], curves: dict[int, dict[str, list[float]]]) 
     figure.savefig(DOCS / "exposure.png", dpi=110)
 
 
-PARTS: tuple[Callable[[], str], ...] = (demo, quality, cpu, equal_cost, scale, gating, exposure, similarity)
+PARTS: tuple[Callable[[], str], ...] = (
+    demo,
+    kernels,
+    quality,
+    cpu,
+    precision,
+    equal_cost,
+    scale,
+    gating,
+    exposure,
+    similarity,
+)
 NEEDS = {"exposure": {"exposure", "real_norm"}} | {
-    p.__name__: {p.__name__} for p in (equal_cost, scale, gating, similarity)
+    p.__name__: {p.__name__} for p in (precision, equal_cost, scale, gating, similarity)
 }
 
 
