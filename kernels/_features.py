@@ -1,6 +1,6 @@
 """From tokens to noise: the head's features of a tile of tokens, guidance, and the sampler's step on them.
 
-Where a tile's channels come from is a function of its own, ``tile_of(source, col, keep)``: the residual stream in the
+Where a tile's channels come from is a function of its own, ``tile_of(source, col, D)``: the residual stream in the
 head, latents and a gated sum in a run of steps. It is asked twice for each chunk of channels, first for the statistics
 of the LayerNorm, then for the features, because a row of tokens is too wide to keep.
 """
@@ -57,11 +57,9 @@ def features(
 @triton.jit
 def _add_products(totals, inputs, weight):
     """Add ``inputs @ weight.T`` to totals (slices, ROWS, E), whose sum over the slices counts."""
-    if totals.shape[0] == 1:
-        return tl.dot(inputs, weight.T, totals.reshape(totals.shape[1], totals.shape[2]), input_precision="tf32x3")[
-            None
-        ]
     SLICES: tl.constexpr = totals.shape[0]
+    if SLICES == 1:
+        return totals + tl.dot(inputs, weight.T, input_precision="tf32x3")[None]
     depth: tl.constexpr = inputs.shape[1] // SLICES
     left = inputs.reshape(inputs.shape[0], SLICES, depth).permute(1, 0, 2)
     right = weight.reshape(weight.shape[0], SLICES, depth).permute(1, 2, 0)

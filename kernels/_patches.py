@@ -11,11 +11,11 @@ from ebcache_fast.kernels._stream import load
 
 
 @triton.jit
-def pixels(image, channels, first_channel, token, element, size, C: tl.constexpr, P: tl.constexpr):
-    """Offsets (ROWS, E) of a tile's pixels in images (N, channels, H, W), from channel ``first_channel`` on."""
+def pixels(image, channels, token, element, size, P: tl.constexpr):
+    """Offsets (ROWS, E) of a tile's pixels in images (N, channels, H, W)."""
     height, width = size
     across = width // P  # tokens in a row
-    plane = (tl.cast(image, tl.int64) * channels + first_channel + element // (P * P)) * height  # (E,)
+    plane = (tl.cast(image, tl.int64) * channels + element // (P * P)) * height  # (E,)
     y = (token // across * P)[:, None] + (element % (P * P) // P)[None, :]
     x = (token % across * P)[:, None] + (element % P)[None, :]
     return (plane[None, :] + y) * width + x

@@ -70,7 +70,7 @@ def _patches(x, sample, token, size, T, C: tl.constexpr, P: tl.constexpr, E: tl.
     """A tile's latents (ROWS, E), which of its tokens there are, and the elements of a patch."""
     element = tl.arange(0, E)
     keep = (token < T)[:, None] & (element < C * P * P)[None, :]
-    latents = tl.load(x + pixels(sample, C, 0, token, element, size, C, P), mask=keep, other=0.0)
+    latents = tl.load(x + pixels(sample, C, token, element, size, P), mask=keep, other=0.0)
     return latents, token < T, element
 
 

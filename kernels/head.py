@@ -70,7 +70,7 @@ def _predict_kernel(
         stream, norm, at, strides, linear, sample, token, element, T, D, C, P, OUT, VARIANCE, ROWS, COLS, E
     )  # fmt: skip
     b = tl.load(settings + 1)
-    where = pixels(sample, OUT, 0, token, element, size, C, P)
+    where = pixels(sample, OUT, token, element, size, P)
     variance_at = C * size[0] * size[1]  # from a pixel of eps to that of its variance
     if COPIES == 2:
         other, other_variance = _row_features(
@@ -80,7 +80,7 @@ def _predict_kernel(
         mixed = guided(eps, other, settings, element, P, GUIDED)
         other = tl.where((element < GUIDED * P * P)[None, :], mixed, other)
         eps = mixed
-        other_where = pixels(sample + B, OUT, 0, token, element, size, C, P)
+        other_where = pixels(sample + B, OUT, token, element, size, P)
         tl.store(out + other_where, b * other, mask=keep)
         if VARIANCE:
             tl.store(out + other_where + variance_at, other_variance, mask=keep)
@@ -111,7 +111,7 @@ def _update_kernel(
             eps, variance, row_eps, row_variance, copy, copies, settings, element, P, GUIDED
         )  # fmt: skip
 
-    where = pixels(sample, C, 0, token, element, size, C, P)
+    where = pixels(sample, C, token, element, size, P)
     step = tl.load(at.step).to(tl.int64)
     noise = eps
     if NOISE:

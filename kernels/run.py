@@ -39,7 +39,7 @@ def _kernel(
     element = tl.arange(0, E)
     keep_token = token < T
     keep = keep_token[:, None] & (element < C * P * P)[None, :]
-    where = pixels(sample, C, 0, token, element, size, C, P)
+    where = pixels(sample, C, token, element, size, P)
     first_step = tl.load(at.step).to(tl.int64)
     image_size = tl.cast(B, tl.int64) * C * size[0] * size[1]
     VARIANCE: tl.constexpr = OUT > C and NOISE
