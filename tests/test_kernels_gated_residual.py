@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ebcache_fast import reference
 from ebcache_fast.errors import InputError
+from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.gated_residual import gated_residual, gated_residual_norm_modulate
 from ebcache_fast.operands import At, Norm
 
@@ -109,21 +110,23 @@ def test_the_epsilon_counts() -> None:
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
-    width, tokens = 16, 2**31 // 16 + 2
-    case = Case((1, 2, width), 2, torch.float16)
+    width = 16
+    rows = launch.parameters("gated_residual", 2**31 // width, DEVICE).rows
+    tokens = 2**31 // width + rows
+    case = Case((1, rows, width), 2, torch.float16)
     h, u, *branches = (huge_zeros(1, tokens, width) for _ in range(4))
     for huge, small in zip((h, *branches), (case.h, *case.branches), strict=True):
-        huge[:, -2:] = small
-    with only_program(tokens // 2 - 1):
+        huge[:, -rows:] = small
+    with only_program(tokens // rows - 1):
         gated_residual_norm_modulate(h, branches, case.gates, case.norm, case.at, u)
     own_h, own_u = run_reference(case)
     exact_h, exact_u = run_reference(case.exact())
-    assert_accurate(h[:, -2:], own_h, exact_h)
-    assert_accurate(u[:, -2:], own_u, exact_u)
-    h[:, -2:] = case.h
-    with only_program(tokens // 2 - 1):
+    assert_accurate(h[:, -rows:], own_h, exact_h)
+    assert_accurate(u[:, -rows:], own_u, exact_u)
+    h[:, -rows:] = case.h
+    with only_program(tokens // rows - 1):
         gated_residual(h, branches, case.gates, case.at)
-    assert_accurate(h[:, -2:], own_h, exact_h)
+    assert_accurate(h[:, -rows:], own_h, exact_h)
 
 
 def case_with(**changes: object) -> Case:
