@@ -25,9 +25,10 @@ MAX_BRANCHES = 2
 def _residual_kernel(h, branches, gates, at, strides, M, T, D, ROWS: tl.constexpr, COLS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    keep = (row < M)[:, None] & (col < D)[None, :]
+    keep_row = row < M
+    keep = keep_row[:, None] & (col < D)[None, :]
     offsets = row.to(tl.int64)[:, None] * D + col[None, :]
-    gate_offsets = vector_offsets(row // T, row < M, at, strides)[:, None] + col[None, :]
+    gate_offsets = vector_offsets(row // T, keep_row, at, strides)[:, None] + col[None, :]
     total = residual(h, branches, gates, offsets, gate_offsets, keep)
     tl.store(h + offsets, total, mask=keep)
 
@@ -38,25 +39,26 @@ def _norm_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = row.to(tl.int64)[:, None] * D
-    vectors = vector_offsets(row // T, row < M, at, strides)[:, None]
+    keep_row = row < M
+    vectors = vector_offsets(row // T, keep_row, at, strides)[:, None]
 
     col = tl.arange(0, MAIN)[None, :]
-    keep = (row < M)[:, None] & (col < D)
+    keep = keep_row[:, None] & (col < D)
     main = residual(h, branches, gates, start + col, vectors + col, keep)  # (ROWS, MAIN)
     mean = tl.sum(main, axis=1)
     if REST > 0:
         rest_col = MAIN + tl.arange(0, REST)[None, :]
-        rest_keep = (row < M)[:, None] & (rest_col < D)
+        rest_keep = keep_row[:, None] & (rest_col < D)
         rest = residual(h, branches, gates, start + rest_col, vectors + rest_col, rest_keep)  # (ROWS, REST)
         mean += tl.sum(rest, axis=1)
     mean = mean / D
 
-    if len(branches) > 0:
+    if len(branches):
         tl.store(h + start + col, main, mask=keep)
     main = tl.where(keep, main - mean[:, None], 0.0)
     variance = tl.sum(main * main, axis=1)
     if REST > 0:
-        if len(branches) > 0:
+        if len(branches):
             tl.store(h + start + rest_col, rest, mask=rest_keep)
         rest = tl.where(rest_keep, rest - mean[:, None], 0.0)
         variance += tl.sum(rest * rest, axis=1)

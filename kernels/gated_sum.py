@@ -26,11 +26,12 @@ def _kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    keep = (row < M)[:, None] & (col < D)[None, :]
+    keep_row = row < M
+    keep = keep_row[:, None] & (col < D)[None, :]
     slot_size = tl.cast(M, tl.int64) * D  # all slots together pass 2**31 elements
     offsets = row.to(tl.int64)[:, None] * D + col[None, :]
     # The gates lie as the slots do, (ROWS, COLS): a broadcast row would put a barrier into every turn of the loop.
-    gate_offsets = vector_offsets(row // T, row < M, at, strides)[:, None] + col[None, :]
+    gate_offsets = vector_offsets(row // T, keep_row, at, strides)[:, None] + col[None, :]
     step_stride, slot_stride = strides[0], strides[2]
 
     first = tl.zeros((ROWS, COLS), tl.float32)

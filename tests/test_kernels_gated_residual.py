@@ -69,6 +69,22 @@ def test_residual(shape: tuple[int, int, int], count: int, dtype: torch.dtype) -
     assert_accurate(h.written(), own, exact.h)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 3), (3, 2, 19), (7, 1, 96)], ids=str)
+def test_a_last_tile_that_is_not_full(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From many rows on a program takes several, and the last one finds fewer."""
+    several = {80: ((launch.ALL, launch.Launch(rows=4, cols=0, warps=8)),)}
+    monkeypatch.setattr(launch, "TABLE", {"gated_residual": several})
+    case = Case(shape, 1, torch.float32)
+    h, u, alone = Guarded(shape, torch.float32, case.h), Guarded(shape, torch.float32), Guarded(shape, torch.float32)
+    alone.tensor.copy_(case.h)
+    gated_residual_norm_modulate(h.tensor, case.branches, case.gates, case.norm, case.at, u.tensor)
+    gated_residual(alone.tensor, case.branches, case.gates, case.at)
+    (own_h, own_u), (exact_h, exact_u) = run_reference(case), run_reference(case.exact())
+    assert_accurate(h.written(), own_h, exact_h)
+    assert_accurate(u.written(), own_u, exact_u)
+    assert_accurate(alone.written(), own_h, exact_h)
+
+
 def test_what_is_read_stays_as_it_was() -> None:
     case = Case((3, 5, 48), 2, torch.float32)
     operands = [*case.branches, *case.gates, case.norm.shift, case.norm.scale, case.at.step, case.at.row_of]
