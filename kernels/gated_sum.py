@@ -41,12 +41,12 @@ def _kernel(
     third = first
     for k in tl.range(0, K, num_stages=STAGES):
         slot = load(slots + k * slot_size, offsets, keep)
-        gate = gates + k * tl.cast(slot_stride, tl.int64)
+        gate = gates + k * slot_stride
         first += load(gate, gate_offsets, keep) * slot
         if STEPS > 1:
             second += load(gate + step_stride, gate_offsets, keep) * slot
         if STEPS > 2:
-            third += load(gate + 2 * tl.cast(step_stride, tl.int64), gate_offsets, keep) * slot
+            third += load(gate + 2 * step_stride, gate_offsets, keep) * slot
 
     tl.store(sums + offsets, first, mask=keep)
     if STEPS > 1:
