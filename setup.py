@@ -63,6 +63,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-cov>=5",
+            "pytest-benchmark>=5",  # the benchmarks run small among the tests, so that they can't rot
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",

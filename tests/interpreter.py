@@ -32,6 +32,7 @@ def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """Patch the interpreter for as long as ``patch`` lasts."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     binary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
+    fma = InterpreterBuilder.create_fma
 
     def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
         kinds = src.dtype.scalar, dst_type.scalar
@@ -55,6 +56,11 @@ def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
         refuse(arg)
         return unary(self, arg, op)
 
+    def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        refuse(x, y, z)
+        return fma(self, x, y, z)
+
+    patch.setattr(InterpreterBuilder, "create_fma", create_fma)
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     patch.setattr(InterpreterBuilder, "create_fp_to_fp", lambda self, src, dst, _: cast_impl(self, src, dst))
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -1,0 +1,247 @@
+"""All that only a GPU can tell, by one command in under 5 minutes, into one JSON file.
+
+    python -m bench.gpu_suite [--out FILE]          by default gpu-suite.json in the folder $OUT, else in bench/results
+    python -m bench.gpu_suite --dry-run             every stage, tiny, on the CPU: proves the script, measures nothing
+
+Stages, each with its time; what fails is recorded, and the next one runs all the same:
+
+correctness  the tests of the kernels and of the engine over them, which run on CUDA where there is a GPU
+memcheck     every kernel under compute-sanitizer, where that is installed
+benchmarks   bench/test_kernels.py at every size, without torch.compile
+compiled     the same with torch.compile, at 256 px and B=1: it compiles for seconds a kernel
+
+Without a GPU it says so and exits 0. With one it exits 1 if a test, a memory check or a benchmark failed; a stage that
+could not run, or ran out of time, says so in the file.
+
+A bare machine needs torch, triton and numpy, and these packages, as wheels where there is no registry:
+
+    pydantic pydantic-core annotated-types typing-inspection safetensors    the package itself
+    pytest pluggy iniconfig packaging pygments                              every stage but memcheck
+    hypothesis sortedcontainers                                             correctness
+    pytest-xdist execnet                                                    many cores for correctness; optional
+    pytest-benchmark py-cpuinfo2                                            both benchmarks
+    nvidia-ml-py                                                            the GPU's state; optional
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels NAME ...
+    pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=site python -m bench.gpu_suite
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+from xml.etree import ElementTree
+
+import torch
+
+from bench.kernel_cases import CALLS
+from bench.kernel_contenders import TINY
+from bench.kernel_operands import XL_256, KernelOperands
+from bench.telemetry import telemetry
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+GRACE = 8  # seconds that a stage has to write down what it has, once its time is up
+DRY_SECONDS = 600  # a stage's in a dry run, where nothing is measured
+ENGINE_TESTS = ("test_engine_triton.py", "test_launches.py")
+SANITIZER = "compute-sanitizer"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended."""
+
+    status: str  # passed, failed, skipped, out of time
+    why: str = ""  # if not passed
+    seconds: float = 0.0
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def with_found(self, more: dict[str, Any]) -> "Outcome":
+        return replace(self, found=self.found | more)
+
+
+def run(command: Sequence[str], seconds: float, **environment: str) -> Outcome:
+    """Run a command in the repository for at most so long; at the end of it, it is asked to write its results."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = os.environ | {"PYTHONPATH": path} | environment
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+            process.send_signal(signal.SIGINT)  # pytest writes its reports then
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
+        output.seek(0)
+        said = {"output": output.read()[-4000:]}
+    if status is None:
+        return Outcome("out of time", "stopped; what was done until then is kept", found=said)
+    return Outcome("failed", f"exit status {status}", found=said) if status else Outcome("passed")
+
+
+def missing(*modules: str) -> Outcome | None:
+    """What to say where Python packages are not installed."""
+    absent = [name for name in modules if find_spec(name) is None]
+    names = ", ".join(absent).replace("_", "-")
+    return Outcome("skipped", f"no {names} here: carry the wheels that bench/gpu_suite.py names") if absent else None
+
+
+def correctness(seconds: float, dry: bool) -> Outcome:
+    """The same tests as everywhere, on CUDA; on a CPU a few of them."""
+    absent = missing("pytest", "hypothesis")
+    if absent:
+        return absent
+    if dry:
+        return tested(["tests/test_kernels_embed.py", "-k", "plain"], seconds)
+    files = sorted(path.name for path in (ROOT / "tests").glob("test_kernels_*.py"))
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # compiling takes the time
+    return tested([*(f"tests/{name}" for name in (*files, *ENGINE_TESTS)), *parallel], seconds)
+
+
+def tested(arguments: Sequence[str], seconds: float) -> Outcome:
+    """A run of pytest: how many tests did what, and why those that did not pass did not."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        ended = run(command, seconds, PYTEST_ADDOPTS="")  # what is asked of the whole suite is not meant here
+        return ended.with_found(counts(ElementTree.parse(report)) if report.exists() else {})
+
+
+def counts(report: "ElementTree.ElementTree[Any]") -> dict[str, Any]:
+    """What pytest's JUnit report says, in short."""
+    suites, kinds = list(report.iter("testsuite")), ("tests", "failures", "errors", "skipped")
+    others = {
+        f"{case.get('classname')}::{case.get('name')}": f"{end.tag}: {(end.get('message') or '').partition(chr(10))[0]}"
+        for case in report.iter("testcase")
+        for end in case
+        if end.tag in {"failure", "error", "skipped"}
+    }
+    return {kind: sum(int(each.get(kind, 0)) for each in suites) for kind in kinds} | {"not_passed": others}
+
+
+def memcheck(seconds: float, dry: bool) -> Outcome:
+    """Every kernel once under compute-sanitizer, each tensor an allocation of its own; interpreted in a dry run."""
+    script = [sys.executable, "-c", "from bench.gpu_suite import launch_every_kernel as every; every()"]
+    if dry:
+        return run(script, seconds, TRITON_INTERPRET="1").with_found({"calls": len(CALLS)})
+    tool = shutil.which(SANITIZER, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    if tool is None:
+        return Outcome("skipped", f"no {SANITIZER} here: it comes with the CUDA toolkit")
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", *script]
+    return run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1").with_found({"calls": len(CALLS), "tool": tool})
+
+
+def launch_every_kernel() -> None:
+    """Each call of `bench.kernel_cases.CALLS`: tiny, and on a GPU also at real widths."""
+    on_gpu = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float16)
+    for model in (TINY, XL_256) if on_gpu else (TINY,):
+        operands = KernelOperands(model, 1, dtype, device)
+        for call in CALLS.values():
+            call(operands)
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def benchmarks(seconds: float, dry: bool) -> Outcome:
+    """Every kernel at every size, without torch.compile."""
+    return timed("kernels and not compile", seconds)
+
+
+def compiled(seconds: float, dry: bool) -> Outcome:
+    """Every kernel at one size with torch.compile; in a dry run one kernel, which has only its reference."""
+    return timed("kernels and attention" if dry else "kernels and 256px and B1", seconds)
+
+
+def timed(chosen: str, seconds: float) -> Outcome:
+    """The benchmarks that ``-k`` chooses: what each stored with its result."""
+    absent = missing("pytest", "pytest_benchmark")
+    if absent:
+        return absent
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "benchmarks.json"
+        arguments = ["bench", "--benchmark-only", "--benchmark-quiet", "-k", chosen, f"--benchmark-json={report}"]
+        ended = tested(arguments, seconds)
+        text = report.read_text() if report.exists() else ""
+    results = json.loads(text)["benchmarks"] if text else []
+    return ended.with_found({"results": [one["extra_info"] for one in results]})
+
+
+# Each stage, and by which second of the suite it must be over: what one does not use, the next one may.
+Stage = Callable[[float, bool], Outcome]
+STAGES: tuple[tuple[Stage, int], ...] = ((correctness, 110), (memcheck, 150), (benchmarks, 235), (compiled, 275))
+
+
+def suite(dry: bool) -> dict[str, Any]:
+    """Run every stage in turn; all that was found, ready for JSON."""
+    start, state = time.monotonic(), telemetry()
+    done = {}
+    for stage, until in STAGES:
+        began = time.monotonic()
+        ended = attempt(stage, DRY_SECONDS if dry else until - GRACE - (began - start), dry)
+        ended = replace(ended, seconds=round(time.monotonic() - began, 1))
+        print(f"{stage.__name__}: {ended.status} in {ended.seconds:.0f} s {ended.why}", flush=True)
+        done[stage.__name__] = asdict(ended)
+    seconds = round(time.monotonic() - start, 1)
+    return {"dry_run": dry, "seconds": seconds, "stages": done, "telemetry": {"start": state, "end": telemetry()}}
+
+
+def attempt(stage: Stage, seconds: float, dry: bool) -> Outcome:
+    """One stage; an error of its own is no reason to lose what the others found."""
+    if seconds <= 0:
+        return Outcome("out of time", "the stages before it took too long")
+    try:
+        with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""} if dry else {}):
+            return stage(seconds, dry)
+    except Exception as error:
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+
+
+def lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for every kernel and size: each contender's median, and its share of the ceiling that binds."""
+    rows: dict[str, list[str]] = {}
+    for one in results:
+        row = rows.setdefault(f"{one['kernel']} / {one['model']}, B={one['samples']}", [])
+        row.append(f"{one['contender']} {one['median_us']:.1f} us ({100 * one['share_of_ceiling']:.0f}%)")
+    return (f"{name}: {', '.join(row)}" for name, row in rows.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 1 if a stage failed, else 0, also without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS) / "gpu-suite.json")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not args.dry_run:
+        print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure; --dry-run needs none")
+        return 0
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: stages would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = suite(args.dry_run)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    stages = found["stages"].values()
+    print(*(line for each in stages for line in lines(each["found"].get("results", ()))), args.out, sep="\n")
+    return 1 if any(each["status"] == "failed" for each in stages) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

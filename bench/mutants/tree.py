@@ -1,0 +1,66 @@
+"""Copies of the tree to mutate, and which tests a file has."""
+
+import ast
+import compileall
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from py_compile import PycInvalidationMode
+
+from bench.mutants.errors import MutationError
+
+PARTS = ("kernels", "ebcache_fast", "tests", "bench", "pyproject.toml")
+UNUSED = shutil.ignore_patterns("__pycache__", "results", "*.egg-info", ".*")
+PACKAGE = "ebcache_fast.kernels"
+
+
+def copy_tree(root: Path, target: Path) -> Path:
+    """A copy of what tests of the kernels need; links stay links, so that the package's leads to the copy's kernels.
+
+    Compiled files are kept by content, not by time: a mutant as long as its original and as young must not pass for it.
+    """
+    target.mkdir()
+    for part in PARTS:
+        source = root / part
+        if source.is_dir():
+            shutil.copytree(source, target / part, symlinks=True, ignore=UNUSED)
+        elif source.is_file():
+            shutil.copy(source, target / part)
+    compileall.compile_dir(target, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+    return target
+
+
+def kernel_files(root: Path) -> list[str]:
+    """The files of kernels/, from the root."""
+    files = sorted(f"kernels/{path.name}" for path in (root / "kernels").glob("*.py"))
+    if not files:
+        raise MutationError(f"{root / 'kernels'} holds no Python file; name the root of a checkout")
+    return files
+
+
+def find_tests(root: Path, file: str) -> tuple[str, ...]:
+    """The tests of a kernel file, from the root: its own, or, of a helper that has none, those of what imports it."""
+    own = f"tests/test_kernels_{Path(file).stem}.py"
+    if (root / own).is_file():
+        return (own,)
+    importers = [other for other in kernel_files(root) if Path(file).stem in imports(root / other)]
+    tests = {test for other in importers for test in find_tests(root, other)}
+    if not tests:
+        raise MutationError(f"{file} has no test: neither {own} nor one of a kernel that imports it; write one")
+    return tuple(sorted(tests))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the kernels' package that a file imports, by their own names."""
+    return {name.removeprefix(f"{PACKAGE}.") for name in _imports(path) if name.startswith(f"{PACKAGE}.")}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                parent = ".".join(filter(None, (PACKAGE if level else "", module)))
+                yield parent
+                yield from (f"{parent}.{alias.name}" for alias in names)
