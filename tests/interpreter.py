@@ -1,4 +1,4 @@
-"""Triton's interpreter, made honest about bfloat16.
+"""Triton's interpreter, made honest about bfloat16 and quicker.
 
 It keeps bfloat16 as raw bits in uint16 and computes with those as if they were integers, and it truncates where a GPU
 rounds to nearest even. Here conversions and dot products are right, and any other bfloat16 arithmetic is an error.
@@ -6,6 +6,7 @@ rounds to nearest even. Here conversions and dot products are right, and any oth
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
 
 
 def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -66,6 +68,29 @@ def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
     patch.setattr(InterpreterBuilder, "binary_op", binary_op)
     patch.setattr(InterpreterBuilder, "unary_op", unary_op)
+
+
+def call_helpers_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Patch Triton's language once a launch, and not anew at each call of a nested jit function, which takes ms."""
+    launch, done = GridExecutor.__call__, set[frozenset[str]]()
+
+    @cache
+    def languages(function: Any) -> frozenset[str]:
+        """The modules of Triton's language that a function sees."""
+        return frozenset(v.__name__ for v in function.__globals__.values() if v is tl or v is tl.core)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if languages(self.fn) not in done:
+            interpreter._patch_lang(self.fn)
+            done.add(languages(self.fn))
+        return self.rewrite()(*args, **kwargs)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        done.clear()
+        launch(self, *args, **kwargs)
+
+    patch.setattr(InterpretedFunction, "__call__", call)
+    patch.setattr(GridExecutor, "__call__", launch_anew)
 
 
 def refuse(*handles: TensorHandle) -> None:
