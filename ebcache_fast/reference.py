@@ -27,13 +27,14 @@ def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
 def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
     """`embed` into h, and the first branch's modulated input into u, both (R, T, D)."""
     embed(x, patches, h)
-    u.copy_(norm_modulate(h, norm, at))
+    norm_modulate(h, norm, at, u)
 
 
-def norm_modulate(h: Tensor, norm: Norm, at: At) -> Tensor:
-    """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h -> (R, T, D)."""
+def norm_modulate(h: Tensor, norm: Norm, at: At, u: Tensor | None = None) -> Tensor:
+    """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h -> (R, T, D), in u's memory if it is given."""
     normed = F.layer_norm(h, h.shape[-1:], eps=norm.eps)
-    return torch.addcmul(_rows(norm.shift, at), normed, 1 + _rows(norm.scale, at))
+    modulated: Tensor = torch.addcmul(_rows(norm.shift, at), normed, 1 + _rows(norm.scale, at), out=u)
+    return modulated
 
 
 def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
@@ -50,7 +51,7 @@ def gated_residual_norm_modulate(
     With a cached attention output among ``branches`` this is the cached-attention substitution.
     """
     gated_residual(h, branches, gates, at)
-    u.copy_(norm_modulate(h, norm, at))
+    norm_modulate(h, norm, at, u)
 
 
 def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:
@@ -60,13 +61,13 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
     branch runs in such a step, so that no layer waits for another, and the sums do not depend on x.
     """
     for j, total in enumerate(sums):
-        here = At(at.step + j, at.row_of)
+        chosen = gates.index_select(0, at.step + j)[0].index_select(1, at.row_of).unsqueeze(2)  # (K, R, 1, D)
         if base is None:
-            total.zero_()
+            torch.mul(chosen[0], slots[0], out=total)
         else:
-            total.copy_(base)
-        for k, slot in enumerate(slots):
-            total.addcmul_(_rows(gates[:, k], here), slot)
+            torch.addcmul(base, chosen[0], slots[0], out=total)
+        for gate, slot in zip(chosen[1:], slots[1:], strict=True):
+            total.addcmul_(gate, slot)
 
 
 def head(
@@ -76,8 +77,9 @@ def head(
 
     A token's features are its patch row by row, channels last. h stays as it is.
     """
-    h = h.clone()
-    gated_residual(h, branches, gates, at)
+    if branches:
+        h = h.clone()
+        gated_residual(h, branches, gates, at)
     tokens = F.linear(norm_modulate(h, norm, at), linear.weight, linear.bias)  # (R, T, p * p * Cout)
     unpatchify(tokens, out)
 
@@ -105,9 +107,7 @@ def head_predict(
     Under guidance the guided eps channels of both halves are alike, all others stay each row's own. b multiplies
     every eps channel and no variance channel.
     """
-    raw = torch.empty_like(out, dtype=h.dtype)
-    head(h, branches, gates, norm, at, linear, raw)
-    out.copy_(raw)
+    head(h, branches, gates, norm, at, linear, out)
     guide_and_scale(out, guide)
 
 
@@ -200,4 +200,4 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
 
 def _rows(vectors: Tensor, at: At) -> Tensor:
     """The vectors (S, U, D) that the batch rows take -> (R, 1, D)."""
-    return vectors[at.step, at.row_of].unsqueeze(1)
+    return vectors.index_select(0, at.step)[0].index_select(0, at.row_of).unsqueeze(1)
