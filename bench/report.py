@@ -110,7 +110,9 @@ def kernels() -> str:
     ]
     head = ("registers a thread, shared memory", *(f"sm_{arch}" for arch in archs))
     versions = {e["triton"] for entries in found.values() for e in entries.values()}
-    note = f"DiT-XL/2 at 256 px, batch 1 with guidance, bfloat16; no spills. Triton {', '.join(sorted(versions))}."
+    spilled = sum(e["spill_bytes"] for entries in found.values() for e in entries.values())
+    what = "DiT-XL/2 at 256 px, batch 1 with guidance, bfloat16"
+    note = f"{what}; {spilled or 'no'} bytes spilled. Triton {', '.join(sorted(versions))}."
     return f"{table(head, rows)}\n\n{note}"
 
 

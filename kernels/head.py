@@ -143,7 +143,7 @@ def head_predict(
     samples = checks.samples(h, guide)
     patch, channels = checks.head(h, linear, guide, out)
     checks.latents(out, h, (rows, channels, *out.shape[2:]))
-    chosen = launch.parameters("head", h.shape[0] * tokens, h.device)
+    chosen = launch.parameters("head", rows * tokens, h.device)
     elements = launch.elements_of(guide.eps_channels, patch)
     with launch.on(h):
         _predict_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
@@ -185,13 +185,13 @@ def head_update(
 
     Raises InputError for more than two branches and what `checks` refuses.
     """
-    _, tokens, width = checks.stream(h, *branches)
+    rows, tokens, width = checks.stream(h, *branches)
     strides = _strides(h, branches, gates, norm, at)
     samples = checks.samples(h, guide)
     patch, channels = checks.head(h, linear, guide, x)
     checks.latents(x, h, (samples, guide.eps_channels, *x.shape[2:]))
     checks.update(update, x)
-    chosen = launch.parameters("head", h.shape[0] * tokens, h.device)
+    chosen = launch.parameters("head", rows * tokens, h.device)
     elements = launch.elements_of(guide.eps_channels, patch)
     with launch.on(h):
         _update_kernel[(triton.cdiv(tokens, chosen.rows), samples)](

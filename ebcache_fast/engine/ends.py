@@ -4,7 +4,7 @@
 models that changed them (adapters, hooks, parametrizations): the same result, on torch alone.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,6 +14,14 @@ from ebcache_fast import reference
 from ebcache_fast.models.denoiser import Denoiser
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 from ebcache_fast.ops import Operations
+
+
+@dataclass
+class Pending:
+    """Branches not yet added to the residual stream, with their gates; whoever reads the stream next adds them."""
+
+    branches: list[Tensor] = field(default_factory=list)  # (R, T, D) each
+    gates: list[Tensor] = field(default_factory=list)  # (S, U, D) each
 
 
 class Ends(Protocol):
@@ -27,30 +35,11 @@ class Ends(Protocol):
         """`embed`, and the first branch's input into u."""
         ...
 
-    def predict(
-        self,
-        h: Tensor,
-        branches: Sequence[Tensor],
-        gates: Sequence[Tensor],
-        norm: Norm,
-        at: At,
-        guide: Guide,
-        out: Tensor,
-    ) -> None:
+    def predict(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
         """The guided and scaled output into out (R, Cout, H, W)."""
         ...
 
-    def update(
-        self,
-        x: Tensor,
-        h: Tensor,
-        branches: Sequence[Tensor],
-        gates: Sequence[Tensor],
-        norm: Norm,
-        at: At,
-        guide: Guide,
-        update: Update,
-    ) -> None:
+    def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         """`predict`, and the sampler's step on x in place."""
         ...
 
@@ -71,30 +60,11 @@ class FusedEnds:
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
         self._operations.embed_norm_modulate(x, self._patches, norm, at, h, u)
 
-    def predict(
-        self,
-        h: Tensor,
-        branches: Sequence[Tensor],
-        gates: Sequence[Tensor],
-        norm: Norm,
-        at: At,
-        guide: Guide,
-        out: Tensor,
-    ) -> None:
-        self._operations.head_predict(h, branches, gates, norm, at, self._linear, guide, out)
+    def predict(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
+        self._operations.head_predict(h, pending.branches, pending.gates, norm, at, self._linear, guide, out)
 
-    def update(
-        self,
-        x: Tensor,
-        h: Tensor,
-        branches: Sequence[Tensor],
-        gates: Sequence[Tensor],
-        norm: Norm,
-        at: At,
-        guide: Guide,
-        update: Update,
-    ) -> None:
-        self._operations.head_update(x, h, branches, gates, norm, at, self._linear, guide, update)
+    def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
+        self._operations.head_update(x, h, pending.branches, pending.gates, norm, at, self._linear, guide, update)
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         self._operations.run_update(x, sums, self._patches, norm, at, self._linear, guide, update)
@@ -122,41 +92,22 @@ class ModuleEnds:
         self.embed(x, h)
         u.copy_(reference.norm_modulate(h, norm, at))
 
-    def predict(
-        self,
-        h: Tensor,
-        branches: Sequence[Tensor],
-        gates: Sequence[Tensor],
-        norm: Norm,
-        at: At,
-        guide: Guide,
-        out: Tensor,
-    ) -> None:
+    def predict(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
         h = h.clone()
-        reference.gated_residual(h, branches, gates, at)
+        reference.gated_residual(h, pending.branches, pending.gates, at)
         out.copy_(self._denoiser.head(reference.norm_modulate(h, norm, at)))
         reference.guide_and_scale(out, guide)
 
-    def update(
-        self,
-        x: Tensor,
-        h: Tensor,
-        branches: Sequence[Tensor],
-        gates: Sequence[Tensor],
-        norm: Norm,
-        at: At,
-        guide: Guide,
-        update: Update,
-    ) -> None:
+    def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         out = x.new_empty(len(h), self._denoiser.out_channels, *x.shape[2:])
-        self.predict(h, branches, gates, norm, at, guide, out)
+        self.predict(h, pending, norm, at, guide, out)
         reference.step_on(x, out, guide, at, update)
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         h = torch.empty_like(sums[0])
         for j, total in enumerate(sums):
             self.embed(x, h)
-            self.update(x, h.add_(total), (), (), norm, At(at.step + j, at.row_of), guide, update)
+            self.update(x, h.add_(total), Pending(), norm, At(at.step + j, at.row_of), guide, update)
 
 
 def ends_of(denoiser: Denoiser, operations: Operations) -> Ends:

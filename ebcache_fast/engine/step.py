@@ -1,11 +1,10 @@
 """The denoising steps of one batch: which branches run, what is read from the cache, in which order it is summed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ebcache_fast.engine.ends import Ends, ends_of
+from ebcache_fast.engine.ends import Ends, Pending, ends_of
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.workspace import Workspace
@@ -16,14 +15,6 @@ from ebcache_fast.plan import StepPlan
 
 MAX_PENDING = 2  # branches that one fused operation adds
 LONGEST_RUN = 3  # ATTN_MLP steps of which one pass over the cache makes the sums
-
-
-@dataclass
-class Pending:
-    """Branches not yet added to the residual stream, with their gates; whoever reads the stream next adds them."""
-
-    branches: list[Tensor] = field(default_factory=list)  # (R, T, D) each
-    gates: list[Tensor] = field(default_factory=list)  # (S, U, D) each
 
 
 class StepRunner:
@@ -56,13 +47,13 @@ class StepRunner:
             h, pending = total, Pending()
         else:
             h, pending = self._run_branches(x, plan, i, cache)
-        self._ends.predict(h, pending.branches, pending.gates, self._head_norm(), at, self._guide, out)
+        self._ends.predict(h, pending, self._head_norm(), at, self._guide, out)
 
     def update(self, x: Tensor, plan: StepPlan, i: int, cache: FeatureCache, update: Update) -> None:
         """A whole step that computes some branch, the sampler's included, on x (B, C, H, W) in place."""
         h, pending = self._run_branches(x, plan, i, cache)
         at, norm = self._modulation.at(i), self._head_norm()
-        self._ends.update(x, h, pending.branches, pending.gates, norm, at, self._guide, update)
+        self._ends.update(x, h, pending, norm, at, self._guide, update)
 
     def run_update(self, x: Tensor, plan: StepPlan, i: int, steps: int, cache: FeatureCache, update: Update) -> None:
         """``steps`` whole steps from ``i`` on, none of which computes a branch, on x (B, C, H, W) in place.
