@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Update
 
 STEPS = 50
 
@@ -52,7 +52,8 @@ class KernelOperands:
         self.head_norm = Norm(head[:, 0], head[:, 1], 1e-6)
         conditions = torch.arange(samples, dtype=torch.int32, device=device)
         step = torch.ones(1, dtype=torch.int32, device=device)
-        self.at = At(step, torch.cat([conditions, torch.full_like(conditions, samples)]))
+        row_of = torch.cat([conditions, torch.full_like(conditions, samples)])
+        self.at = At(step, row_of, Advance(torch.zeros_like(step), 1))
         self.patches = Patches(
             self.draw(model.width, model.channels, model.patch, model.patch),
             self.draw(model.width),

@@ -1,8 +1,8 @@
 """What the fused operations take together: small named tuples of tensors, the same for torch and for Triton.
 
 Modulation vectors come as tables over the whole trajectory, (S, U, D): S steps, U distinct conditions, D channels.
-`At` says which row of them a batch row takes in the step at hand; both of its tensors stay on the device, so that one
-captured graph serves every step.
+`At` says which row of them a batch row takes in the step at hand. Which step that is stays on the device and is advanced
+there, so that one captured graph serves every step.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,22 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Advance(NamedTuple):
+    """What an operation does for a later one besides its own work: ``to = step + by``.
+
+    It never writes the step that it reads, which other programs of the same launch may read still.
+    """
+
+    to: Tensor  # (1,) int32
+    by: int
+
+
 class At(NamedTuple):
     """Where in the tables the step at hand reads."""
 
     step: Tensor  # (1,) int32: the executed step
     row_of: Tensor  # (R,) int32: each batch row's condition
+    advance: Advance | None = None
 
 
 class Norm(NamedTuple):

@@ -2,7 +2,8 @@
 
 Shapes: B samples, R batch rows (B, or 2B under guidance: the conditional ones, then the unconditional), T tokens,
 D channels, K cache slots, S steps of the trajectory. The residual stream h and all branches are (R, T, D). Latents x
-are (B, C, H, W), in float32 or float64, whatever the model's dtype. Nothing here knows of models, plans or caches.
+are (B, C, H, W), in float32 or float64, whatever the model's dtype. Whatever takes an `At` does what its ``advance``
+asks for as well. Nothing here knows of models, plans or caches.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tens
     """`embed` into h, and the first branch's modulated input into u, both (R, T, D)."""
     embed(x, patches, h)
     norm_modulate(h, norm, at, u)
+    advance(at)
 
 
 def norm_modulate(h: Tensor, norm: Norm, at: At, u: Tensor | None = None) -> Tensor:
@@ -39,6 +41,12 @@ def norm_modulate(h: Tensor, norm: Norm, at: At, u: Tensor | None = None) -> Ten
 
 def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
     """``h += sum_k gates[k] * branches[k]`` in place; branches (R, T, D) fresh or cached, ungated; gates (S, U, D)."""
+    add_gated(h, branches, gates, at)
+    advance(at)
+
+
+def add_gated(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
+    """`gated_residual`, of which it is the sum."""
     for branch, gate in zip(branches, gates, strict=True):
         h.addcmul_(_rows(gate, at), branch)
 
@@ -50,8 +58,9 @@ def gated_residual_norm_modulate(
 
     With a cached attention output among ``branches`` this is the cached-attention substitution.
     """
-    gated_residual(h, branches, gates, at)
+    add_gated(h, branches, gates, at)
     norm_modulate(h, norm, at, u)
+    advance(at)
 
 
 def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:
@@ -68,6 +77,7 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
             torch.addcmul(base, chosen[0], slots[0], out=total)
         for gate, slot in zip(chosen[1:], slots[1:], strict=True):
             total.addcmul_(gate, slot)
+    advance(at)
 
 
 def head(
@@ -79,7 +89,7 @@ def head(
     """
     if branches:
         h = h.clone()
-        gated_residual(h, branches, gates, at)
+        add_gated(h, branches, gates, at)
     tokens = F.linear(norm_modulate(h, norm, at), linear.weight, linear.bias)  # (R, T, p * p * Cout)
     unpatchify(tokens, out)
 
@@ -109,6 +119,7 @@ def head_predict(
     """
     head(h, branches, gates, norm, at, linear, out)
     guide_and_scale(out, guide)
+    advance(at)
 
 
 def guide_and_scale(out: Tensor, guide: Guide) -> None:
@@ -136,8 +147,10 @@ def head_update(
     """`head_predict`, then the sampler's step on x (B, C, H, W) in place: the end of a step of our own loop."""
     patch_elements = x[0].numel() // h.shape[1]  # C * p * p
     out = x.new_empty(len(h), x.shape[1] * len(linear.weight) // patch_elements, *x.shape[2:])
-    head_predict(h, branches, gates, norm, at, linear, guide, out)
+    head(h, branches, gates, norm, at, linear, out)
+    guide_and_scale(out, guide)
     step_on(x, out, guide, at, update)
+    advance(at)
 
 
 def step_on(x: Tensor, out: Tensor, guide: Guide, at: At, update: Update) -> None:
@@ -159,6 +172,7 @@ def run_update(
         embed(x, patches, h)
         h += total
         head_update(x, h, (), (), norm, At(at.step + j, at.row_of), linear, guide, update)
+    advance(at)
 
 
 def sampler_update(
@@ -196,6 +210,12 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
     rows, tokens, width = out.shape
     q, k, v = qkv.view(rows, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, heads, T, D / heads)
     out.view(rows, tokens, heads, -1).copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
+def advance(at: At) -> None:
+    """Do what ``at.advance`` asks for."""
+    if at.advance is not None:
+        torch.add(at.step, at.advance.by, out=at.advance.to)
 
 
 def _rows(vectors: Tensor, at: At) -> Tensor:

@@ -10,10 +10,17 @@ import triton.language as tl
 @triton.jit
 def vector_offsets(batch_row, keep, at, strides):
     """Where batch rows' modulation vectors start in a table (S, U, D) whose first two strides are given."""
-    step, row_of = at
-    here = tl.load(step).to(tl.int64)
-    condition = tl.load(row_of + batch_row, mask=keep, other=0).to(tl.int64)
-    return here * strides[0] + condition * strides[1]
+    step = tl.load(at.step).to(tl.int64)
+    condition = tl.load(at.row_of + batch_row, mask=keep, other=0).to(tl.int64)
+    return step * strides[0] + condition * strides[1]
+
+
+@triton.jit
+def advance(at):
+    """Do what ``at.advance`` asks for, in one program of the grid."""
+    if at.advance is not None:
+        is_first = tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0
+        tl.store(at.advance.to, tl.load(at.step) + at.advance.by, mask=is_first)
 
 
 @triton.jit

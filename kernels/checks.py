@@ -68,6 +68,8 @@ def at(h: Tensor, where: At) -> None:
                 "contiguous"
             )
         same_device(tensor, h)
+    if where.advance is not None:
+        alike(where.advance.to, where.step, (1,))
 
 
 def branch_count(branches: Sequence[Tensor], gates: Sequence[Tensor], most: int) -> None:

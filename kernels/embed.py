@@ -14,7 +14,7 @@ from torch import Tensor
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._patches import embedded, pixels
-from ebcache_fast.kernels._stream import merge_statistics, modulate, vector_offsets
+from ebcache_fast.kernels._stream import advance, merge_statistics, modulate, vector_offsets
 from ebcache_fast.operands import At, Norm, Patches
 
 
@@ -63,6 +63,7 @@ def _embed_norm_kernel(
             vectors = vector_offsets(sample + copy * B, True, at, strides) + col[None, :]
             tl.store(h + where, tile, mask=keep)
             tl.store(u + where, modulate(normed, norm, vectors, keep_col), mask=keep)
+    advance(at)
 
 
 @triton.jit

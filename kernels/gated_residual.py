@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._stream import modulate, residual, vector_offsets
+from ebcache_fast.kernels._stream import advance, modulate, residual, vector_offsets
 from ebcache_fast.operands import At, Norm
 
 MAX_BRANCHES = 2
@@ -31,6 +32,7 @@ def _residual_kernel(h, branches, gates, at, strides, M, T, D, ROWS: tl.constexp
     gate_offsets = vector_offsets(row // T, keep_row, at, strides)[:, None] + col[None, :]
     total = residual(h, branches, gates, offsets, gate_offsets, keep)
     tl.store(h + offsets, total, mask=keep)
+    advance(at)
 
 
 @triton.jit
@@ -69,17 +71,18 @@ def _norm_kernel(
     if REST > 0:
         rest = modulate(rest * scale, norm, vectors + rest_col, rest_keep)
         tl.store(u + start + rest_col, rest, mask=rest_keep)
+    advance(at)
 
 
 def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
     """``h += sum_k gates[k] * branches[k]`` in place; see `ebcache_fast.reference.gated_residual`.
 
-    Raises InputError for more than two branches and what `checks` refuses.
+    Raises InputError for no branch, more than two, and what `checks` refuses.
     """
+    if not branches:
+        raise InputError("there is no branch to add to the stream; pass one or two")
     rows, tokens, width = checks.stream(h, *branches)
     checks.branch_count(branches, gates, MAX_BRANCHES)
-    if not branches:
-        return
     strides = checks.vectors(h, *gates)
     checks.at(h, at)
     chosen = launch.parameters("gated_residual", rows * tokens, h.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._stream import load, vector_offsets
+from ebcache_fast.kernels._stream import advance, load, vector_offsets
 from ebcache_fast.operands import At
 
 MAX_STEPS = 3
@@ -53,6 +53,7 @@ def _kernel(
         tl.store(sums + slot_size + offsets, second, mask=keep)
     if STEPS > 2:
         tl.store(sums + 2 * slot_size + offsets, third, mask=keep)
+    advance(at)
 
 
 def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._features import add_row, features, guided, sampler_step
 from ebcache_fast.kernels._patches import pixels
-from ebcache_fast.kernels._stream import residual, vector_offsets
+from ebcache_fast.kernels._stream import advance, residual, vector_offsets
 from ebcache_fast.operands import At, Guide, Linear, Norm, Update
 
 MAX_BRANCHES = 2
@@ -87,6 +87,7 @@ def _predict_kernel(
     tl.store(out + where, b * eps, mask=keep)
     if VARIANCE:
         tl.store(out + where + variance_at, variance, mask=keep)
+    advance(at)
 
 
 @triton.jit
@@ -122,6 +123,7 @@ def _update_kernel(
         latents, eps * tl.load(settings + 1), variance, noise, update.rows + step * 6, VARIANCE, NOISE
     )
     tl.store(x + where, latents, mask=keep)
+    advance(at)
 
 
 def head_predict(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._features import add_row, features, sampler_step
 from ebcache_fast.kernels._patches import embedded, pixels
-from ebcache_fast.kernels._stream import load, vector_offsets
+from ebcache_fast.kernels._stream import advance, load, vector_offsets
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 
 
@@ -66,6 +66,7 @@ def _kernel(
         row = update.rows + (first_step + j) * 6
         latents = sampler_step(latents, eps * tl.load(settings + 1), variance, noise, row, OUT > C, NOISE)
     tl.store(x + where, latents, mask=keep)
+    advance(at)
 
 
 def run_update(

@@ -7,7 +7,7 @@ import torch
 from accuracy import DEVICE, draw, in_float64
 from torch import Tensor
 
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Update
 
 STEPS, CONDITIONS, STEP = 5, 3, 1  # of the tables, and the step that is asked for
 
@@ -120,6 +120,20 @@ class StepOperands:
     def map(self, change: object) -> "StepOperands":
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return StepOperands(**{name: change(value) for name, value in values.items()})  # type: ignore[operator]
+
+
+def advancing(at: At) -> At:
+    """The same, and a count that the operation advances by 2, between others that it must leave alone."""
+    counts = torch.full((3,), 7, dtype=torch.int32, device=DEVICE)
+    return at._replace(advance=Advance(counts[1:2], 2))
+
+
+def assert_advanced(at: At) -> None:
+    """That an operation did what ``advancing(at)`` asked for."""
+    assert at.advance is not None
+    step = int(at.step)
+    assert at.advance.to._base is not None
+    assert at.advance.to._base.tolist() == [7, step + 2, 7]
 
 
 def _cloned(value: object) -> object:

@@ -1,9 +1,11 @@
 """Latents to tokens against the references, under the rule of accuracy."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate
-from step_operands import SIZES, Sizes, StepOperands
+from step_operands import SIZES, Sizes, StepOperands, advancing, assert_advanced
 
 from ebcache_fast import reference
 from ebcache_fast.errors import InputError
@@ -53,9 +55,17 @@ def test_the_epsilon_counts() -> None:
     assert_accurate(u, own_u, exact_u)
 
 
+@pytest.mark.parametrize("function", [embed_norm_modulate, reference.embed_norm_modulate])
+def test_the_step_advances(function: Callable[..., None]) -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    at = advancing(case.at)
+    function(case.x, case.patches, case.norm, at, case.h, torch.empty_like(case.h))
+    assert_advanced(at)
+
+
 def test_what_is_read_stays_as_it_was() -> None:
     case = StepOperands.of(SIZES["plain"], torch.float32)
-    read = [case.x, *case.patches, case.norm.shift, case.norm.scale, *case.at]
+    read = [case.x, *case.patches, case.norm.shift, case.norm.scale, *case.at[:2]]
     before = [operand.clone() for operand in read]
     embed_norm_modulate(case.x, case.patches, case.norm, case.at, case.h, torch.empty_like(case.h))
     assert all(map(torch.equal, read, before))

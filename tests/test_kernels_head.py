@@ -1,12 +1,13 @@
 """The head in both of its forms against the references, under the rule of accuracy."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
 from interpreter import only_program
-from step_operands import SIZES, STEP, STEPS, Sizes, StepOperands
+from step_operands import SIZES, STEP, STEPS, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
@@ -80,7 +81,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 def test_what_is_read_stays_as_it_was() -> None:
     case = StepOperands.of(SIZES["plain"], torch.float32)
-    read = [case.h, *case.branches, *case.gates, *case.norm[:2], *case.at, *case.linear, case.guide.settings]
+    read = [case.h, *case.branches, *case.gates, *case.norm[:2], *case.at[:2], *case.linear, case.guide.settings]
     read += [case.update.rows, case.update.noise]
     before = [operand.clone() for operand in read]
     head_update(case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
@@ -95,6 +96,23 @@ def test_each_step_reads_its_own_rows() -> None:
         function(latents, case.h, case.branches, case.gates, case.norm, at, case.linear, case.guide, case.update)
     torch.testing.assert_close(x, own, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(x, update_with_reference(case))  # the step before it
+
+
+@pytest.mark.parametrize("function", [head_update, reference.head_update])
+def test_the_step_advances(function: Callable[..., None]) -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    at = advancing(case.at)
+    function(case.x, case.h, case.branches, case.gates, case.norm, at, case.linear, case.guide, case.update)
+    assert_advanced(at)
+
+
+@pytest.mark.parametrize("function", [head_predict, reference.head_predict])
+def test_the_step_advances_with_a_prediction(function: Callable[..., None]) -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    at = advancing(case.at)
+    out = case.x.new_empty(4, 8, *case.sizes.image)
+    function(case.h, case.branches, case.gates, case.norm, at, case.linear, case.guide, out)
+    assert_advanced(at)
 
 
 def test_guidance_of_one_and_b_of_one_change_nothing() -> None:

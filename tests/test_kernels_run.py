@@ -1,9 +1,11 @@
 """A run of ATTN_MLP steps against the reference, and against single steps, under the rule of accuracy."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate
-from step_operands import SIZES, StepOperands
+from step_operands import SIZES, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
@@ -44,10 +46,18 @@ def test_a_run_is_its_steps_one_by_one() -> None:
 
 def test_what_is_read_stays_as_it_was() -> None:
     case = StepOperands.of(SIZES["plain"], torch.float32)
-    read = [case.sums, *case.patches, *case.norm[:2], *case.at, *case.linear, case.guide.settings, *case.update]
+    read = [case.sums, *case.patches, *case.norm[:2], *case.at[:2], *case.linear, case.guide.settings, *case.update]
     before = [operand.clone() for operand in read]
     run_update(case.x, case.sums, case.patches, case.norm, case.at, case.linear, case.guide, case.update)
     assert all(map(torch.equal, read, before))
+
+
+@pytest.mark.parametrize("function", [run_update, reference.run_update])
+def test_the_step_advances(function: Callable[..., None]) -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32)
+    at = advancing(case.at)
+    function(case.x, case.sums, case.patches, case.norm, at, case.linear, case.guide, case.update)
+    assert_advanced(at)
 
 
 WRONG = {

@@ -91,23 +91,30 @@ class ModuleEnds:
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
         self.embed(x, h)
         u.copy_(reference.norm_modulate(h, norm, at))
+        reference.advance(at)
 
     def predict(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
-        h = h.clone()
-        reference.gated_residual(h, pending.branches, pending.gates, at)
-        out.copy_(self._denoiser.head(reference.norm_modulate(h, norm, at)))
-        reference.guide_and_scale(out, guide)
+        self._head(h, pending, norm, at, guide, out)
+        reference.advance(at)
 
     def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         out = x.new_empty(len(h), self._denoiser.out_channels, *x.shape[2:])
-        self.predict(h, pending, norm, at, guide, out)
+        self._head(h, pending, norm, at, guide, out)
         reference.step_on(x, out, guide, at, update)
+        reference.advance(at)
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         h = torch.empty_like(sums[0])
         for j, total in enumerate(sums):
             self.embed(x, h)
             self.update(x, h.add_(total), Pending(), norm, At(at.step + j, at.row_of), guide, update)
+        reference.advance(at)
+
+    def _head(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
+        h = h.clone()
+        reference.add_gated(h, pending.branches, pending.gates, at)
+        out.copy_(self._denoiser.head(reference.norm_modulate(h, norm, at)))
+        reference.guide_and_scale(out, guide)
 
 
 def ends_of(denoiser: Denoiser, operations: Operations) -> Ends:
