@@ -60,16 +60,17 @@ def vectors(h: Tensor, *tables: Tensor) -> tuple[int, int]:
 
 
 def at(h: Tensor, where: At) -> None:
-    """The step, (1,) int32, and each batch row's condition, (R,) int32, on h's device."""
-    for name, tensor, size in (("step", where.step, 1), ("row_of", where.row_of, len(h))):
+    """The step and what advances, (1,) int32, and each batch row's condition, (R,) int32, on h's device."""
+    tensors = [("step", where.step, 1), ("row_of", where.row_of, len(h))]
+    if where.advance is not None:
+        tensors.append(("advance.to", where.advance.to, 1))
+    for name, tensor, size in tensors:
         if tensor.shape != (size,) or tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise InputError(
                 f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype} does not fit; it must be ({size},) int32, "
                 "contiguous"
             )
         same_device(tensor, h)
-    if where.advance is not None:
-        alike(where.advance.to, where.step, (1,))
 
 
 def branch_count(branches: Sequence[Tensor], gates: Sequence[Tensor], most: int) -> None:

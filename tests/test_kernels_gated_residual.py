@@ -14,7 +14,7 @@ from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.gated_residual import gated_residual, gated_residual_norm_modulate
-from ebcache_fast.operands import At, Norm
+from ebcache_fast.operands import Advance, At, Norm
 
 SHAPES = [(1, 1, 1), (2, 5, 7), (3, 3, 96), (2, 7, 131), (5, 2, 144), (2, 3, 1152)]  # (R, T, D)
 STEPS, CONDITIONS, VECTORS = 3, 2, 5
@@ -177,6 +177,7 @@ def case_with(**changes: object) -> Case:
 
 
 WIDE = torch.zeros(2, 3, 32)
+STEP = torch.ones(1, dtype=torch.int32)
 WRONG = {
     "float64": (dict(h=torch.zeros(2, 3, 16, dtype=torch.float64)), "float64 is none of"),
     "strides": (dict(h=WIDE[:, :, ::2]), "not contiguous"),
@@ -192,6 +193,7 @@ WRONG = {
     "strides of the gates": (dict(gates=[torch.zeros(3, 2, 16), torch.zeros(3, 4, 16)[:, ::2]]), "views of one table"),
     "channels apart": (dict(gates=[torch.zeros(3, 2, 32)[:, :, ::2]] * 2), "side by side"),
     "int64 step": (dict(at=At(torch.tensor([1]), torch.zeros(2, dtype=torch.int32))), "step of shape"),
+    "a float count": (dict(at=At(STEP, STEP.repeat(2), Advance(torch.zeros(1), 1))), "advance.to of shape"),
     "rows": (dict(at=At(torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))), "row_of of shape"),
 }
 
@@ -215,5 +217,5 @@ def in_place(value: object) -> object:
     if isinstance(value, Tensor):
         return value if DEVICE.type == "cpu" else torch.empty_like(value, device=DEVICE).copy_(value)
     if isinstance(value, At):
-        return At(*(tensor.to(DEVICE) for tensor in value))
+        return At(value.step.to(DEVICE), value.row_of.to(DEVICE), value.advance)
     return [in_place(one) for one in value]  # type: ignore[attr-defined]
