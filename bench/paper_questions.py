@@ -207,16 +207,17 @@ class Guided:
         denoiser, guidance = as_denoiser(letters().model), Guidance(1.5)
         rows = guidance.row_labels(denoiser, labels)
         self._plan, self._out_channels, self._rows = plan, denoiser.out_channels, len(rows)
-        self.modulation = ModulationTable(denoiser, plan.timesteps, rows)
+        self.modulation = ModulationTable.of(denoiser, plan.timesteps, rows)
         guide = guidance.guide(denoiser, plan.eps_scale, torch.float32)
         workspace = Workspace(torch.bfloat16, torch.device("cpu"))
-        self._runner = StepRunner(denoiser, ops.TORCH, self.modulation, guide, workspace, len(rows))
+        self._runner = StepRunner(denoiser, ops.TORCH, self.modulation, guide, workspace)
 
     @torch.no_grad()
     def predict(self, i: int, x: Tensor, cache: FeatureCache) -> Prediction:
         """eps and variance of step ``i`` for latents x (N, C, H, W)."""
         out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
-        self._runner.predict(x, self._plan.steps[i], i, cache, out)
+        self._runner.clock.set(i)
+        self._runner.predict(x, self._plan.steps[i], cache, out)
         return split(out, len(x), x.shape[1])
 
 

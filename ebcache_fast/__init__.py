@@ -1,8 +1,10 @@
 """EB-Cache for diffusion transformers: a precomputed Cache Table, fused operations, one graph per type of step."""
 
 from ebcache_fast._version import __version__
+from ebcache_fast.attach import disable, enable, enabled, stats
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.calibration import calibrate
+from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.errors import (
     CaptureError,
     EBCacheError,
@@ -18,6 +20,8 @@ __all__ = [
     "CacheTable",
     "CaptureError",
     "EBCacheError",
+    "Engine",
+    "EngineOptions",
     "InputError",
     "JobError",
     "Plan",
@@ -26,5 +30,9 @@ __all__ = [
     "TrajectoryError",
     "__version__",
     "calibrate",
+    "disable",
+    "enable",
+    "enabled",
     "sample",
+    "stats",
 ]

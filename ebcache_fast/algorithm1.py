@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebcache_fast import ops
+from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.step import StepRunner
-from ebcache_fast.engine.trajectory import Prediction, latent_dtype, split
+from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Denoiser
@@ -176,10 +177,9 @@ class _Search:
         self._runner = StepRunner(
             denoiser,
             ops.select(weight.device, weight.dtype),
-            ModulationTable(denoiser, timesteps, row_labels),
+            ModulationTable.of(denoiser, timesteps, row_labels),
             guidance.guide(denoiser, 1.0, latent_dtype(denoiser)),
             Workspace(weight.dtype, weight.device),
-            rows=len(row_labels),
         )
         self._rows, self._out_channels = len(row_labels), denoiser.out_channels
         self._copies = len(row_labels) // len(labels)
@@ -211,5 +211,6 @@ class _Search:
 
     def _run(self, x: Tensor, step: int, kind: StepType, cache: FeatureCache) -> Prediction:
         out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
-        self._runner.predict(x, self._plans[kind], step, cache, out)
+        self._runner.clock.set(step)
+        self._runner.predict(x, self._plans[kind], cache, out)
         return split(out, len(x), x.shape[1])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ebcache_fast.algorithm1 import CANDIDATES, KEEP_FIRST, KEEP_LAST, Algorithm1, Tally, tally_batch
 from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec
 from ebcache_fast.calibration_progress import CalibrationProgress
+from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
-from ebcache_fast.engine.trajectory import latent_dtype
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Denoiser, as_denoiser
 from ebcache_fast.noise_schedule import TRAIN_STEPS

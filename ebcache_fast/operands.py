@@ -1,8 +1,8 @@
 """What the fused operations take together: small named tuples of tensors, the same for torch and for Triton.
 
 Modulation vectors come as tables over the whole trajectory, (S, U, D): S steps, U distinct conditions, D channels.
-`At` says which row of them a batch row takes in the step at hand. Which step that is stays on the device and is advanced
-there, so that one captured graph serves every step.
+`At` says which row of them a batch row takes in the step at hand. Which step that is stays on the device and is
+advanced there, so that one captured graph serves every step.
 """
 
 from typing import NamedTuple

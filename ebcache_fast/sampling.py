@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.engine.buffers import latent_dtype
+from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
-from ebcache_fast.engine.trajectory import Trajectory, latent_dtype
 from ebcache_fast.errors import InputError, TableError
-from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.models import Denoiser
 from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
-from ebcache_fast.operands import Update
 from ebcache_fast.plan import Plan
 from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajectory_noise
 
@@ -38,6 +38,7 @@ def sample(
     first_index: int = 0,
     batch_size: int = 64,
     on_step: Callable[[int], None] | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Sample one latent for each label.
 
@@ -55,6 +56,8 @@ def sample(
             depend on the batch it is in, beyond rounding.
         batch_size: samples run at once.
         on_step: called with the number of samples that advanced, after each step of each batch.
+        engine: an Engine of this very model, whose memory and CUDA graphs the next call can use again; None
+            makes one for this call.
 
     Returns:
         Latents (N, C, H, W) on the model's device, float32 (float64 for a float64 model).
@@ -63,7 +66,10 @@ def sample(
         TableError: the table is for another model, other steps or another sampler.
         InputError: any other argument is out of range; the message says which, and the range.
     """
-    denoiser = as_denoiser(model)
+    engine = engine or Engine(model)
+    if engine.model is not model:
+        raise InputError(f"engine is of another {type(engine.model).__name__}; make one of this model: Engine(model)")
+    denoiser = engine.denoiser
     y = check_labels(denoiser, labels)
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is below 1; 64 suits a CPU")
@@ -71,7 +77,7 @@ def sample(
     guidance = Guidance(float(cfg_scale), guided_channels)
     batches = [
         _sample_batch(
-            denoiser,
+            engine,
             y[start : start + batch_size],
             plan,
             stepper,
@@ -103,12 +109,24 @@ def resolve_run(
         if steps is not None and steps != len(plan):
             raise TableError(f"steps={steps}: the table is for {len(plan)} steps; use one made for {steps}")
         stepper = sampler_over(name, NoiseSchedule.linear(train_steps).respace(plan.timesteps))
-    if eps_scale is not None:
-        highest = float("inf") if allow_amplify else 1.0
-        if not 0 < eps_scale <= highest or eps_scale == float("inf"):
-            raise InputError(f"eps_scale={eps_scale} is outside (0, 1]; allow_amplify=True permits values above 1")
-        plan = dataclasses.replace(plan, eps_scale=float(eps_scale))
-    return plan, stepper
+    return with_eps_scale(plan, eps_scale, allow_amplify), stepper
+
+
+def plan_for(denoiser: Denoiser, table: CacheTable | Plan) -> Plan:
+    """The plan that a table means for this model; TableError where it is for another one."""
+    plan = table.plan(denoiser.shape) if isinstance(table, CacheTable) else table
+    plan.macs(denoiser.shape)  # raises where the plan is for another model
+    return plan
+
+
+def with_eps_scale(plan: Plan, eps_scale: float | None, allow_amplify: bool) -> Plan:
+    """The plan with another b, if one is given; InputError unless it is in (0, 1], or above where that is allowed."""
+    if eps_scale is None:
+        return plan
+    highest = float("inf") if allow_amplify else 1.0
+    if not 0 < eps_scale <= highest or eps_scale == float("inf"):
+        raise InputError(f"eps_scale={eps_scale} is outside (0, 1]; allow_amplify=True permits values above 1")
+    return dataclasses.replace(plan, eps_scale=float(eps_scale))
 
 
 def check_labels(denoiser: Denoiser, labels: Sequence[int] | Tensor) -> Tensor:
@@ -134,8 +152,7 @@ def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | Non
     spec = getattr(table, "sampler", None)
     if spec is not None and sampler not in (None, spec.name):
         raise TableError(f"sampler={sampler!r}: the table is for {spec.name!r}; leave the argument out, or retime it")
-    plan = table.plan(denoiser.shape) if isinstance(table, CacheTable) else table
-    plan.macs(denoiser.shape)  # raises where the plan is for another model
+    plan = plan_for(denoiser, table)
     if spec is None:
         return plan, sampler or DEFAULT_SAMPLER, TRAIN_STEPS
     if spec.train_steps > MAX_TRAIN_STEPS:
@@ -146,7 +163,7 @@ def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | Non
 
 
 def _sample_batch(
-    denoiser: Denoiser,
+    engine: Engine,
     y: Tensor,
     plan: Plan,
     stepper: Sampler,
@@ -155,18 +172,13 @@ def _sample_batch(
     first_index: int,
     on_step: Callable[[int], None] | None,
 ) -> Tensor:
-    dtype = latent_dtype(denoiser)
     indices = range(first_index, first_index + len(y))
     drawn = stepper.steps if stepper.draws_noise else 0
-    noise = trajectory_noise(seed, indices, drawn, denoiser.latent_shape, dtype).to(y.device)
-    rows = torch.as_tensor(stepper.rows.copy(), dtype=dtype, device=y.device)
-    update = Update(rows, noise[1:] if drawn else None)
-    x = noise[0]  # (N, C, H, W)
-    trajectory = Trajectory(denoiser, plan, y, guidance)
-    done = 0
-    while done < len(plan):
-        for _ in range(trajectory.advance(done, x, update)):
-            done += 1
+    denoiser = engine.denoiser
+    noise = trajectory_noise(seed, indices, drawn, denoiser.latent_shape, latent_dtype(denoiser))
+    with engine.sampling(plan, y, guidance, torch.tensor(stepper.rows), noise) as trajectory:
+        while steps := trajectory.advance():
             if on_step is not None:
-                on_step(len(y))
-    return x
+                for _ in range(steps):
+                    on_step(len(y))
+        return trajectory.x.clone()

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
+from ebcache_fast.models.denoiser import Modulation
 from ebcache_fast.models.dit import DIT_MODELS, DiT, timestep_embedding
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
 from ebcache_fast.ops import TORCH
@@ -148,7 +150,9 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The forward, put together by hand from the denoiser's parts: row n takes timestep n and label n."""
     denoiser = DiTDenoiser(model)
     rows = torch.arange(len(x))
-    modulation = denoiser.modulation(t, y)
+    table = ModulationTable(denoiser, len(t), len(y), rows=1)
+    modulation = Modulation(table.layers, table.head)
+    denoiser.modulation(t, y, modulation)
     layers = modulation.layers[rows, :, :, :, rows]  # (N, L, branches, 3, D)
     h = denoiser.embed(x)
     for layer in range(denoiser.shape.depth):
@@ -238,7 +242,9 @@ def test_modulation_is_of_every_pair_of_timestep_and_label() -> None:
     model = randomised(native())
     t, y = torch.tensor([7, 900]), torch.tensor([0, 3, 5])
     with torch.no_grad():
-        layers, head = DiTDenoiser(model).modulation(t, y)
+        table = ModulationTable(DiTDenoiser(model), len(t), len(y), rows=1)
+        layers, head = table.layers, table.head
+        DiTDenoiser(model).modulation(t, y, Modulation(layers, head))
         c = model.t_embedder(t[1:]) + model.y_embedder(y[2:])
         vectors = model.blocks[1].adaLN_modulation(c).view(2, 3, WIDTH)
         ends = model.final_layer.adaLN_modulation(c).view(2, WIDTH)

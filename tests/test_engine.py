@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
 from torch import Tensor
 
+from ebcache_fast.engine.buffers import Ending, latent_dtype
+from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
-from ebcache_fast.engine.trajectory import Prediction, Trajectory, latent_dtype
-from ebcache_fast.errors import InputError, TrajectoryError
+from ebcache_fast.engine.trajectory import Prediction, split
+from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.plan import Action, Branch, Plan, Slot, StepPlan, StepType
 
@@ -38,11 +41,27 @@ def plan_of(types: list[StepType], eps_scale: float = 1.0) -> Plan:
     return Plan.from_types(types, TIMESTEPS[: len(types)], DEPTH, BRANCHES, eps_scale)
 
 
-def start(plan: Plan, labels: Tensor = LABELS, cfg_scale: float = 1.5, model: DiT = MODEL) -> Trajectory:
-    return Trajectory(DiTDenoiser(model), plan, labels, Guidance(cfg_scale))
+class Run:
+    """One batch's predictions, step by step, for latents from outside."""
+
+    def __init__(self, plan: Plan, labels: Tensor, cfg_scale: float, engine: Engine) -> None:
+        guidance = Guidance(cfg_scale)
+        batch = Batch(guidance.row_labels(engine.denoiser, labels), len(labels), guidance.channels)
+        self._run = engine.forward_run(plan, batch, Ending.PREDICT)
+        self._run.guide(cfg_scale)
+        self.nbytes = self._run.place.buffers.nbytes
+
+    def predict(self, i: int, x: Tensor) -> Prediction:
+        return split(self._run.predict(i, x), len(x), x.shape[1])
 
 
-def run(trajectory: Trajectory, xs: Tensor) -> list[Prediction]:
+def start(
+    plan: Plan, labels: Tensor = LABELS, cfg_scale: float = 1.5, model: DiT = MODEL, engine: Engine | None = None
+) -> Run:
+    return Run(plan, labels, cfg_scale, engine or Engine(model))
+
+
+def run(trajectory: Run, xs: Tensor) -> list[Prediction]:
     return [trajectory.predict(i, x) for i, x in enumerate(xs)]
 
 
@@ -121,19 +140,11 @@ def test_only_live_slots_have_memory_of_their_own(live: set[Slot]) -> None:
     assert cache.slot(0, Branch.MLP).shape == (2, SHAPE.tokens, SHAPE.width)
 
 
-@given(live=st.sets(st.sampled_from(EVERY_SLOT), min_size=1), picked=st.data())
-def test_stacked_slots_are_the_slots_in_order(live: set[Slot], picked: st.DataObject) -> None:
-    cache = FeatureCache(SHAPE, live, 1, torch.float64, torch.device("cpu"))
-    for k, slot in enumerate(sorted(live, key=EVERY_SLOT.index)):
-        cache.slot(*slot).fill_(k)
-    wanted = picked.draw(st.lists(st.sampled_from(sorted(live, key=EVERY_SLOT.index)), min_size=1, unique=True))
-    stacked = cache.stacked(tuple(wanted))
-    assert torch.equal(stacked, torch.stack([cache.slot(*slot) for slot in wanted]))
-
-
-def test_all_slots_side_by_side_are_stacked_without_a_copy() -> None:
+def test_every_slot_is_there_in_the_order_of_execution() -> None:
     cache = FeatureCache.full(SHAPE, 1, torch.float64, torch.device("cpu"))
-    assert cache.stacked(tuple(EVERY_SLOT)).data_ptr() == cache.slot(0, Branch.SELF_ATTN).data_ptr()
+    for k, slot in enumerate(EVERY_SLOT):
+        cache.slot(*slot).fill_(k)
+    assert cache.every_slot()[:, 0, 0, 0].tolist() == list(range(len(EVERY_SLOT)))
 
 
 def test_rows_are_copied_where_asked_and_nowhere_else() -> None:
@@ -152,12 +163,11 @@ def test_rows_are_copied_where_asked_and_nowhere_else() -> None:
 
 @torch.no_grad()
 def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
-    table = ModulationTable(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor([4, 1, 4, CLASSES]))
+    table = ModulationTable.of(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor([4, 1, 4, CLASSES]))
     for i, t in enumerate(TIMESTEPS):
-        at = table.at(i)
         for row, label in enumerate([4, 1, 4, CLASSES]):
             c = MODEL.t_embedder(torch.tensor([t])) + MODEL.y_embedder(torch.tensor([label]))
-            here = int(at.step), int(at.row_of[row])
+            here = i, int(table.row_of[row])
             for layer, block in enumerate(MODEL.blocks):
                 norms = [table.norm(layer, b, 0.0) for b in (0, 1)]
                 vectors = [v for b in (0, 1) for v in (norms[b].shift, norms[b].scale, table.gate(layer, b))]
@@ -171,10 +181,20 @@ def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
 
 @torch.no_grad()
 def test_equal_labels_are_stored_once() -> None:
-    one, many = (
-        ModulationTable(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor(labels)).nbytes for labels in ([2], [2] * 9)
-    )
-    assert one == many
+    one, many = (ModulationTable.of(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor(labels)) for labels in ([2], [2] * 9))
+    assert one.layers.shape == many.layers.shape
+    assert torch.equal(one.layers, many.layers)
+
+
+@torch.no_grad()
+def test_a_row_for_a_timestep_that_is_not_planned() -> None:
+    labels = torch.tensor([4, 1])
+    whole = ModulationTable.of(DiTDenoiser(MODEL), (*TIMESTEPS[:2], 77), labels)
+    table = ModulationTable(DiTDenoiser(MODEL), 3, 3, 2)
+    table.load(TIMESTEPS[:2], labels)
+    table.load_row(2, 77.0)
+    assert relative_error(table.layers[..., :2, :], whole.layers) <= 1e-12
+    assert relative_error(table.head[..., :2, :], whole.head) <= 1e-12
 
 
 def test_guidance_adds_null_rows_only_where_it_is_active() -> None:
@@ -216,8 +236,10 @@ def test_interleaved_trajectories_equal_isolated_ones_bitwise(order: str) -> Non
     ours, theirs = latents(seed=1), latents(seed=2)[:, :2]
     other_types = [StepType.NO_CACHE, StepType.MLP, StepType.ATTN_MLP, StepType.ATTENTION, *TYPES[4:]]
 
-    def fresh() -> tuple[Trajectory, Trajectory]:
-        return start(plan_of(TYPES, 0.9)), start(plan_of(other_types), LABELS[1:], cfg_scale=3.0)
+    def fresh() -> tuple[Run, Run]:
+        engine = Engine(MODEL)
+        ours = start(plan_of(TYPES, 0.9), engine=engine)
+        return ours, start(plan_of(other_types), LABELS[1:], cfg_scale=3.0, engine=engine)
 
     first, second = fresh()
     isolated = run(first, ours), run(second, theirs)
@@ -231,28 +253,6 @@ def test_interleaved_trajectories_equal_isolated_ones_bitwise(order: str) -> Non
         mixed = begun + [first.predict(i, ours[i]) for i in range(2, len(TYPES))], inner
     assert_bitwise(mixed[0], isolated[0])
     assert_bitwise(mixed[1], isolated[1])
-
-
-@pytest.mark.parametrize("done", range(len(TYPES) + 1))
-@pytest.mark.parametrize("asked", [-1, *range(len(TYPES) + 2)])
-def test_steps_out_of_order_are_refused(done: int, asked: int) -> None:
-    xs = latents()
-    trajectory = start(plan_of(TYPES))
-    begun = [trajectory.predict(i, xs[i]) for i in range(done)]
-    if asked == done < len(TYPES):
-        return
-    with pytest.raises(TrajectoryError, match=f"step {asked} .* {done} of 6 steps are done") as caught:
-        trajectory.predict(asked, xs[0])
-    assert "\n" not in str(caught.value)
-    rest = [trajectory.predict(i, xs[i]) for i in range(done, len(TYPES))]  # a refusal changes nothing
-    assert_bitwise(begun + rest, run(start(plan_of(TYPES)), xs))
-
-
-@pytest.mark.parametrize("samples", [1, 2, 6])
-def test_latents_of_another_batch_are_refused(samples: int) -> None:
-    x = torch.zeros(samples, 4, 8, 8, dtype=torch.float64)
-    with pytest.raises(TrajectoryError, match=f"{samples} latents .* for 3, one a label"):
-        start(plan_of(TYPES)).predict(0, x)
 
 
 class Cancelled(BaseException):
@@ -269,9 +269,7 @@ PARTS: dict[str, Callable[[DiT], torch.nn.Module]] = {
 
 @pytest.mark.parametrize("fatal", range(len(TYPES)))
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_step_that_fails_half_way_can_be_tried_again_but_not_skipped(
-    part: Callable[[DiT], torch.nn.Module], fatal: int
-) -> None:
+def test_a_step_that_fails_half_way_can_be_tried_again(part: Callable[[DiT], torch.nn.Module], fatal: int) -> None:
     model, xs = copy.deepcopy(MODEL), latents()
     trajectory = start(plan_of(TYPES), model=model)
     done = [trajectory.predict(i, xs[i]) for i in range(fatal)]
@@ -279,11 +277,7 @@ def test_a_step_that_fails_half_way_can_be_tried_again_but_not_skipped(
     def fail(*_: object) -> None:
         raise Cancelled
 
-    with part(model).register_forward_pre_hook(fail):
-        try:
-            done.append(trajectory.predict(fatal, xs[fatal]))
-        except Cancelled:
-            with pytest.raises(TrajectoryError):
-                trajectory.predict(fatal + 1, xs[fatal])
+    with part(model).register_forward_pre_hook(fail), suppress(Cancelled):
+        done.append(trajectory.predict(fatal, xs[fatal]))
     done += [trajectory.predict(i, xs[i]) for i in range(len(done), len(TYPES))]
     assert_bitwise(done, run(start(plan_of(TYPES), model=model), xs))

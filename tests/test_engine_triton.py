@@ -10,11 +10,12 @@ from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
 
 from ebcache_fast import ops
+from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.guidance import Guidance
-from ebcache_fast.engine.trajectory import Prediction, Trajectory
+from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.operands import Update
 from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
@@ -51,17 +52,14 @@ def run(
 ) -> Tensor:
     """Our own loop over one plan; latents (2, C, H, W) in float32, or float64 for a float64 model."""
     model = copy.deepcopy(model).to(device)
-    denoiser = DiTDenoiser(model)
-    dtype = torch.float64 if denoiser.weight().dtype == torch.float64 else torch.float32
-    stepper = make_sampler(sampler, len(plan))
-    noise = trajectory_noise(7, range(len(LABELS)), len(plan), denoiser.latent_shape).to(device, dtype)
-    rows = torch.as_tensor(stepper.rows.copy(), dtype=dtype, device=device)
-    update = Update(rows, noise[1:] if stepper.draws_noise else None)
-    trajectory = Trajectory(denoiser, plan, LABELS.to(device), Guidance(scale), operations)
-    x, done = noise[0], 0
-    while done < len(plan):
-        done += trajectory.advance(done, x, update)
-    return x.cpu()
+    stepper, engine = make_sampler(sampler, len(plan)), Engine(model, operations=operations)
+    drawn = len(plan) if stepper.draws_noise else 0
+    noise = trajectory_noise(7, range(len(LABELS)), drawn, engine.denoiser.latent_shape)
+    rows = torch.tensor(stepper.rows)
+    with engine.sampling(plan, LABELS.to(device), Guidance(scale), rows, noise) as trajectory:
+        while trajectory.advance():
+            pass
+        return trajectory.x.cpu().clone()
 
 
 CPU = torch.device("cpu")
@@ -123,8 +121,11 @@ def predictions(model: DiT, operations: ops.Operations, device: torch.device) ->
     model = copy.deepcopy(model).to(device)
     dtype = torch.float64 if DiTDenoiser(model).weight().dtype == torch.float64 else torch.float32
     xs = torch.randn(len(MIXED), len(LABELS), 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    trajectory = Trajectory(DiTDenoiser(model), plan_of(MIXED), LABELS.to(device), Guidance(1.5), operations)
-    return [trajectory.predict(i, x) for i, x in enumerate(xs)]
+    engine, guidance = Engine(model, operations=operations), Guidance(1.5)
+    rows = guidance.row_labels(engine.denoiser, LABELS.to(device))
+    run = engine.forward_run(plan_of(MIXED), Batch(rows, len(LABELS), guidance.channels), Ending.PREDICT)
+    run.guide(1.5)
+    return [split(run.predict(i, x), len(x), x.shape[1]) for i, x in enumerate(xs)]
 
 
 def test_predictions_of_every_step_type() -> None:

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("presets", "pictures"),
     ("compare", "experiments"),
     ("methods", "console", "demo"),
+    ("dropin",),
     ("attach", "job"),
     (FACADE,),
     ("cli",),

@@ -17,11 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
 from ebcache_fast import ops
+from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import Guidance
-from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, launch, linear_gelu, run
-from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.operands import Update
+from ebcache_fast.models import DiT
 from ebcache_fast.plan import Branch, Plan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
@@ -84,17 +83,15 @@ def launches(model: DiT, types: list[StepType], cfg_scale: float, sampler: str) 
     labels = torch.tensor([1], device=DEVICE)
     stepper = make_sampler(sampler, len(types))
     plan = Plan.from_types(types, stepper.timesteps, len(model.blocks), BRANCHES)
-    noise = trajectory_noise(0, range(1), len(types), (4, 8, 8)).to(DEVICE)
-    rows = torch.as_tensor(stepper.rows.copy(), dtype=torch.float32, device=DEVICE)
-    update = Update(rows, noise[1:] if stepper.draws_noise else None)
-    trajectory = Trajectory(DiTDenoiser(model), plan, labels, Guidance(cfg_scale), operations())
-    counts, done = {}, 0
-    while done < len(types):
-        counter = Launches()
-        with counter.counting_kernels():
-            count = trajectory.advance(done, noise[0], update)
-        counts[done] = counter.counts
-        done += count
+    noise = trajectory_noise(0, range(1), len(types) if stepper.draws_noise else 0, (4, 8, 8))
+    engine, counts, done = Engine(model, operations=operations(), make_graphs=lambda _: None), {}, 0
+    with engine.sampling(plan, labels, Guidance(cfg_scale), torch.tensor(stepper.rows), noise) as trajectory:
+        while done < len(types):
+            counter = Launches()
+            with counter.counting_kernels():
+                count = trajectory.advance()
+            counts[done] = counter.counts
+            done += count
     return counts
 
 

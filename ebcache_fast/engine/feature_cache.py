@@ -38,16 +38,18 @@ class FeatureCache:
         """Bytes allocated."""
         return self._slots.nbytes
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of."""
+        return (self._slots,)
+
     def slot(self, layer: int, branch: Branch) -> Tensor:
         """The memory of one slot, (N, T, D)."""
         return self._slots[self._index[layer, branch]]
 
-    def stacked(self, slots: tuple[Slot, ...]) -> Tensor:
-        """Several slots as one tensor (K, N, T, D): a view where they lie side by side, else a copy."""
-        indices = [self._index[slot] for slot in slots]
-        if indices == list(range(indices[0], indices[0] + len(indices))):
-            return self._slots[indices[0] : indices[0] + len(indices)]
-        return self._slots[indices]
+    def every_slot(self) -> Tensor:
+        """All slots in the order of execution, (K, N, T, D), where every one of them is live."""
+        return self._slots
 
     def copy_rows(self, source: "FeatureCache", slots: Iterable[Slot], rows: Tensor) -> None:
         """Take over ``slots`` from ``source`` for the batch rows where ``rows`` (N,) bool is true."""

@@ -1,34 +1,55 @@
 """The modulation of a whole trajectory, computed before it starts from the live parameters."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from ebcache_fast.models.denoiser import Denoiser
-from ebcache_fast.operands import At, Norm
+from ebcache_fast.models.denoiser import Denoiser, Modulation
+from ebcache_fast.operands import Norm
+
+
+def count_distinct(labels: Tensor) -> int:
+    """How many different labels (R,) there are."""
+    return len(torch.unique(labels))
 
 
 class ModulationTable:
-    """All steps' modulation for a batch of labels; equal labels, the null label above all, are stored once.
+    """Static memory for the modulation of ``steps`` steps and ``conditions`` distinct labels, read by ``rows`` rows.
 
-    Timesteps and labels are known before sampling, so no step runs the conditioning MLPs. The table belongs
-    to its trajectory: no copy of a weight's product outlives it.
+    Timesteps and labels are known before sampling, so no step runs the conditioning MLPs. What it holds belongs to
+    one trajectory: no product of a weight outlives that.
     """
 
-    def __init__(self, denoiser: Denoiser, timesteps: tuple[int, ...], labels: Tensor) -> None:
-        distinct, row_of = torch.unique(labels, return_inverse=True)
-        t = torch.tensor(timesteps, device=labels.device)
-        self.layers, self.head = denoiser.modulation(t, distinct)  # (S, L, branches, 3, U, D), (S, 2, U, D)
-        self._row_of = row_of.int()
-        self._steps = torch.arange(len(timesteps), dtype=torch.int32, device=labels.device)
+    def __init__(self, denoiser: Denoiser, steps: int, conditions: int, rows: int) -> None:
+        self._denoiser = denoiser
+        shape, weight = denoiser.shape, denoiser.weight()
+        self.layers = weight.new_empty(steps, shape.depth, len(shape.branches), 3, conditions, shape.width)
+        self.head = weight.new_empty(steps, 2, conditions, shape.width)
+        self.row_of = torch.zeros(rows, dtype=torch.int32, device=weight.device)
+        self._distinct = self.row_of.new_zeros(1, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, timesteps: tuple[int, ...], labels: Tensor) -> Self:
+        """A table of the very size that these steps and labels (R,) need, filled."""
+        table = cls(denoiser, len(timesteps), count_distinct(labels), len(labels))
+        table.load(timesteps, labels)
+        return table
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.layers.nbytes + self.head.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of."""
+        return self.layers, self.head, self.row_of
 
-    def at(self, i: int) -> At:
-        """Where executed step ``i`` reads."""
-        return At(self._steps[i : i + 1], self._row_of)
+    def load(self, timesteps: tuple[int, ...], labels: Tensor) -> None:
+        """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once."""
+        self._distinct, row_of = torch.unique(labels, return_inverse=True)
+        self.row_of.copy_(row_of)
+        self._fill(0, timesteps)
+
+    def load_row(self, step: int, t: float) -> None:
+        """Fill one row for a timestep that nobody planned, and the labels of the last `load`."""
+        self._fill(step, (t,))
 
     def norm(self, layer: int, branch: int, eps: float) -> Norm:
         """The LayerNorm before a branch, counted within its layer."""
@@ -45,3 +66,8 @@ class ModulationTable:
     def gates(self) -> Tensor:
         """The gates of all slots in the order of execution, (S, K, U, D)."""
         return self.layers[:, :, :, 2].flatten(1, 2)
+
+    def _fill(self, first: int, timesteps: tuple[float, ...]) -> None:
+        steps, conditions = slice(first, first + len(timesteps)), len(self._distinct)
+        out = Modulation(self.layers[steps, ..., :conditions, :], self.head[steps, :, :conditions])
+        self._denoiser.modulation(torch.tensor(timesteps, device=self.row_of.device), self._distinct, out)

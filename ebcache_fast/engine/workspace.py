@@ -12,9 +12,9 @@ class Workspace:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated so far."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What there is so far."""
+        return tuple(self._buffers.values())
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """The buffer of this name and shape, in the model's dtype."""

@@ -58,8 +58,12 @@ class Denoiser(Protocol):
         """Any parameter, for the model's dtype and device."""
         ...
 
-    def modulation(self, t: Tensor, y: Tensor) -> Modulation:
-        """Timesteps t (S,) and labels y (U,) int64 -> the modulation of every pair."""
+    def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
+        """Write the modulation of every pair of timesteps t (S,) and labels y (U,) int64 into ``out``."""
+        ...
+
+    def passed_over_hooks(self) -> str | None:
+        """A module that has hooks, or a forward of its own, and that the engine does not call; None without any."""
         ...
 
     @property

@@ -110,19 +110,17 @@ class DiTDenoiser:
     def weight(self) -> Tensor:
         return cast(Tensor, self._blocks[0].attn.qkv.weight)
 
-    def modulation(self, t: Tensor, y: Tensor) -> Modulation:
+    def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
         model, steps, labels = self._model, len(t), len(y)
         weight = self.weight()
         timesteps = model.t_embedder.mlp(timestep_embedding(t, dtype=weight.dtype))  # (S, D)
         conditions = model.y_embedder.embedding_table(y)  # (U, D)
         c = (timesteps.unsqueeze(1) + conditions).flatten(0, 1)  # (S * U, D)
-        depth, width = len(self._blocks), c.shape[1]
-        layers = weight.new_empty(steps, depth, 2, 3, labels, width)
         for layer, block in enumerate(self._blocks):
-            vectors = block.adaLN_modulation(c).view(steps, labels, 2, 3, width)
-            layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
-        head = model.final_layer.adaLN_modulation(c).view(steps, labels, 2, width)
-        return Modulation(layers, head.transpose(1, 2).contiguous())
+            vectors = block.adaLN_modulation(c).view(steps, labels, 2, 3, -1)
+            out.layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
+        head = model.final_layer.adaLN_modulation(c).view(steps, labels, 2, -1)
+        out.head.copy_(head.transpose(1, 2))
 
     def embed(self, x: Tensor) -> Tensor:
         return cast(Tensor, self._model.x_embedder(x) + self._model.pos_embed)
@@ -139,6 +137,12 @@ class DiTDenoiser:
             _linear_into(block.attn.proj, _attend(block.attn, u, operations, scratch), out)
         else:
             _linear_into(block.mlp.fc2, _widen(block.mlp, u, operations, scratch), out)
+
+    def passed_over_hooks(self) -> str | None:
+        of_the_whole = ("t_embedder", "y_embedder", "blocks", "final_layer", "final_layer.norm_final")
+        of_a_layer = ("", ".norm1", ".attn", ".norm2", ".mlp")
+        of_layers = (f"blocks.{i}{name}" for i in range(len(self._blocks)) for name in of_a_layer)
+        return next((path for path in (*of_the_whole, *of_layers) if _is_watched(attrgetter(path)(self._model))), None)
 
     @property
     def has_plain_ends(self) -> bool:

@@ -1,0 +1,107 @@
+"""``enable`` and its kin: caching for a model, in place, behind its own forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.dropin.cached_forward import CachedForward
+from ebcache_fast.dropin.probe import probe
+from ebcache_fast.dropin.trusting_forward import TrustingForward
+from ebcache_fast.engine.engine import EngineOptions
+from ebcache_fast.engine.stats import Stats
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.plan import Plan
+from ebcache_fast.sampling import plan_for, with_eps_scale
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def enable(
+    model: Model,
+    table: CacheTable | Plan,
+    *,
+    eps_scale: float | None = None,
+    allow_amplify: bool = False,
+    trust_order: bool = False,
+    strict: bool = False,
+    max_graphs: int = 64,
+    max_trajectories: int = 4,
+) -> Model:
+    """Let ``model``'s own ``forward`` and ``forward_with_cfg`` follow ``table``; returns the model.
+
+    Signatures, shapes, dtypes and devices stay as they are, the parameters are not touched, and the caller's loop
+    needs no change. Enabling an enabled model gives it the new table.
+
+    Args:
+        model: a module of the original DiT's layout, in eval mode.
+        table: which timesteps reuse what: a CacheTable, or a Plan made for this model.
+        eps_scale: the factor b on predicted noise; None means the table's. The variance output is never scaled.
+        allow_amplify: lets ``eps_scale`` exceed 1.
+        trust_order: the caller promises one call a step, in the table's order; then no call waits for the device. A
+            broken promise gives NaN and TrajectoryError, and never a wrong picture.
+        strict: raise TrajectoryError or CaptureError where the model would be run uncached, or without CUDA graphs.
+        max_graphs: CUDA graphs held at most; steps beyond that run eagerly.
+        max_trajectories: runs that can be interleaved, each with caches of its own; the one that was called longest
+            ago gives way to a new one.
+
+    Raises:
+        TableError: the table is for another model.
+        InputError: the model is of another layout, in training mode, or computes something else than its parts
+            say; or an argument is out of range.
+    """
+    if model.training:
+        raise InputError(f"{type(model).__name__} is in training mode, where labels are dropped; call model.eval()")
+    denoiser = as_denoiser(model)
+    plan = with_eps_scale(plan_for(denoiser, table), eps_scale, allow_amplify)
+    options = EngineOptions(strict=strict, max_graphs=max_graphs, max_trajectories=max_trajectories)
+    before = _cached_forward(model)
+    disable(model)
+    try:
+        guided_channels = probe(model, plan)
+    except BaseException:
+        if before is not None:
+            before.install()
+        raise
+    (TrustingForward if trust_order else CachedForward)(model, plan, options, guided_channels).install()
+    return model
+
+
+def disable(model: Model) -> Model:
+    """Give ``model`` its own forward back, bit for bit, and free what caching held; returns the model.
+
+    A model that is not enabled stays as it is.
+    """
+    cached = _cached_forward(model)
+    if cached is not None:
+        cached.remove()
+    return model
+
+
+@contextmanager
+def enabled(model: Model, table: CacheTable | Plan, **options: Any) -> Iterator[Model]:
+    """`enable`, with its options, for the length of a with statement; what was enabled before is so again after it."""
+    before = _cached_forward(model)
+    enable(model, table, **options)
+    try:
+        yield model
+    finally:
+        disable(model)
+        if before is not None:
+            before.install()
+
+
+def stats(model: nn.Module) -> Stats:
+    """What caching did for ``model`` since it was enabled; InputError where it is not."""
+    cached = _cached_forward(model)
+    if cached is None:
+        raise InputError(f"{type(model).__name__} is not enabled; call ebcache_fast.enable(model, table) first")
+    return cached.stats
+
+
+def _cached_forward(model: nn.Module) -> CachedForward | None:
+    owner = getattr(vars(model).get("forward"), "__self__", None)
+    return owner if isinstance(owner, CachedForward) else None

@@ -1,0 +1,81 @@
+"""One call of a model's forward, as its caller made it."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebcache_fast.engine.engine import Batch
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import Denoiser
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Facts(NamedTuple):
+    """What a call's tensors hold, on the host."""
+
+    timesteps: frozenset[float]
+    labels: tuple[int, ...]
+
+
+class ModelCall(NamedTuple):
+    """``forward(x, t, y)``, or with guided channels ``forward_with_cfg(x, t, y, cfg_scale)``."""
+
+    x: Tensor  # (R, C, H, W), in the model's dtype
+    t: Tensor  # (R,) of any real dtype, or (1,) or () for all rows; on the model's device or the host
+    y: Tensor  # (R,) integers
+    cfg_scale: float | Tensor = 1.0
+    guided_channels: int = 0
+
+    @property
+    def samples(self) -> int:
+        """R, or half as many under guidance, where the second half repeats the latents of the first."""
+        return len(self.y) // 2 if self.guided_channels else len(self.y)
+
+    @property
+    def batch(self) -> Batch:
+        """The rows as the engine sees them."""
+        return Batch(self.y.long(), self.samples, self.guided_channels)
+
+    def check(self, denoiser: Denoiser) -> None:
+        """InputError unless shapes, dtypes and devices are the model's; what the tensors hold is not looked at."""
+        x, t, y, weight = self.x, self.t, self.y, denoiser.weight()
+        if x.ndim != 4 or tuple(x.shape[1:]) != denoiser.latent_shape or not len(x):
+            raise InputError(
+                f"x of shape {tuple(x.shape)} does not fit; this model takes (rows, {_joined(denoiser.latent_shape)})"
+            )
+        if x.dtype != weight.dtype:
+            raise InputError(f"x is {x.dtype}, but the model {weight.dtype}; convert one of them")
+        for name, tensor, also in (("x", x, ()), ("y", y, ()), ("t", t, (torch.device("cpu"),))):
+            if tensor.device not in (weight.device, *also):
+                raise InputError(f"{name} is on {tensor.device}, but the model on {weight.device}; move one of them")
+        if y.shape != x.shape[:1] or y.dtype not in INTEGERS:
+            raise InputError(f"y of shape {tuple(y.shape)} and {y.dtype} does not fit; it must be ({len(x)},) integers")
+        if t.shape not in ((), (1,), x.shape[:1]) or t.dtype.is_complex or t.dtype == torch.bool:
+            raise InputError(f"t of shape {tuple(t.shape)} and {t.dtype} does not fit; it must be ({len(x)},) numbers")
+        if self.guided_channels and len(x) % 2:
+            raise InputError(f"{len(x)} rows can't be halved; pass the conditional rows, then as many unconditional")
+
+    def read(self, denoiser: Denoiser) -> Facts:
+        """What its tensors hold: the one time that a call waits for the device.
+
+        InputError for a label that the model does not have, or latents that are not finite.
+        """
+        rows = len(self.y)
+        finite = torch.isfinite(self.x).all()
+        t = self.t.to(self.y.device).double().expand(rows)
+        values = torch.cat([self.y.double(), finite.double().view(1), t]).tolist()
+        labels, timesteps = tuple(map(int, values[:rows])), frozenset(values[rows + 1 :])
+        highest = denoiser.num_classes - 1 + denoiser.has_null_label
+        if not 0 <= min(labels) <= max(labels) <= highest:
+            wrong = next(label for label in labels if not 0 <= label <= highest)
+            raise InputError(f"label {wrong} in y is outside [0, {highest}]; this model has no other")
+        if not values[rows]:
+            raise InputError("x holds a number that is not finite; begin again, from finite noise")
+        return Facts(timesteps, labels)
+
+
+def _joined(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sizes))

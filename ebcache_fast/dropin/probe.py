@@ -1,0 +1,58 @@
+"""Whether a model's forward is what its parts say: one tiny batch through both, before anything is replaced."""
+
+import torch
+from torch import nn
+
+from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.guidance import GUIDED_CHANNELS
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.plan import Plan
+
+# Of the largest output. Two orders of the same sums differ by far less; another kind of attention, by far more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1}
+CFG_SCALE = 4.0
+
+
+@torch.no_grad()
+def probe(model: nn.Module, plan: Plan) -> int:
+    """How many channels the model's forward_with_cfg guides; 0 where it has none, or does something else.
+
+    Raises InputError where its forward is not what the engine would run in its place.
+    """
+    asked = _Probe(model, plan)
+    if not asked.is_answered(0, "forward"):
+        raise InputError(
+            f"{type(model).__name__} has the original DiT's layout, but its forward computes something else, and the "
+            "engine would run the original's; pass a module that computes what its parts say"
+        )
+    channels = as_denoiser(model).latent_shape[0]
+    guesses = dict.fromkeys((min(GUIDED_CHANNELS, channels), channels)) if hasattr(model, "forward_with_cfg") else {}
+    return next((n for n in guesses if asked.is_answered(n, "forward_with_cfg", CFG_SCALE)), 0)
+
+
+class _Probe:
+    """Two rows with labels of their own at a plan's first timestep."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model, self._engine = model, Engine(model, make_graphs=lambda _: None)
+        denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
+        noise = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+        labels = 0, denoiser.num_classes - 1 + denoiser.has_null_label
+        self._x, self._y = noise.to(weight), torch.tensor(labels, device=weight.device)
+        self._t = torch.full((2,), plan.timesteps[0], device=weight.device)
+        self._plan = Plan.uncached(plan.timesteps[:1], plan.depth, plan.branches)
+
+    def is_answered(self, guided_channels: int, name: str, *cfg_scale: float) -> bool:
+        """Whether the engine computes what the model's own method does."""
+        batch = Batch(self._y, 1 if guided_channels else 2, guided_channels)
+        run = self._engine.forward_run(self._plan, batch, Ending.PREDICT)
+        run.guide(CFG_SCALE)
+        ours = run.predict(0, self._x)
+        self._engine.release(run.place)
+        own = getattr(self._model, name)(self._x, self._t, self._y, *cfg_scale)
+        if own.shape != ours.shape or own.dtype != ours.dtype:
+            return False
+        error = (own.double() - ours.double()).abs().max()
+        return bool(error <= TOLERANCE[ours.dtype] * own.double().abs().max())

@@ -1,0 +1,45 @@
+"""The same for callers who promise the order of their calls: no call waits for the device."""
+
+from torch import Tensor
+
+from ebcache_fast.dropin.cached_forward import CachedForward, DeclinedError
+from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.engine.buffers import Ending, Numerics
+from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.errors import TrajectoryError
+
+
+class TrustingForward(CachedForward):
+    """Answers calls in the order of the plan, one a step, and reads timesteps and labels at the first step alone.
+
+    The device compares them. Where they are not the step's, the output is NaN, and TrajectoryError follows when the
+    host sees it: at one of the next calls, or at the run's last. The call after that begins a run again. What x holds
+    is not looked at.
+    """
+
+    _ending = Ending.PREDICT_GUARDED
+
+    def _step(self, call: ModelCall, weights: Fingerprint) -> Tensor:
+        key = len(call.y), call.guided_channels, Numerics.now(call.x.device)
+        if (lane := self._lanes.get(key)) is None:
+            if call.read(self.engine.denoiser).timesteps != {self.plan.timesteps[0]}:
+                raise DeclinedError("a run did not begin with the first step")
+            lane = self._begin(key, call, weights)
+        trajectory, is_last = lane.trajectory, lane.expected == len(self.plan) - 1
+        if lane.weights != weights:
+            self._end(key)
+            raise TrajectoryError("weights changed within a run; begin it again")
+        trajectory.give(call.t, call.y)
+        if call.guided_channels:
+            trajectory.guide(call.cfg_scale)
+        out = trajectory.predict(lane.expected, call.x)
+        lane.expected += 1
+        is_broken = trajectory.is_broken(wait=is_last)
+        if is_last or is_broken:
+            self._end(key)
+        if is_broken:
+            raise TrajectoryError(
+                "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
+                f"order of the plan, {self.plan.timesteps[0]} first, or enable it without trust_order"
+            )
+        return out

@@ -1,0 +1,157 @@
+"""A buffer set: a trajectory's static memory, the steps over it, and the graphs captured of them."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
+from ebcache_fast.engine.graphs import Graph, Graphs
+from ebcache_fast.engine.stats import Counts, type_name
+from ebcache_fast.engine.step import StepRunner
+from ebcache_fast.engine.step_scheduler import Dispatch
+from ebcache_fast.errors import CaptureError
+from ebcache_fast.models.denoiser import Denoiser
+from ebcache_fast.ops import Operations
+from ebcache_fast.plan import Plan
+
+Work = tuple[Dispatch, ...]  # what one graph holds: a dispatch, or a whole trajectory of them
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Work that can run: all that is left to do for it is a call."""
+
+    run: Callable[[], None]
+    names: tuple[str, ...]  # the type of each step
+    hits: int
+    why_eager: str | None  # None of a graph
+
+
+class BufferSet:
+    """Runs work over its memory: by a graph where there is one, else operation by operation.
+
+    One trajectory at a time leases it. Its graphs are of the weights as they lay when it was made.
+    """
+
+    def __init__(
+        self,
+        spec: BufferSpec,
+        model: nn.Module,
+        denoiser: Denoiser,
+        operations: Operations,
+        graphs: Graphs | None,
+        why_no_graphs: str,
+        counts: Counts,
+    ) -> None:
+        self.spec = spec
+        self.buffers = buffers = allocate(spec, denoiser)
+        self._runner = StepRunner(denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace)
+        self._model, self._backend, self._why_no_graphs, self._counts = model, graphs, why_no_graphs, counts
+        self._graphs: dict[Work, Graph] = {}
+        self._refused: dict[Work, str] = {}
+        self._stream: torch.cuda.Stream | None = None  # that used the memory last
+        self._next_step: int | None = None  # what the clock on the device says, if that is known
+
+    @property
+    def graphs(self) -> int:
+        """How many there are."""
+        return len(self._graphs)
+
+    @torch.no_grad()
+    def prepare(self, works: Sequence[Work], room: int, *, strict: bool) -> list[Ready]:
+        """Every piece of work, ready to run. Up to ``room`` graphs are captured, which spoils what the memory holds.
+
+        What can't be captured will run eagerly, and is counted; CaptureError instead if ``strict``.
+        """
+        for work in dict.fromkeys(works):
+            if work not in self._graphs and work not in self._refused:
+                self._capture(work, room, strict=strict)
+                room -= work in self._graphs
+        return [self._ready(work) for work in works]
+
+    def load(self, plan: Plan, row_labels: Tensor, scale: float) -> None:
+        """Make ready for a run under ``plan`` over rows of these labels (R,), guided by ``scale``."""
+        buffers = self.buffers
+        buffers.modulation.load(plan.timesteps, row_labels)
+        settings = buffers.guide.settings
+        settings.copy_(torch.tensor([scale, plan.eps_scale], dtype=settings.dtype))
+        if self.spec.ending is Ending.PREDICT_GUARDED:
+            buffers.guard.load(plan.timesteps, row_labels)
+
+    def join_stream(self) -> None:
+        """Let the current CUDA stream wait for whatever used this memory last."""
+        if self.buffers.x.is_cuda:
+            stream = torch.cuda.current_stream(self.buffers.x.device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
+    @torch.no_grad()
+    def run(self, ready: Ready, step: int) -> None:
+        """Run work of which ``step`` is the first."""
+        self.join_stream()
+        if step != self._next_step:
+            self._runner.clock.set(step)
+        self._next_step = None  # unless all goes well
+        ready.run()
+        self._next_step = step + len(ready.names)
+        self._count(ready)
+
+    def _capture(self, work: Work, room: int, *, strict: bool) -> None:
+        if self._backend is None:
+            self._refused[work] = self._why_no_graphs
+            return
+        if room <= 0:
+            self._refuse(work, "the limit of graphs was reached; raise max_graphs", None, strict=strict)
+            return
+        self._next_step = None
+        body = partial(self._execute, work)
+        try:
+            self._runner.clock.set(0)
+            body()  # allocates the workspace, compiles the kernels
+            self._runner.clock.set(0)
+            weights = [*self._model.parameters(), *self._model.buffers()]
+            static = [*self.buffers.tensors, *self._runner.clock.tensors, *weights]
+            self._graphs[work] = self._backend.capture(body, static)
+        except Exception as error:  # whatever a driver, a library or somebody's hook may raise
+            self._refuse(work, f"capture failed with {type(error).__name__}", error, strict=strict)
+
+    def _refuse(self, work: Work, why: str, error: Exception | None, *, strict: bool) -> None:
+        if strict:
+            raise CaptureError(f"a step is no CUDA graph: {why} ({error}); strict=False runs it eagerly") from error
+        if why not in self._refused.values():
+            logging.getLogger(__name__).warning("steps run eagerly, not as a CUDA graph: %s (%s)", why, error)
+        self._refused[work] = why
+
+    def _ready(self, work: Work) -> Ready:
+        names = tuple(type_name(dispatch.plan) for dispatch in work for _ in range(dispatch.steps))
+        hits = sum(dispatch.steps * len(dispatch.plan.reused) for dispatch in work)
+        graph = self._graphs.get(work)
+        if graph is not None:
+            return Ready(graph.replay, names, hits, None)
+        return Ready(partial(self._execute, work), names, hits, self._refused[work])
+
+    def _count(self, ready: Ready) -> None:
+        counts = self._counts
+        counts.steps.update(ready.names)
+        counts.hits += ready.hits
+        if ready.why_eager is None:
+            counts.replays += 1
+        else:
+            counts.eager[ready.why_eager] += len(ready.names)
+
+    def _execute(self, work: Work) -> None:
+        buffers, runner = self.buffers, self._runner
+        for plan, steps in work:
+            if self.spec.ending in (Ending.PREDICT, Ending.PREDICT_GUARDED):
+                runner.predict(buffers.x, plan, buffers.cache, buffers.out)
+                if self.spec.ending is Ending.PREDICT_GUARDED:
+                    buffers.guard.check(runner.clock.now, buffers.out)
+            elif plan.computes_nothing:
+                runner.run_update(buffers.x, steps, buffers.cache, buffers.update)
+            else:
+                runner.update(buffers.x, plan, buffers.cache, buffers.update)

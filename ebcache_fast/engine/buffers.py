@@ -1,0 +1,141 @@
+"""The static memory of a trajectory: allocated before anything is captured, outside of any graph's pool."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.order_guard import OrderGuard
+from ebcache_fast.engine.workspace import Workspace
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.denoiser import Denoiser
+from ebcache_fast.operands import Guide, Update
+from ebcache_fast.plan import Slot
+
+SPARE_ROWS = 1  # of modulation, after those of the plan: for a timestep that nobody planned
+
+
+class Ending(Enum):
+    """What the last operation of a step does with the predicted noise."""
+
+    PREDICT = "predict"  # hands it out: the model's own forward
+    PREDICT_GUARDED = "predict, guarded"  # the same, and checks that it was called in the planned order
+    UPDATE = "update"  # takes the sampler's step
+    UPDATE_WITH_NOISE = "update with noise"  # takes the sampler's step, which adds noise
+
+
+class Numerics(NamedTuple):
+    """What torch is told about precision, which a graph keeps as it was when captured."""
+
+    autocast: bool
+    float32_matmul: str
+    fp16_reduction: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> Self:
+        """As it is set for this device."""
+        return cls(
+            torch.is_autocast_enabled(device.type),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        )
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """Whatever decides the sizes of a trajectory's memory: trajectories of equal specs can use it in turn."""
+
+    ending: Ending
+    samples: int
+    copies: int  # 2 under guidance: the unconditional rows follow the conditional ones
+    guided_channels: int
+    conditions: int  # distinct labels that there is room for
+    steps: int  # of the plan
+    live: frozenset[Slot]
+    numerics: Numerics
+
+    @property
+    def rows(self) -> int:
+        """Batch rows R."""
+        return self.samples * self.copies
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """A trajectory's memory at fixed addresses. Every graph over it reads and writes here, and weights, alone."""
+
+    guard: OrderGuard
+    x: Tensor  # (N, C, H, W) latents, float32 or float64
+    out: Tensor  # (R, Cout, H, W) the same: what a step predicts
+    update: Update  # the sampler's steps
+    guide: Guide
+    modulation: ModulationTable
+    cache: FeatureCache
+    workspace: Workspace
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All of it that is allocated by now."""
+        yield from (self.x, self.out, self.guide.settings, self.update.rows, *self.guard)
+        if self.update.noise is not None:
+            yield self.update.noise
+        for part in (self.modulation, self.cache, self.workspace):
+            yield from part.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by now."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def room_for(distinct: int, rows: int) -> int:
+    """For how many distinct labels to make room, given so many now: one of two numbers, so that memory is reused.
+
+    Under guidance half of the rows have the null label, so that half and one suffice.
+    """
+    usual = rows // 2 + 1
+    return usual if distinct <= usual else rows
+
+
+def latent_dtype(denoiser: Denoiser) -> torch.dtype:
+    """The dtype that latents are kept and updated in: float64 for a float64 model, float32 for all others."""
+    return torch.float64 if denoiser.weight().dtype == torch.float64 else torch.float32
+
+
+def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
+    """Memory for trajectories of ``spec``; InputError, with the size, where the device has too little."""
+    weight, channels = denoiser.weight(), denoiser.latent_shape[0]
+    latents = spec.samples, *denoiser.latent_shape
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=latent_dtype(denoiser), device=weight.device)
+
+    noisy = spec.ending is Ending.UPDATE_WITH_NOISE
+    cache_bytes = _cache_bytes(spec, denoiser)
+    try:
+        # Memory made under inference_mode could not be written outside of it.
+        with torch.inference_mode(mode=False):
+            return Buffers(
+                guard=OrderGuard.of(spec.rows, spec.steps + SPARE_ROWS, weight.device),
+                x=empty(*latents),
+                out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
+                update=Update(empty(spec.steps, 6), empty(spec.steps, *latents) if noisy else None),
+                guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
+                modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, spec.rows),
+                cache=FeatureCache(denoiser.shape, spec.live, spec.rows, weight.dtype, weight.device),
+                workspace=Workspace(weight.dtype, weight.device),
+            )
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"a batch of {spec.rows} rows needs {cache_bytes / 2**30:.2f} GiB of cache and more for its modulation, "
+            f"which {weight.device} does not have ({str(error).splitlines()[0]}); sample fewer at once"
+        ) from error
+
+
+def _cache_bytes(spec: BufferSpec, denoiser: Denoiser) -> int:
+    return len(spec.live) * spec.rows * denoiser.shape.slot_elements * denoiser.weight().itemsize

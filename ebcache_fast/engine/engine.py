@@ -1,0 +1,205 @@
+"""The engine of one model: it lends trajectories their memory, and keeps the graphs captured over it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ebcache_fast import ops
+from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
+from ebcache_fast.engine.buffers import BufferSpec, Ending, Numerics, room_for
+from ebcache_fast.engine.fingerprint import fingerprint
+from ebcache_fast.engine.graphs import CudaGraphs, Graphs
+from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.modulation import count_distinct
+from ebcache_fast.engine.stats import Counts, Stats
+from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
+from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
+from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.plan import Plan
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs; none of it changes a result.
+
+    strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
+    whole_trajectory: our own loop is one graph, instead of one for each kind of step.
+    max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
+    Raises InputError for a limit below 1.
+    """
+
+    strict: bool = False
+    whole_trajectory: bool = False
+    max_graphs: int = 64
+    max_trajectories: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("max_graphs", "max_trajectories"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")
+
+
+class Batch(NamedTuple):
+    """The rows of a batch; under guidance the unconditional ones follow the conditional ones."""
+
+    row_labels: Tensor  # (R,) int64
+    samples: int  # R, or R / 2 under guidance
+    guided_channels: int
+
+
+def cuda_graphs(device: torch.device) -> Graphs | None:
+    """What captures on a device; None where nothing does."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+class Engine:
+    """Runs trajectories of ``model``, under any plans for it.
+
+    operations: what runs them; None means what `ops.select` chooses. make_graphs: what captures over one set of
+    buffers. Threads may share an engine: each trajectory has its own memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: EngineOptions | None = None,
+        operations: ops.Operations | None = None,
+        make_graphs: Callable[[torch.device], Graphs | None] = cuda_graphs,
+    ) -> None:
+        self.model, self.options = model, options or EngineOptions()
+        self.counts = Counts()
+        self._operations, self._make_graphs = operations, make_graphs
+        self._made_of = fingerprint(model)
+        self.denoiser = as_denoiser(model)
+        self._idle: list[BufferSet] = []  # the one used last at the end
+        self._leased: list[BufferSet] = []
+        self._lock = Lock()
+
+    @property
+    def stats(self) -> Stats:
+        """What happened since this engine was made."""
+        sets = [*self._idle, *self._leased]
+        return self.counts.snapshot(
+            graphs=sum(one.graphs for one in sets),
+            cache_bytes=sum(one.buffers.cache.nbytes for one in sets),
+            operations=self.operations.implementations(),
+        )
+
+    @contextmanager
+    @torch.no_grad()
+    def sampling(
+        self, plan: Plan, labels: Tensor, guidance: Guidance, rows: Tensor, noise: Tensor
+    ) -> Iterator[Trajectory]:
+        """A run of our own loop over a batch.
+
+        labels: (N,) int64. rows: (S, 6), the sampler's coefficients. noise: (S + 1, N, C, H, W), of which the first
+        are the initial latents; (1, N, C, H, W) for samplers that draw none. On any device, in any float dtype.
+        Raises TrajectoryError at the limit of trajectories, InputError for too little memory.
+        """
+        dispatches = StepScheduler(plan).dispatches()
+        works = [dispatches] if self.options.whole_trajectory else [(dispatch,) for dispatch in dispatches]
+        if module := self.denoiser.passed_over_hooks():
+            raise InputError(f"{module} has hooks, and no part of the engine calls it; remove them, or hook its layers")
+        ending = Ending.UPDATE_WITH_NOISE if len(noise) > 1 else Ending.UPDATE
+        batch = Batch(guidance.row_labels(self.denoiser, labels), len(labels), guidance.channels)
+        place = self._lease(plan, batch, ending)
+        try:
+            ready = self._prepare(place, works)
+            place.load(plan, batch.row_labels, guidance.scale)
+            place.buffers.x.copy_(noise[0])
+            update = place.buffers.update
+            update.rows.copy_(rows)
+            if update.noise is not None:
+                update.noise.copy_(noise[1:])
+            yield Trajectory(place, ready)
+        finally:
+            self.release(place)
+
+    @torch.no_grad()
+    def forward_run(self, plan: Plan, batch: Batch, ending: Ending) -> ForwardTrajectory:
+        """A run of somebody else's loop; its ``place`` must be released. Raises as `sampling` does."""
+        place = self._lease(plan, batch, ending)
+        try:
+            ready = self._prepare(place, [(Dispatch(step, 1),) for step in plan.steps])
+            place.load(plan, batch.row_labels, scale=1.0)
+        except BaseException:
+            self.release(place)
+            raise
+        return ForwardTrajectory(place, ready)
+
+    def release(self, place: BufferSet) -> None:
+        """Take a buffer set back; the next trajectory that fits gets it, with its graphs."""
+        with self._lock:
+            if place in self._leased:  # else it was of weights that are gone
+                self._leased.remove(place)
+                self._idle.append(place)
+
+    @property
+    def operations(self) -> ops.Operations:
+        """What runs the fused operations."""
+        weight = self.denoiser.weight()
+        return self._operations or ops.select(weight.device, weight.dtype)
+
+    def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
+        with self._lock:
+            self._follow_the_weights()
+            rows = len(batch.row_labels)
+            spec = BufferSpec(
+                ending=ending,
+                samples=batch.samples,
+                copies=rows // batch.samples,
+                guided_channels=batch.guided_channels,
+                conditions=room_for(count_distinct(batch.row_labels), rows),
+                steps=len(plan),
+                live=plan.live_slots,
+                numerics=Numerics.now(batch.row_labels.device),
+            )
+            place = next((one for one in reversed(self._idle) if one.spec == spec), None)
+            if place is None:
+                self._make_room()
+                place = self._new_place(spec)
+            else:
+                self._idle.remove(place)
+            place.join_stream()
+            self._leased.append(place)
+            self.counts.trajectories += 1
+            return place
+
+    def _follow_the_weights(self) -> None:
+        """Forget whatever was captured of weights that lie elsewhere by now, or of modules that were replaced."""
+        made_of = fingerprint(self.model)
+        if made_of.parts != self._made_of.parts:
+            self.denoiser = as_denoiser(self.model)
+            self._idle.clear()
+            self._leased.clear()
+        self._made_of = made_of
+
+    def _make_room(self) -> None:
+        limit = self.options.max_trajectories
+        if len(self._leased) >= limit:
+            raise TrajectoryError(
+                f"{limit} trajectories are in progress, as many as max_trajectories={limit} allows; finish one, or "
+                "raise the limit"
+            )
+        if len(self._leased) + len(self._idle) >= limit:
+            del self._idle[0]  # used longest ago
+
+    def _new_place(self, spec: BufferSpec) -> BufferSet:
+        device = self.denoiser.weight().device
+        graphs, why = self._make_graphs(device), f"no CUDA graphs on a {device.type} device"
+        if graphs is not None and (self._made_of.watched or spec.numerics.autocast):
+            why = "the model's layers have hooks" if self._made_of.watched else "autocast"
+            if self.options.strict:
+                raise CaptureError(f"no step can be a CUDA graph: {why}; do without, or pass strict=False")
+            graphs = None
+        return BufferSet(spec, self.model, self.denoiser, self.operations, graphs, why, self.counts)
+
+    def _prepare(self, place: BufferSet, works: Sequence[Work]) -> list[Ready]:
+        room = self.options.max_graphs - sum(one.graphs for one in [*self._idle, *self._leased])
+        return place.prepare(works, room, strict=self.options.strict)

@@ -1,0 +1,53 @@
+"""Which step runs now: by its place in our own loop, by its timestep in anybody else's."""
+
+from typing import NamedTuple
+
+from ebcache_fast.engine.step import LONGEST_RUN
+from ebcache_fast.plan import Plan, StepPlan
+
+
+class Dispatch(NamedTuple):
+    """What is run at once; of one kind, wherever it begins, there is one graph."""
+
+    plan: StepPlan
+    steps: int  # more than one only of steps that compute no branch
+
+
+class Arrival(NamedTuple):
+    """What a timestep means to a run in progress."""
+
+    step: int | None  # its place in the plan; None where it is not in it
+    begins: bool  # a new run begins here
+    planned: bool  # its StepPlan can be followed; else everything has to be computed anew
+
+
+class StepScheduler:
+    """Looks steps up in one plan. It holds no state: where a run is, the run knows."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._step_at = {t: i for i, t in enumerate(plan.timesteps)}
+
+    def arrive(self, t: float, expected: int) -> Arrival:
+        """Timestep ``t`` where step ``expected`` comes next (0: none was run yet).
+
+        A timestep that was passed already begins a new run; one that is ahead leaves out steps, whose features the
+        caches would lack.
+        """
+        step = self._step_at.get(int(t)) if t == int(t) else None
+        if step is None:
+            return Arrival(None, begins=expected == 0, planned=False)
+        if step < expected or expected == 0:
+            return Arrival(step, begins=True, planned=step == 0)
+        return Arrival(step, begins=False, planned=step == expected)
+
+    def dispatches(self) -> tuple[Dispatch, ...]:
+        """The whole plan for our own loop: steps that compute nothing in runs of up to `LONGEST_RUN`."""
+        found: list[Dispatch] = []
+        for plan in self.plan.steps:
+            last = found[-1] if found else None
+            if last and plan.computes_nothing and last.plan == plan and last.steps < LONGEST_RUN:
+                found[-1] = Dispatch(plan, last.steps + 1)
+            else:
+                found.append(Dispatch(plan, 1))
+        return tuple(found)
