@@ -37,31 +37,35 @@ class Case:
     most_narrow_loads: int | None = None  # at most so many load instructions below 128 bit; None for any number
     wgmma: bool = False  # products run on the architecture's own unit: wgmma on sm_90, tcgen05 on sm_100
     tma: bool = False  # loads go through TMA, where there is one: not on sm_80
+    waits: bool = False  # for the kernel before it, ahead of any access to memory
+    oldest_arch: int = 80
 
 
 def _residual(o: KernelOperands) -> None:
-    gated_residual(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.at)
+    gated_residual(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.at, early=o.early)
 
 
 def _residual_norm(o: KernelOperands) -> None:
-    gated_residual_norm_modulate(o.h, [o.first], [o.gates[:, 0]], o.norm, o.at, o.u)
+    gated_residual_norm_modulate(o.h, [o.first], [o.gates[:, 0]], o.norm, o.at, o.u, early=o.early)
 
 
 def _residual_norm_of_two(o: KernelOperands) -> None:
-    gated_residual_norm_modulate(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.norm, o.at, o.u)
+    gated_residual_norm_modulate(
+        o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.norm, o.at, o.u, early=o.early
+    )
 
 
 def _norm(o: KernelOperands) -> None:
-    gated_residual_norm_modulate(o.h, [], [], o.norm, o.at, o.u)
+    gated_residual_norm_modulate(o.h, [], [], o.norm, o.at, o.u, early=o.early)
 
 
 def _head_update(o: KernelOperands) -> None:
-    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.update)
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.update, early=o.early)
 
 
 def _head_update_without_noise(o: KernelOperands) -> None:
     quiet = o.update._replace(noise=None)
-    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, quiet)
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, quiet, early=o.early)
 
 
 def _linear_gelu(o: KernelOperands) -> None:
@@ -78,19 +82,24 @@ CALLS: dict[str, Call] = {
     "residual, norm": _residual_norm,
     "2 residuals, norm": _residual_norm_of_two,
     "norm": _norm,
-    "sum for 1 step": lambda o: gated_sum(o.slots(), o.gates, o.at, o.h, o.sums(1)),
-    "sum for 2 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(2)),
-    "sum for 3 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(3)),
-    "embed": lambda o: embed(o.x, o.patches, o.h),
-    "embed, norm": lambda o: embed_norm_modulate(o.x, o.patches, o.norm, o.at, o.h, o.u),
-    "head": lambda o: head_predict(o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.out),
+    "sum for 1 step": lambda o: gated_sum(o.slots(), o.gates, o.at, o.h, o.sums(1), early=o.early),
+    "sum for 2 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(2), early=o.early),
+    "sum for 3 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(3), early=o.early),
+    "embed": lambda o: embed(o.x, o.patches, o.h, early=o.early),
+    "embed, norm": lambda o: embed_norm_modulate(o.x, o.patches, o.norm, o.at, o.h, o.u, early=o.early),
+    "head": lambda o: head_predict(
+        o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.out, early=o.early
+    ),
     "head, DDPM": _head_update,
     "head, DDIM": _head_update_without_noise,
-    "run of 3 steps": lambda o: run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update),
+    "run of 3 steps": lambda o: run_update(
+        o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update, early=o.early
+    ),
     "linear, GELU": _linear_gelu,
     "attention": _attention,
 }
-LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", "linear, GELU", "attention")
+OWN_MATMULS = ("linear, GELU", "attention")
+LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", *OWN_MATMULS)
 
 
 def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype) -> Case:
@@ -109,9 +118,20 @@ def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype) -> Cas
     )
 
 
+def _early_case(name: str) -> Case:
+    """A call at DiT-XL/2's size that is launched while the kernel before it still runs."""
+    return Case(
+        f"{name} / {XL_256.name}, B=1, bfloat16, early",
+        lambda device: CALLS[name](KernelOperands(XL_256, 1, torch.bfloat16, device, early=True)),
+        waits=True,
+        oldest_arch=90,
+    )
+
+
 CASES: tuple[Case, ...] = (
     *(_case(name, XL_256, 1, torch.bfloat16) for name in CALLS),
     *(_case(name, XL_256, 32, torch.bfloat16) for name in LAUNCHED_BY_ROWS),
     *(_case(name, XL_256, 1, torch.float32) for name in CALLS if "head" in name or "run" in name or "embed" in name),
     *(_case(name, LETTERS, 4, torch.float32) for name in CALLS),
+    *(_early_case(name) for name in CALLS if name not in OWN_MATMULS),
 )

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -70,6 +71,7 @@ class Resources:
     narrow_loads: int  # instructions that load less than 128 bit of global memory
     matrix_unit: str  # "mma", "wgmma", "tcgen05", or "" without products
     uses_tma: bool  # to load
+    waits_first: bool  # for the kernel before it, ahead of any access to global memory
     triton: str  # its version
 
 
@@ -90,6 +92,10 @@ class Instruction:
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w+)((?:\.\w+)*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 MATRIX_UNITS = {"tcgen05": r"UTC\w*MMA", "wgmma": r"[HIQ]GMMA", "mma": r"[HIQD]MMA"}  # the newest first
+
+
+WAIT = "ACQBULK"  # what griddepcontrol.wait becomes
+GLOBAL_ACCESSES = {"LD", "ST", "LDG", "STG", "LDGSTS", "RED", "ATOM", "ATOMG"}
 
 
 class OfflineDriver:
@@ -166,8 +172,15 @@ def measure(case: str, arch: int, kernel: CompiledKernel) -> Resources:
         narrow_loads=sum(bits < WIDE for bits in loads),
         matrix_unit=next(units, ""),
         uses_tma="UTMALDG" in operations,
+        waits_first=waits_first([each.operation for each in code]),
         triton=triton.__version__,
     )
+
+
+def waits_first(operations: Sequence[str]) -> bool:
+    """Whether code waits for the kernel before it, and reaches no global memory until it has."""
+    before = takewhile(lambda operation: operation != WAIT, operations)
+    return WAIT in operations and not any(each in GLOBAL_ACCESSES or each.startswith("UTMA") for each in before)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -213,6 +226,7 @@ def violations(case: Case, got: Resources) -> list[str]:
             not case.wgmma or got.matrix_unit == arch.matrix_unit,
             f"matrix unit: {got.matrix_unit or 'none'}, {arch.matrix_unit} expected; look at tiles and warps",
         ),
+        (not case.waits or got.waits_first, "wait: none ahead of all accesses; call begin first in the kernel"),
         (not case.tma or not arch.has_tma or got.uses_tma, "TMA: no loads, some expected; pass host descriptors"),
     )
     return [f"{case.name} / {got.kernel} / sm_{got.arch} / {text}" for holds, text in rules if not holds]
@@ -229,7 +243,8 @@ def main(cases: Sequence[Case] = CASES, argv: Sequence[str] | None = None) -> in
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so kernels can't be compiled: unset it, in a process of its own")
     chosen = [case for case in cases if case.name in args.only]
-    measured = [(case, got) for case in chosen for arch in args.arch for got in compile_case(case, arch)]
+    compiled = [(case, arch) for case in chosen for arch in args.arch if arch >= case.oldest_arch]
+    measured = [(case, got) for case, arch in compiled for got in compile_case(case, arch)]
     results = sorted((got for _, got in measured), key=lambda got: (got.case, got.arch, got.kernel))
     head = [field.name.replace("_", " ") for field in fields(Resources)]
     print(table(head, [[str(value) for value in astuple(got)] for got in results]))

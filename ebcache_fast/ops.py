@@ -3,16 +3,18 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ebcache_fast import reference
+from ebcache_fast.errors import InputError
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 
 OLDEST_ARCH = (8, 0)  # Ampere: what the kernels are compiled and checked for, from here on
+OLDEST_DEPENDENT_ARCH = (9, 0)  # Hopper
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -60,22 +62,25 @@ TORCH = Operations(
 )
 
 
-def triton_operations() -> Operations:
-    """The Triton kernels; matrix products and attention stay with cuBLASLt and SDPA."""
+def triton_operations(*, dependent_launch: bool = False) -> Operations:
+    """The Triton kernels; matrix products and attention stay with cuBLASLt and SDPA.
+
+    dependent_launch: each kernel is launched while the one before it still runs, and waits for it on the card.
+    """
     from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, run
 
-    return Operations(
-        name="triton",
-        embed=embed.embed,
-        embed_norm_modulate=embed.embed_norm_modulate,
-        gated_residual=gated_residual.gated_residual,
-        gated_residual_norm_modulate=gated_residual.gated_residual_norm_modulate,
-        gated_sum=gated_sum.gated_sum,
-        head_predict=head.head_predict,
-        head_update=head.head_update,
-        run_update=run.run_update,
-        linear_gelu=_addmm_gelu,
+    launchers = (
+        embed.embed,
+        embed.embed_norm_modulate,
+        gated_residual.gated_residual,
+        gated_residual.gated_residual_norm_modulate,
+        gated_sum.gated_sum,
+        head.head_predict,
+        head.head_update,
+        run.run_update,
     )
+    fused = {launcher.__name__: partial(launcher, early=dependent_launch) for launcher in launchers}
+    return Operations(name="triton", linear_gelu=_addmm_gelu, **fused)
 
 
 def own_matmul_operations() -> Operations:
@@ -85,11 +90,19 @@ def own_matmul_operations() -> Operations:
     return replace(triton_operations(), linear_gelu=linear_gelu.linear_gelu, attention=attention.attention)
 
 
-def select(device: torch.device, dtype: torch.dtype) -> Operations:
-    """What runs a model of this dtype on this device: Triton wherever it can; on a GPU where it can't, that is said."""
+def select(device: torch.device, dtype: torch.dtype, *, dependent_launch: bool = False) -> Operations:
+    """What runs a model of this dtype on this device: Triton wherever it can; on a GPU where it can't, that is said.
+
+    Raises InputError for ``dependent_launch`` where no kernel can be launched so.
+    """
     reason = why_torch(device, dtype)
+    if dependent_launch and (reason or torch.cuda.get_device_capability(device) < OLDEST_DEPENDENT_ARCH):
+        raise InputError(
+            "dependent_launch=True needs the Triton kernels and compute capability 9.0 or above, "
+            f"and here is {reason or device}; leave it out"
+        )
     if reason is None:
-        return triton_operations()
+        return triton_operations(dependent_launch=dependent_launch)
     if device.type == "cuda":
         _say_once(reason)
     return TORCH

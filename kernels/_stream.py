@@ -16,14 +16,6 @@ def vector_offsets(batch_row, keep, at, strides):
 
 
 @triton.jit
-def advance(at):
-    """Do what ``at.advance`` asks for, in one program of the grid."""
-    if at.advance is not None:
-        is_first = tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0
-        tl.store(at.advance.to, tl.load(at.step) + at.advance.by, mask=is_first)
-
-
-@triton.jit
 def load(tensor, offsets, keep):
     """A tile in float32, 0 where it is not kept."""
     return tl.load(tensor + offsets, mask=keep, other=0.0).to(tl.float32)

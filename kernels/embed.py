@@ -13,16 +13,19 @@ from torch import Tensor
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
+from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import embedded, pixels
-from ebcache_fast.kernels._stream import advance, merge_statistics, modulate, vector_offsets
+from ebcache_fast.kernels._stream import merge_statistics, modulate, vector_offsets
 from ebcache_fast.operands import At, Norm, Patches
 
 
 @triton.jit
 def _embed_kernel(
     x, patches, h, size, B, T, D,
-    C: tl.constexpr, P: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, COPIES: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    begin(launch_pdl)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sample = tl.program_id(1)
     col = tl.program_id(2) * COLS + tl.arange(0, COLS)
@@ -37,8 +40,11 @@ def _embed_kernel(
 @triton.jit
 def _embed_norm_kernel(
     x, patches, norm, at, strides, h, u, size, B, T, D,
-    C: tl.constexpr, P: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, COPIES: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    begin(launch_pdl)
+    advance(at)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sample = tl.program_id(1)
     latents, keep_token, element = _patches(x, sample, token, size, T, C, P, E)
@@ -63,7 +69,6 @@ def _embed_norm_kernel(
             vectors = vector_offsets(sample + copy * B, True, at, strides) + col[None, :]
             tl.store(h + where, tile, mask=keep)
             tl.store(u + where, modulate(normed, norm, vectors, keep_col), mask=keep)
-    advance(at)
 
 
 @triton.jit
@@ -75,7 +80,7 @@ def _patches(x, sample, token, size, T, C: tl.constexpr, P: tl.constexpr, E: tl.
     return latents, token < T, element
 
 
-def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
+def embed(x: Tensor, patches: Patches, h: Tensor, *, early: bool = False) -> None:
     """Write the tokens of x (B, C, H, W) float32 into h (R, T, D); see `ebcache_fast.reference.embed`.
 
     Raises InputError for what `checks` refuses.
@@ -98,6 +103,7 @@ def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
             C=x.shape[1],
             P=patch,
             COPIES=copies,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=cols,
             E=elements,
@@ -105,7 +111,9 @@ def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
         )
 
 
-def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
+def embed_norm_modulate(
+    x: Tensor, patches: Patches, norm: Norm, at: At, h: Tensor, u: Tensor, *, early: bool = False
+) -> None:
     """`embed` into h, and the first branch's input into u; see the reference of this name.
 
     Raises InputError for what `checks` refuses.
@@ -133,6 +141,7 @@ def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tens
             C=x.shape[1],
             P=patch,
             COPIES=copies,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=cols,
             E=elements,

@@ -16,14 +16,19 @@ from torch import Tensor
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._stream import advance, modulate, residual, vector_offsets
+from ebcache_fast.kernels._order import advance, begin
+from ebcache_fast.kernels._stream import modulate, residual, vector_offsets
 from ebcache_fast.operands import At, Norm
 
 MAX_BRANCHES = 2
 
 
 @triton.jit
-def _residual_kernel(h, branches, gates, at, strides, M, T, D, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _residual_kernel(
+    h, branches, gates, at, strides, M, T, D, launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    begin(launch_pdl)
+    advance(at)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     keep_row = row < M
@@ -32,13 +37,15 @@ def _residual_kernel(h, branches, gates, at, strides, M, T, D, ROWS: tl.constexp
     gate_offsets = vector_offsets(row // T, keep_row, at, strides)[:, None] + col[None, :]
     total = residual(h, branches, gates, offsets, gate_offsets, keep)
     tl.store(h + offsets, total, mask=keep)
-    advance(at)
 
 
 @triton.jit
 def _norm_kernel(
-    h, branches, gates, norm, at, strides, u, M, T, D, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr
-):
+    h, branches, gates, norm, at, strides, u, M, T, D,
+    launch_pdl: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    begin(launch_pdl)
+    advance(at)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = row.to(tl.int64)[:, None] * D
     keep_row = row < M
@@ -71,10 +78,11 @@ def _norm_kernel(
     if REST > 0:
         rest = modulate(rest * scale, norm, vectors + rest_col, rest_keep)
         tl.store(u + start + rest_col, rest, mask=rest_keep)
-    advance(at)
 
 
-def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
+def gated_residual(
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At, *, early: bool = False
+) -> None:
     """``h += sum_k gates[k] * branches[k]`` in place; see `ebcache_fast.reference.gated_residual`.
 
     Raises InputError for no branch, more than two, and what `checks` refuses.
@@ -98,6 +106,7 @@ def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor
             rows * tokens,
             tokens,
             width,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=cols,
             num_warps=chosen.warps,
@@ -105,7 +114,14 @@ def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor
 
 
 def gated_residual_norm_modulate(
-    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: At, u: Tensor
+    h: Tensor,
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    norm: Norm,
+    at: At,
+    u: Tensor,
+    *,
+    early: bool = False,
 ) -> None:
     """`gated_residual` on h, its modulated LayerNorm into u; see the reference of this name.
 
@@ -129,6 +145,7 @@ def gated_residual_norm_modulate(
             rows * tokens,
             tokens,
             width,
+            launch_pdl=early,
             ROWS=chosen.rows,
             MAIN=main,
             REST=triton.next_power_of_2(width - main) if width > main else 0,

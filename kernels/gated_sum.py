@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._stream import advance, load, vector_offsets
+from ebcache_fast.kernels._order import advance, begin
+from ebcache_fast.kernels._stream import load, vector_offsets
 from ebcache_fast.operands import At
 
 MAX_STEPS = 3
@@ -22,8 +23,11 @@ MAX_STEPS = 3
 @triton.jit
 def _kernel(
     slots, gates, at, strides, base, sums, K, M, T, D,
-    STEPS: tl.constexpr, BASE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    STEPS: tl.constexpr, BASE: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    begin(launch_pdl)
+    advance(at)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     keep_row = row < M
@@ -53,10 +57,9 @@ def _kernel(
         tl.store(sums + slot_size + offsets, second, mask=keep)
     if STEPS > 2:
         tl.store(sums + 2 * slot_size + offsets, third, mask=keep)
-    advance(at)
 
 
-def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:
+def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor, *, early: bool = False) -> None:
     """Write the gated sums of ``len(sums)`` coming steps; see `ebcache_fast.reference.gated_sum`.
 
     slots (K, R, T, D), gates (S, K, U, D), base (R, T, D) or None, sums (n, R, T, D). Raises InputError for more than
@@ -91,6 +94,7 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
             width,
             STEPS=steps,
             BASE=base is not None,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             STAGES=chosen.stages,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._features import add_row, features, guided, sampler_step
+from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import pixels
-from ebcache_fast.kernels._stream import advance, residual, vector_offsets
+from ebcache_fast.kernels._stream import residual, vector_offsets
 from ebcache_fast.operands import At, Guide, Linear, Norm, Update
 
 MAX_BRANCHES = 2
@@ -59,8 +60,10 @@ def _row_features(
 def _predict_kernel(
     out, stream, norm, at, strides, linear, settings, size, B, T, D,
     C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, COPIES: tl.constexpr, GUIDED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    begin(launch_pdl)
+    advance(at)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sample = tl.program_id(1)
     element = tl.arange(0, E)
@@ -87,15 +90,16 @@ def _predict_kernel(
     tl.store(out + where, b * eps, mask=keep)
     if VARIANCE:
         tl.store(out + where + variance_at, variance, mask=keep)
-    advance(at)
 
 
 @triton.jit
 def _update_kernel(
     x, stream, norm, at, strides, linear, settings, update, size, copies, B, T, D,
     C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
-    NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    NOISE: tl.constexpr, launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    begin(launch_pdl)
+    advance(at)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sample = tl.program_id(1)
     element = tl.arange(0, E)
@@ -123,7 +127,6 @@ def _update_kernel(
         latents, eps * tl.load(settings + 1), variance, noise, update.rows + step * 6, VARIANCE, NOISE
     )
     tl.store(x + where, latents, mask=keep)
-    advance(at)
 
 
 def head_predict(
@@ -135,6 +138,8 @@ def head_predict(
     linear: Linear,
     guide: Guide,
     out: Tensor,
+    *,
+    early: bool = False,
 ) -> None:
     """Write the guided and scaled output, (R, Cout, H, W) float32; see `ebcache_fast.reference.head_predict`.
 
@@ -165,6 +170,7 @@ def head_predict(
             OUT=channels,
             COPIES=guide.copies,
             GUIDED=guide.channels,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=launch.columns(chosen, h.dtype, elements),
             E=elements,
@@ -182,6 +188,8 @@ def head_update(
     linear: Linear,
     guide: Guide,
     update: Update,
+    *,
+    early: bool = False,
 ) -> None:
     """The end of a step of our own loop, on x (B, C, H, W) float32 in place; see the reference of this name.
 
@@ -215,6 +223,7 @@ def head_update(
             OUT=channels,
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=launch.columns(chosen, h.dtype, elements),
             E=elements,

@@ -1,6 +1,9 @@
 """How each kernel is launched: a fixed table by rows and architecture, found offline by bench/tune.py.
 
 Nothing is tuned at run time: a captured graph must not depend on what else the card did while it was made.
+
+Every launcher of a fused operation has a keyword ``early``: launch while the kernel before still runs (programmatic
+dependent launch, from compute capability 9.0), and wait for its results inside; see `_order`.
 """
 
 from collections.abc import Mapping

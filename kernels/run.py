@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._features import add_row, features, sampler_step
+from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import embedded, pixels
-from ebcache_fast.kernels._stream import advance, load, vector_offsets
+from ebcache_fast.kernels._stream import load, vector_offsets
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 
 
@@ -32,8 +33,10 @@ def _summed_tile(source, col, D):
 def _kernel(
     x, sums, patches, norm, at, strides, linear, settings, update, size, steps, copies, B, T, D,
     C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
-    NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    NOISE: tl.constexpr, launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    begin(launch_pdl)
+    advance(at)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sample = tl.program_id(1)
     element = tl.arange(0, E)
@@ -66,11 +69,19 @@ def _kernel(
         row = update.rows + (first_step + j) * 6
         latents = sampler_step(latents, eps * tl.load(settings + 1), variance, noise, row, OUT > C, NOISE)
     tl.store(x + where, latents, mask=keep)
-    advance(at)
 
 
 def run_update(
-    x: Tensor, sums: Tensor, patches: Patches, norm: Norm, at: At, linear: Linear, guide: Guide, update: Update
+    x: Tensor,
+    sums: Tensor,
+    patches: Patches,
+    norm: Norm,
+    at: At,
+    linear: Linear,
+    guide: Guide,
+    update: Update,
+    *,
+    early: bool = False,
 ) -> None:
     """Whole ATTN_MLP steps, one for each of sums (n, R, T, D), on x (B, C, H, W) float32 in place.
 
@@ -109,6 +120,7 @@ def run_update(
             OUT=channels,
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
+            launch_pdl=early,
             ROWS=chosen.rows,
             COLS=launch.columns(chosen, sums.dtype, elements),
             E=elements,

@@ -3,11 +3,13 @@
 import inspect
 import logging
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
 
 from ebcache_fast import ops, reference
+from ebcache_fast.errors import InputError
 
 CUDA = torch.device("cuda", 0)
 
@@ -57,8 +59,26 @@ def test_every_operation_has_its_references_signature(make: object) -> None:
         if field.name == "name" or function is None:
             continue
         ours, theirs = (inspect.signature(f) for f in (function, getattr(reference, field.name)))
-        assert list(ours.parameters) == list(theirs.parameters), field.name
-        assert str(ours) == str(theirs), field.name
+        own = [parameter for name, parameter in ours.parameters.items() if name != "early"]
+        assert str(ours.replace(parameters=own)) == str(theirs), field.name
+
+
+@pytest.mark.usefixtures("hopper")
+def test_dependent_launches_reach_every_kernel() -> None:
+    operations = ops.select(CUDA, torch.bfloat16, dependent_launch=True)
+    fused = [value for value in vars(operations).values() if isinstance(value, partial)]
+    assert [one.keywords for one in fused] == [{"early": True}] * 8
+    assert ops.select(CUDA, torch.bfloat16).embed.keywords == {"early": False}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("device", "capability"), [("cpu", (9, 0)), ("cuda", (8, 9))])
+def test_dependent_launches_are_refused_where_there_are_none(
+    device: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with pytest.raises(InputError, match=rf"capability 9.0 or above, and here is .*{device}"):
+        ops.select(torch.device(device), torch.bfloat16, dependent_launch=True)
 
 
 def test_what_runs_is_said_by_operation() -> None:

@@ -30,12 +30,14 @@ class EngineOptions:
 
     strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
     whole_trajectory: our own loop is one graph, instead of one for each kind of step.
+    dependent_launch: kernels are launched while the one before still runs; from compute capability 9.0.
     max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
     Raises InputError for a limit below 1.
     """
 
     strict: bool = False
     whole_trajectory: bool = False
+    dependent_launch: bool = False
     max_graphs: int = 64
     max_trajectories: int = 4
 
@@ -144,7 +146,9 @@ class Engine:
     def operations(self) -> ops.Operations:
         """What runs the fused operations."""
         weight = self.denoiser.weight()
-        return self._operations or ops.select(weight.device, weight.dtype)
+        return self._operations or ops.select(
+            weight.device, weight.dtype, dependent_launch=self.options.dependent_launch
+        )
 
     def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
         with self._lock:
