@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT)  # bench is not installed
-    from bench.mutants.__main__ import EXPLANATIONS, main, mutants
+    from bench.mutants.__main__ import EXPLANATIONS, everywhere, main
     from bench.mutants.campaign import Outcome, Pace, outcome_of
     from bench.mutants.errors import MutationError
     from bench.mutants.explained import read_explanations, stale
-    from bench.mutants.find import Mutant, find, in_kernels, in_launchers
+    from bench.mutants.find import Mutant, anywhere, find, in_kernels, in_launchers
     from bench.mutants.tree import copy_tree, find_tests
     from bench.mutants.worker import Run
 
@@ -52,6 +52,10 @@ EXPECTED: dict[tuple[str, str], set[str]] = {
     ("reset_accumulator", "acc += x * y"): {"acc = x * y"},
     ("drop_statement", "acc *= x"): {"pass"},
     ("drop_statement", "tl.store(p, x)"): {"pass"},
+    ("keep_stale", "a.b = c"): {"pass"},
+    ("keep_stale", "a[b] = c"): {"pass"},
+    ("keep_stale", "del a[b]"): {"pass"},
+    ("keep_stale", "a = c"): set(),
     ("change_integer", "x = tl.full((b,), 2, d)"): {"x = tl.full((b,), 3, d)", "x = tl.full((b,), 1, d)"},
     ("change_integer", "x: tl.constexpr[8] = 4"): {"x: tl.constexpr[8] = 5", "x: tl.constexpr[8] = 3"},
     ("change_integer", "x = True"): set(),
@@ -193,7 +197,7 @@ def test_explanations_may_hold_the_separator(tmp_path: Path) -> None:
 
 
 def test_explanations_of_the_kernels_fit_them() -> None:
-    everything = [*mutants(ROOT, in_kernels), *mutants(ROOT, in_launchers)]
+    everything = everywhere(ROOT)
     assert stale(read_explanations(ROOT / EXPLANATIONS), everything) == []
 
 
@@ -371,6 +375,29 @@ def test_which_tests_a_file_has(toy: Path) -> None:
     (toy / "kernels" / "lonely.py").touch()
     with pytest.raises(MutationError, match=r"lonely\.py has no test"):
         find_tests(toy, "kernels/lonely.py")
+
+
+def test_the_engine_has_the_tests_that_run_it_over_no_kernels(toy: Path) -> None:
+    engine = toy / "ebcache_fast" / "engine"
+    engine.mkdir()
+    (engine / "clock.py").touch()
+    imports = {
+        "a": "ebcache_fast.engine.engine",
+        "b": "ebcache_fast.attach",
+        "clock": "torch",
+        "other": "ebcache_fast.plan",
+    }
+    for name, module in imports.items():
+        (toy / "tests" / f"test_{name}.py").write_text(f"import {module}")
+    (toy / "tests" / "test_slow.py").write_text("from ebcache_fast import kernels\nimport ebcache_fast.attach")
+    assert find_tests(toy, "ebcache_fast/engine/clock.py") == tuple(
+        f"tests/test_{name}.py" for name in ("a", "b", "clock")
+    )
+
+
+def test_methods_have_mutants_under_their_class() -> None:
+    (one, _) = find("x.py", "class A:\n    def f(self):\n        return 1\n", anywhere)
+    assert one.function == "A.f"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Mutation tests of the Triton kernels: break them one small edit at a time, and see that a test notices.
+"""Mutation tests of the kernels and the engine: break them one small edit at a time, and see that a test notices.
 
     python -m bench.mutants [--only kernels/x.py] [--sample 8 --seed 0] [--launchers] [--jobs 2] [--list] [--out x.json]
 
-Mutants are made of the code inside functions under @triton.jit. Each is written into a copy of the tree and run
+Mutants are made of the kernels' functions under @triton.jit, and of all of the engine. Each is written into a copy of the tree and run
 against its file's tests alone, in a process forked from one that has imported torch, Triton and pytest. What survives
 is killed by a better test or explained in bench/mutants_equivalent.txt; the exit status is 1 as long as it is neither.
 

@@ -14,9 +14,9 @@ import bench.mutants
 from bench.mutants.campaign import try_all
 from bench.mutants.errors import MutationError
 from bench.mutants.explained import read_explanations, stale
-from bench.mutants.find import Mutant, find, in_kernels, in_launchers
+from bench.mutants.find import Mutant, anywhere, find, in_kernels, in_launchers
 from bench.mutants.report import Report, diff, table, write_json
-from bench.mutants.tree import kernel_files
+from bench.mutants.tree import engine_files, kernel_files
 from bench.mutants.worker import workers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = choose(args, tree)
         results = try_all(staff, chosen, args.slack, partial(print, file=sys.stderr, flush=True))
         reasons = read_explanations(tree / EXPLANATIONS)
-        report = Report(results, reasons, stale(reasons, [*mutants(tree, in_kernels), *mutants(tree, in_launchers)]))
+        report = Report(results, reasons, stale(reasons, everywhere(tree)))
     print(table(report))
     if args.out:
         write_json(report, args.out, only=args.only, launchers=args.launchers, sample=args.sample, seed=args.seed)
@@ -79,11 +79,14 @@ def run(args: argparse.Namespace) -> int:
 
 def choose(args: argparse.Namespace, tree: Path) -> list[Mutant]:
     """The mutants that the arguments ask for."""
-    files = kernel_files(tree)
+    files = [*kernel_files(tree), *engine_files(tree)]
     unknown = [file for file in args.only or () if file not in files]
     if unknown:
         raise MutationError(f"--only {unknown[0]} is none of {', '.join(files)}; name one of them")
-    chosen = mutants(tree, in_kernels) + (mutants(tree, in_launchers) if args.launchers else [])
+    launchers = mutants(tree, kernel_files(tree), in_launchers) if args.launchers else []
+    chosen = [
+        *mutants(tree, kernel_files(tree), in_kernels), *launchers, *mutants(tree, engine_files(tree), anywhere)
+    ]  # fmt: skip
     chosen = [mutant for mutant in chosen if not args.only or mutant.file in args.only]
     if args.sample is None:
         return chosen
@@ -92,9 +95,14 @@ def choose(args: argparse.Namespace, tree: Path) -> list[Mutant]:
     return random.Random(args.seed).sample(open_ones, min(args.sample, len(open_ones)))
 
 
-def mutants(tree: Path, where: Callable[[ast.FunctionDef], bool]) -> list[Mutant]:
-    """Those of all kernel files."""
-    return [mutant for file in kernel_files(tree) for mutant in find(file, (tree / file).read_text(), where)]
+def everywhere(tree: Path) -> list[Mutant]:
+    """All that can be asked for."""
+    return mutants(tree, [*kernel_files(tree), *engine_files(tree)], anywhere)
+
+
+def mutants(tree: Path, files: Sequence[str], where: Callable[[ast.FunctionDef], bool]) -> list[Mutant]:
+    """Those of some files."""
+    return [mutant for file in files for mutant in find(file, (tree / file).read_text(), where)]
 
 
 if __name__ == "__main__":

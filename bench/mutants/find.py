@@ -65,14 +65,29 @@ def in_launchers(function: ast.FunctionDef) -> bool:
     return not in_kernels(function)
 
 
+def anywhere(function: ast.FunctionDef) -> bool:
+    """Every function."""
+    return True
+
+
 def find(file: str, source: str, where: Callable[[ast.FunctionDef], bool] = in_kernels) -> list[Mutant]:
     """The mutants of the functions that ``where`` is true of, from the top down; no two have the same text."""
     text = Text(source)
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and where(node)]
-    return [mutant for function in functions for mutant in _in_function(file, text, function)]
+    found = ((name, node) for name, node in _functions(ast.parse(source)) if where(node))
+    return [mutant for name, function in found for mutant in _in_function(file, text, name, function)]
 
 
-def _in_function(file: str, text: Text, function: ast.FunctionDef) -> Iterator[Mutant]:
+def _functions(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods with their names."""
+    for node in module.body:
+        match node:
+            case ast.FunctionDef(name=name):
+                yield name, node
+            case ast.ClassDef(name=owner, body=body):
+                yield from ((f"{owner}.{each.name}", each) for each in body if isinstance(each, ast.FunctionDef))
+
+
+def _in_function(file: str, text: Text, name: str, function: ast.FunctionDef) -> Iterator[Mutant]:
     seen: set[tuple[int, int, str]] = set()
     places: Counter[tuple[int, int, str]] = Counter()
     alike: Counter[tuple[str, str]] = Counter()
@@ -87,7 +102,7 @@ def _in_function(file: str, text: Text, function: ast.FunctionDef) -> Iterator[M
         before = one_line(text.source[first:last].decode())
         place, same = (old.lineno, old.col_offset, operator), (operator, before)  # type: ignore[attr-defined]
         yield Mutant(
-            file, function.name, *place, places[place], alike[same], before, result, start, end, replacement
+            file, name, *place, places[place], alike[same], before, result, start, end, replacement
         )  # fmt: skip
         places[place] += 1
         alike[same] += 1

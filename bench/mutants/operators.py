@@ -113,6 +113,13 @@ def drop_statement(node: ast.AST) -> Iterator[Edit]:
             yield node, ast.Pass()
 
 
+def keep_stale(node: ast.AST) -> Iterator[Edit]:
+    """``self.x = y``, ``table[k] = y``, ``del table[k]``: left out, so that what was there stays."""
+    match node:
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]) | ast.Delete(targets=[ast.Subscript()]):
+            yield node, ast.Pass()
+
+
 def change_integer(node: ast.AST) -> Iterator[Edit]:
     """``n`` -> ``n + 1``, ``n - 1``."""
     match node:
@@ -181,6 +188,7 @@ PYTHON: tuple[Operator, ...] = (
     change_comparison,
     reset_accumulator,
     drop_statement,
+    keep_stale,
     change_integer,
     change_float,
     flip_boolean,

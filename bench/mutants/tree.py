@@ -12,6 +12,8 @@ from bench.mutants.errors import MutationError
 PARTS = ("kernels", "ebcache_fast", "tests", "bench", "pyproject.toml")
 UNUSED = shutil.ignore_patterns("__pycache__", "results", "*.egg-info", ".*")
 PACKAGE = "ebcache_fast.kernels"
+ENGINE = ("ebcache_fast/engine", "ebcache_fast/dropin")
+ENGINE_ENTRIES = ("ebcache_fast.engine.engine", "ebcache_fast.dropin", "ebcache_fast.attach")  # what runs all of it
 
 
 def copy_tree(root: Path, target: Path) -> Path:
@@ -38,13 +40,39 @@ def kernel_files(root: Path) -> list[str]:
     return files
 
 
+def engine_files(root: Path) -> list[str]:
+    """The files of the engine and of the forward over it, from the root."""
+    return [f"{folder}/{path.name}" for folder in ENGINE for path in sorted((root / folder).glob("[!_]*.py"))]
+
+
 def find_tests(root: Path, file: str) -> tuple[str, ...]:
-    """The tests of a kernel file, from the root: its own, or, of a helper that has none, those of what imports it."""
+    """The tests of a file, from the root.
+
+    A kernel file has its own; a helper without any, those of what imports it. A file of the engine has its own too,
+    and those that run the engine over no kernels, which would take the interpreter's time.
+    """
+    return _engine_tests(root, file) if file in engine_files(root) else _kernel_tests(root, file)
+
+
+def _engine_tests(root: Path, file: str) -> tuple[str, ...]:
+    def belongs(path: Path) -> bool:
+        names = [*_imports(path)]
+        runs_it = any(name.startswith(ENGINE_ENTRIES) for name in names)
+        return path.stem == f"test_{Path(file).stem}" or (runs_it and not any(map(_is_of_kernels, names)))
+
+    return tuple(f"tests/{path.name}" for path in sorted((root / "tests").glob("test_*.py")) if belongs(path))
+
+
+def _is_of_kernels(name: str) -> bool:
+    return name.startswith(PACKAGE)
+
+
+def _kernel_tests(root: Path, file: str) -> tuple[str, ...]:
     own = f"tests/test_kernels_{Path(file).stem}.py"
     if (root / own).is_file():
         return (own,)
     importers = [other for other in kernel_files(root) if Path(file).stem in imports(root / other)]
-    tests = {test for other in importers for test in find_tests(root, other)}
+    tests = {test for other in importers for test in _kernel_tests(root, other)}
     if not tests:
         raise MutationError(f"{file} has no test: neither {own} nor one of a kernel that imports it; write one")
     return tuple(sorted(tests))
