@@ -15,7 +15,7 @@ with pytest.MonkeyPatch.context() as patch:
     from bench.mutants.campaign import Outcome, Pace, outcome_of
     from bench.mutants.errors import MutationError
     from bench.mutants.explained import read_explanations, stale
-    from bench.mutants.find import Mutant, anywhere, find, in_kernels, in_launchers
+    from bench.mutants.find import Mutant, anywhere, find, in_launchers
     from bench.mutants.tree import copy_tree, find_tests
     from bench.mutants.worker import Run
 
