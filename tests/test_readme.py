@@ -67,19 +67,27 @@ def test_the_first_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(names["latents"], expected)
 
 
-def test_the_other_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names it takes as given are a model and its shape; a thousand samples of a tiny model are quick."""
+def test_the_other_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names it takes as given are a model and its sizes; a thousand samples of a tiny model are quick."""
     monkeypatch.chdir(tmp_path)
     model = tiny_dit(dtype=torch.float32, depth=1)
-    names: dict[str, object] = {"model": model, "shape": models.as_denoiser(model).shape}
-    few = blocks("python")[1].replace("samples=1000, steps=50", "samples=4, steps=6")
-    assert few != blocks("python")[1]
-    exec(few, names)
+    denoiser = models.as_denoiser(model)
+    names: dict[str, object] = {"model": model, "shape": denoiser.shape, "latent_shape": denoiser.latent_shape}
+    names["null_label"] = denoiser.num_classes
+    graphs, loop, tables = blocks("python")[1:]
+    few = tables.replace("samples=1000, steps=50", "samples=4, steps=6")
+    assert few != tables
+    for block in (few, graphs, loop):
+        exec(block, names)
     assert CacheTable.load("mine.json") == names["table"]
+    assert sum(names["engine"].stats.steps.values()) == 18  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.count("Stats(steps=") == 2
 
 
 def test_every_block_of_code_is_one_of_these() -> None:
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 4
 
 
 COMMAND_ROWS: Mapping[str, str] = dict(re.findall(r"^\| `ebcache-fast (\S+)(.*?)` \|", README, re.MULTILINE))
