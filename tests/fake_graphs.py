@@ -191,7 +191,10 @@ class Recorder(dispatch.TorchDispatchMode):
         self.made |= made
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         allocates = func._schema.name.startswith(("aten::empty", "aten::new_empty"))
-        if writes or (made and not allocates):
+        if allocates:  # what lies there by chance must not end a capture as an index
+            for memory in made.values():
+                memory.zero_()
+        elif writes or made:
             bare_args, bare_kwargs = tree_map_only(Tensor, bare, (args, kwargs))
 
             def run() -> None:
