@@ -104,20 +104,20 @@ def _update_kernel(
     sample = tl.program_id(1)
     element = tl.arange(0, E)
     keep = (token < T)[:, None] & (element < C * P * P)[None, :]
-    VARIANCE: tl.constexpr = OUT > C
+    VARIANCE: tl.constexpr = OUT > C and NOISE
     eps = tl.zeros((ROWS, E), tl.float32)
     variance = tl.zeros((ROWS, E), tl.float32)
     for copy in range(copies):
         row_eps, row_variance = _row_features(
             stream, norm, at, strides, linear, sample + copy * B, token, element, T, D,
-            C, P, OUT, VARIANCE and NOISE, ROWS, COLS, E,
+            C, P, OUT, VARIANCE, ROWS, COLS, E,
         )  # fmt: skip
         eps, variance = add_row(
             eps, variance, row_eps, row_variance, copy, copies, settings, element, P, GUIDED
         )  # fmt: skip
 
     where = pixels(sample, C, token, element, size, P)
-    step = tl.load(at.step).to(tl.int64)
+    step = tl.load(at.step)
     noise = eps
     if NOISE:
         step_size = tl.cast(B, tl.int64) * C * size[0] * size[1]

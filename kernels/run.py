@@ -43,7 +43,7 @@ def _kernel(
     keep_token = token < T
     keep = keep_token[:, None] & (element < C * P * P)[None, :]
     where = pixels(sample, C, token, element, size, P)
-    first_step = tl.load(at.step).to(tl.int64)
+    first_step = tl.load(at.step)
     image_size = tl.cast(B, tl.int64) * C * size[0] * size[1]
     VARIANCE: tl.constexpr = OUT > C and NOISE
 
@@ -67,7 +67,7 @@ def _kernel(
         if NOISE:
             noise = tl.load(update.noise + (first_step + j) * image_size + where, mask=keep, other=0.0)
         row = update.rows + (first_step + j) * 6
-        latents = sampler_step(latents, eps * tl.load(settings + 1), variance, noise, row, OUT > C, NOISE)
+        latents = sampler_step(latents, eps * tl.load(settings + 1), variance, noise, row, VARIANCE, NOISE)
     tl.store(x + where, latents, mask=keep)
 
 
