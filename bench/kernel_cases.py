@@ -8,6 +8,8 @@ constants and launch parameters stand nowhere but in the kernels and their launc
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
 
 import torch
 
@@ -20,6 +22,7 @@ from ebcache_fast.kernels.head import head_predict, head_update
 from ebcache_fast.kernels.linear_gelu import linear_gelu
 from ebcache_fast.kernels.run import run_update
 from ebcache_fast.operands import Linear
+from ebcache_fast.ops import triton_operations
 
 Call = Callable[[KernelOperands], None]
 
@@ -42,30 +45,28 @@ class Case:
 
 
 def _residual(o: KernelOperands) -> None:
-    gated_residual(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.at, early=o.early)
+    gated_residual(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.at)
 
 
 def _residual_norm(o: KernelOperands) -> None:
-    gated_residual_norm_modulate(o.h, [o.first], [o.gates[:, 0]], o.norm, o.at, o.u, early=o.early)
+    gated_residual_norm_modulate(o.h, [o.first], [o.gates[:, 0]], o.norm, o.at, o.u)
 
 
 def _residual_norm_of_two(o: KernelOperands) -> None:
-    gated_residual_norm_modulate(
-        o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.norm, o.at, o.u, early=o.early
-    )
+    gated_residual_norm_modulate(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.norm, o.at, o.u)
 
 
 def _norm(o: KernelOperands) -> None:
-    gated_residual_norm_modulate(o.h, [], [], o.norm, o.at, o.u, early=o.early)
+    gated_residual_norm_modulate(o.h, [], [], o.norm, o.at, o.u)
 
 
 def _head_update(o: KernelOperands) -> None:
-    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.update, early=o.early)
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.update)
 
 
 def _head_update_without_noise(o: KernelOperands) -> None:
     quiet = o.update._replace(noise=None)
-    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, quiet, early=o.early)
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, quiet)
 
 
 def _linear_gelu(o: KernelOperands) -> None:
@@ -82,19 +83,15 @@ CALLS: dict[str, Call] = {
     "residual, norm": _residual_norm,
     "2 residuals, norm": _residual_norm_of_two,
     "norm": _norm,
-    "sum for 1 step": lambda o: gated_sum(o.slots(), o.gates, o.at, o.h, o.sums(1), early=o.early),
-    "sum for 2 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(2), early=o.early),
-    "sum for 3 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(3), early=o.early),
-    "embed": lambda o: embed(o.x, o.patches, o.h, early=o.early),
-    "embed, norm": lambda o: embed_norm_modulate(o.x, o.patches, o.norm, o.at, o.h, o.u, early=o.early),
-    "head": lambda o: head_predict(
-        o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.out, early=o.early
-    ),
+    "sum for 1 step": lambda o: gated_sum(o.slots(), o.gates, o.at, o.h, o.sums(1)),
+    "sum for 2 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(2)),
+    "sum for 3 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(3)),
+    "embed": lambda o: embed(o.x, o.patches, o.h),
+    "embed, norm": lambda o: embed_norm_modulate(o.x, o.patches, o.norm, o.at, o.h, o.u),
+    "head": lambda o: head_predict(o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.out),
     "head, DDPM": _head_update,
     "head, DDIM": _head_update_without_noise,
-    "run of 3 steps": lambda o: run_update(
-        o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update, early=o.early
-    ),
+    "run of 3 steps": lambda o: run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update),
     "linear, GELU": _linear_gelu,
     "attention": _attention,
 }
@@ -118,11 +115,19 @@ def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype) -> Cas
     )
 
 
+def _launch_early(name: str, device: torch.device) -> None:
+    operands = KernelOperands(XL_256, 1, torch.bfloat16, device)
+    operations = triton_operations(dependent_launch=True)
+    launchers = {name: launcher for name, launcher in vars(operations).items() if name in globals()}
+    with patch.multiple(__name__, **launchers):
+        CALLS[name](operands)
+
+
 def _early_case(name: str) -> Case:
     """A call at DiT-XL/2's size that is launched while the kernel before it still runs."""
     return Case(
         f"{name} / {XL_256.name}, B=1, bfloat16, early",
-        lambda device: CALLS[name](KernelOperands(XL_256, 1, torch.bfloat16, device, early=True)),
+        partial(_launch_early, name),
         waits=True,
         oldest_arch=90,
     )

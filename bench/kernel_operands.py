@@ -36,11 +36,8 @@ LETTERS = ModelSizes("letters", side=24, channels=3, patch=4, width=96, hidden=3
 class KernelOperands:
     """Random operands for a guided batch of ``samples``: rows are twice as many, conditional ones first."""
 
-    def __init__(
-        self, model: ModelSizes, samples: int, dtype: torch.dtype, device: torch.device, *, early: bool = False
-    ) -> None:
+    def __init__(self, model: ModelSizes, samples: int, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.dtype, self.device = model, dtype, device
-        self.early = early  # whether kernels are launched while the one before still runs
         self.rows = 2 * samples
         stream = self.rows, model.tokens, model.width
         latents = samples, model.channels, model.side, model.side

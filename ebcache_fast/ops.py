@@ -69,18 +69,18 @@ def triton_operations(*, dependent_launch: bool = False) -> Operations:
     """
     from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, run
 
-    launchers = (
-        embed.embed,
-        embed.embed_norm_modulate,
-        gated_residual.gated_residual,
-        gated_residual.gated_residual_norm_modulate,
-        gated_sum.gated_sum,
-        head.head_predict,
-        head.head_update,
-        run.run_update,
+    return Operations(
+        name="triton",
+        embed=partial(embed.embed, early=dependent_launch),
+        embed_norm_modulate=partial(embed.embed_norm_modulate, early=dependent_launch),
+        gated_residual=partial(gated_residual.gated_residual, early=dependent_launch),
+        gated_residual_norm_modulate=partial(gated_residual.gated_residual_norm_modulate, early=dependent_launch),
+        gated_sum=partial(gated_sum.gated_sum, early=dependent_launch),
+        head_predict=partial(head.head_predict, early=dependent_launch),
+        head_update=partial(head.head_update, early=dependent_launch),
+        run_update=partial(run.run_update, early=dependent_launch),
+        linear_gelu=_addmm_gelu,
     )
-    fused = {launcher.__name__: partial(launcher, early=dependent_launch) for launcher in launchers}
-    return Operations(name="triton", linear_gelu=_addmm_gelu, **fused)
 
 
 def own_matmul_operations() -> Operations:

@@ -22,7 +22,7 @@ FLOAT32 = launch.Launch(32, 16, 8, 2)  # each float32 operand is three tf32 ones
 
 
 @triton.jit
-def _kernel(
+def _attention_kernel(
     qkv,
     out,
     T,
@@ -102,7 +102,7 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
     main, rest = _cut(head)
     chosen = FLOAT32 if out.itemsize == 4 else launch.parameters("attention", R * T, out.device)
     with launch.on(out):
-        _kernel[(triton.cdiv(T, chosen.rows) * heads * R,)](
+        _attention_kernel[(triton.cdiv(T, chosen.rows) * heads * R,)](
             qkv,
             out,
             T,

@@ -21,7 +21,7 @@ MAX_STEPS = 3
 
 
 @triton.jit
-def _kernel(
+def _sum_kernel(
     slots, gates, at, strides, base, sums, K, M, T, D,
     STEPS: tl.constexpr, BASE: tl.constexpr, launch_pdl: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -81,7 +81,7 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
     chosen = launch.parameters("gated_sum", rows * tokens, sums.device)
     grid = (triton.cdiv(rows * tokens, chosen.rows), triton.cdiv(width, chosen.cols))
     with launch.on(sums):
-        _kernel[grid](
+        _sum_kernel[grid](
             slots,
             gates,
             at,

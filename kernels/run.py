@@ -30,7 +30,7 @@ def _summed_tile(source, col, D):
 
 
 @triton.jit
-def _kernel(
+def _run_kernel(
     x, sums, patches, norm, at, strides, linear, settings, update, size, steps, copies, B, T, D,
     C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
     NOISE: tl.constexpr, launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
@@ -99,7 +99,7 @@ def run_update(
     chosen = launch.parameters("run", rows * tokens, x.device)
     elements = launch.elements_of(guide.eps_channels, patch)
     with launch.on(x):
-        _kernel[(triton.cdiv(tokens, chosen.rows), samples)](
+        _run_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             x,
             sums,
             patches,

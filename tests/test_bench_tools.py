@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -195,8 +196,9 @@ def test_a_judge_knows_right_from_wrong_and_leaves_operands_alone(monkeypatch: p
     before = call.arguments[-1].clone()
     judge = Judge(call)
 
-    def kernel(result: Any) -> None:
-        monkeypatch.setattr(gated_residual, "gated_residual_norm_modulate", result)
+    def kernel(result: Callable[..., object]) -> None:
+        launcher = lambda *arguments, early: result(*arguments)  # noqa: E731
+        monkeypatch.setattr(gated_residual, "gated_residual_norm_modulate", launcher)
 
     kernel(reference.gated_residual_norm_modulate)
     assert judge.objection() is None
@@ -214,7 +216,7 @@ PRESENT, WRONG, RAISING, FAST = (Launch(rows, 0, 4) for rows in (1, 2, 4, 8))
 def candidates_tried(monkeypatch: pytest.MonkeyPatch) -> list[tune.Trial]:
     """Four candidates of a kernel that computes wrongly with one, and in no time, and raises with another."""
 
-    def kernel(*arguments: Any) -> None:
+    def kernel(*arguments: Any, early: bool) -> None:
         chosen = launch.parameters("gated_residual", 8, CPU)
         if chosen == RAISING:
             raise RuntimeError("out of shared memory\nmore")

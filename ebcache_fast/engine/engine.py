@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
-from ebcache_fast.models import as_denoiser
+from ebcache_fast.models import Denoiser, as_denoiser
 from ebcache_fast.plan import Plan
 
 
@@ -64,7 +65,7 @@ class Engine:
     """Runs trajectories of ``model``, under any plans for it.
 
     operations: what runs them; None means what `ops.select` chooses. make_graphs: what captures over one set of
-    buffers. Threads may share an engine: each trajectory has its own memory.
+    buffers. make_denoiser: how the model is seen. Threads may share an engine: each trajectory has its own memory.
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class Engine:
         options: EngineOptions | None = None,
         operations: ops.Operations | None = None,
         make_graphs: Callable[[torch.device], Graphs | None] = cuda_graphs,
+        make_denoiser: Callable[[nn.Module], Denoiser] = as_denoiser,
     ) -> None:
         self.model, self.options = model, options or EngineOptions()
         self.counts = Counts()
-        self._operations, self._make_graphs = operations, make_graphs
+        self._operations, self._make_graphs, self._make_denoiser = operations, make_graphs, make_denoiser
         self._made_of = fingerprint(model)
-        self.denoiser = as_denoiser(model)
+        self.denoiser = make_denoiser(model)
         self._idle: list[BufferSet] = []  # the one used last at the end
         self._leased: list[BufferSet] = []
         self._lock = Lock()
@@ -179,7 +181,7 @@ class Engine:
         """Forget whatever was captured of weights that lie elsewhere by now, or of modules that were replaced."""
         made_of = fingerprint(self.model)
         if made_of.parts != self._made_of.parts:
-            self.denoiser = as_denoiser(self.model)
+            self.denoiser = self._make_denoiser(self.model)
             self._idle.clear()
             self._leased.clear()
         self._made_of = made_of
@@ -202,7 +204,15 @@ class Engine:
             if self.options.strict:
                 raise CaptureError(f"no step can be a CUDA graph: {why}; do without, or pass strict=False")
             graphs = None
-        return BufferSet(spec, self.model, self.denoiser, self.operations, graphs, why, self.counts)
+        make = partial(BufferSet, spec, self.model, self.denoiser, self.operations, graphs, why, self.counts)
+        with torch.inference_mode(mode=False):  # else only that mode could write to its memory
+            try:
+                return make()
+            except InputError:  # too little memory
+                if not self._idle:
+                    raise
+            self._idle.clear()
+            return make()
 
     def _prepare(self, place: BufferSet, works: Sequence[Work]) -> list[Ready]:
         room = self.options.max_graphs - sum(one.graphs for one in [*self._idle, *self._leased])
