@@ -32,6 +32,13 @@ def huge_zeros(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
     return torch.from_numpy(np.zeros(math.prod(shape) * width, np.uint8)).view(dtype).view(shape)
 
 
+def amid_nan(tensor: Tensor) -> Tensor:
+    """The same values in memory that is NaN before and after them, so that what is read beside them shows."""
+    size = tensor.numel()
+    memory = torch.full((size + 2 * GUARD,), math.nan, dtype=tensor.dtype, device=DEVICE)
+    return memory[GUARD : GUARD + size].view(tensor.shape).copy_(tensor)
+
+
 class Guarded:
     """A tensor of NaN between two guards, to see that a kernel writes all of it and nothing else."""
 

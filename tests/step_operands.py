@@ -1,10 +1,12 @@
 """Operands of the kernels at a step's two ends, for any sizes."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from accuracy import DEVICE, draw, in_float64
+from accuracy import DEVICE, amid_nan, draw, in_float64
 from torch import Tensor
 
 from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Update
@@ -57,6 +59,11 @@ SIZES = {
     "all channels guided": Sizes(guided=4),
     "no channel guided": Sizes(guided=0),
     "a tile and a token": Sizes(samples=1, grid=(1, 17), width=144),
+}
+# Of which no tile is full, in patches and as single pixels.
+RAGGED = {
+    "patches": Sizes(samples=1, channels=5, patch=3, grid=(1, 3), width=19, guided=2),
+    "pixels": Sizes(samples=1, channels=5, patch=1, grid=(1, 3), width=19, guided=2, variance=False),
 }
 
 
@@ -115,7 +122,11 @@ class StepOperands:
 
     def clone(self) -> "StepOperands":
         """The same in memory of their own."""
-        return self.map(_cloned)
+        return self.map(partial(_with_tensors, Tensor.clone))
+
+    def amid_nan(self) -> "StepOperands":
+        """The same, with NaN before and after every floating tensor."""
+        return self.map(partial(_with_tensors, lambda one: amid_nan(one) if one.is_floating_point() else one))
 
     def map(self, change: object) -> "StepOperands":
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -136,9 +147,11 @@ def assert_advanced(at: At) -> None:
     assert at.advance.to._base.tolist() == [7, step + 2, 7]
 
 
-def _cloned(value: object) -> object:
+def _with_tensors(change: Callable[[Tensor], Tensor], value: object) -> object:
+    """Every tensor in nested tuples and lists changed, the rest as it is."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return change(value)
+    inner = partial(_with_tensors, change)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_cloned, value))
-    return [_cloned(one) for one in value] if isinstance(value, list) else value
+        return type(value)(*map(inner, value))
+    return [inner(one) for one in value] if isinstance(value, list) else value

@@ -4,15 +4,37 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accuracy import DTYPES, Guarded, assert_accurate
-from step_operands import SIZES, Sizes, StepOperands, advancing, assert_advanced
+from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
+from interpreter import only_program
+from step_operands import RAGGED, SIZES, Sizes, StepOperands, advancing, assert_advanced
+from torch import Tensor
 
 from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.embed import embed, embed_norm_modulate
+from ebcache_fast.operands import At
 
 EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def embedded(case: StepOperands) -> tuple[Tensor, Tensor]:
+    """What both references make of a case: h and u."""
+    h, u = torch.empty_like(case.h), torch.empty_like(case.h)
+    reference.embed_norm_modulate(case.x, case.patches, case.norm, case.at, h, u)
+    return h, u
+
+
+@pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
+def test_what_lies_beside_the_operands_counts_for_nothing(sizes: Sizes) -> None:
+    case = StepOperands.of(sizes, torch.float32)
+    alone, h, u = case.amid_nan(), torch.empty_like(case.h), torch.empty_like(case.h)
+    embed_norm_modulate(alone.x, alone.patches, alone.norm, alone.at, h, u)
+    embed(alone.x, alone.patches, alone.h)
+    (own_h, own_u), (exact_h, exact_u) = embedded(case), embedded(case.exact())
+    assert_accurate(h, own_h, exact_h)
+    assert_accurate(u, own_u, exact_u)
+    assert_accurate(alone.h, own_h, exact_h)
 
 
 @EVERY_SIZE
@@ -61,6 +83,23 @@ def test_the_step_advances(function: Callable[..., None]) -> None:
     at = advancing(case.at)
     function(case.x, case.patches, case.norm, at, case.h, torch.empty_like(case.h))
     assert_advanced(at)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """The last tile of the last sample, of latents and of the stream, that are zero but for it."""
+    tokens, samples = 2**16, 2**14 + 1
+    sizes = Sizes(samples=1, channels=2, patch=1, grid=(1, tokens), width=2, copies=1, guided=0)
+    case = StepOperands.of(sizes, torch.float16)
+    x = huge_zeros(samples, 2, 1, tokens, dtype=torch.float32)
+    h, u, alone = (huge_zeros(samples, tokens, 2) for _ in range(3))
+    x[-1] = case.x[0]
+    at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
+    with only_program(tokens // 16 - 1, samples - 1):
+        embed_norm_modulate(x, case.patches, case.norm, at, h, u)
+        embed(x, case.patches, alone)
+    for ours, own, exact in zip((h, u), embedded(case), embedded(case.exact()), strict=True):
+        assert_accurate(*(one[-1:, -16:] for one in (ours, own, exact)))
+    assert torch.equal(alone[-1:, -16:], h[-1:, -16:])
 
 
 def test_what_is_read_stays_as_it_was() -> None:

@@ -169,6 +169,22 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert_accurate(h[:, -rows:], own_h, exact_h)
 
 
+@pytest.mark.parametrize(("where", "strides"), [((2, 0), (2**30, 16)), ((0, 4), (16, 2**29))], ids=str)
+def test_tables_beyond_two_to_the_31(where: tuple[int, int], strides: tuple[int, int]) -> None:
+    """A step's vectors lie there, or those of one of its conditions."""
+    case = Case((1, 1, 16), 1, torch.float16)
+    step, condition = where
+    table = huge_zeros(2**31 + 16).as_strided((step + 1, condition + 1, 16), (*strides, 1))
+    table[where] = case.gates[0][1, 0]
+    at = At(*(torch.full((1,), index, dtype=torch.int32, device=DEVICE) for index in where))
+    h = case.h.clone()
+    gated_residual(h, case.branches, [table], at)
+    own, exact = case.h.clone(), case.exact()
+    reference.gated_residual(own, case.branches, case.gates, case.at)
+    reference.gated_residual(exact.h, exact.branches, exact.gates, exact.at)
+    assert_accurate(h, own, exact.h)
+
+
 def case_with(**changes: object) -> Case:
     case = Case((2, 3, 16), 2, torch.float32)
     for name, value in changes.items():

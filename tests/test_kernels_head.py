@@ -1,17 +1,17 @@
 """The head in both of its forms against the references, under the rule of accuracy."""
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
 from interpreter import only_program
-from step_operands import SIZES, STEP, STEPS, Sizes, StepOperands, advancing, assert_advanced
+from step_operands import RAGGED, SIZES, STEPS, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
 from ebcache_fast.errors import InputError
+from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.head import head_predict, head_update
 from ebcache_fast.operands import At
 
@@ -32,6 +32,19 @@ def update_with_reference(case: StepOperands) -> Tensor:
         x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update
     )
     return x
+
+
+@pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
+def test_what_lies_beside_the_operands_counts_for_nothing(sizes: Sizes) -> None:
+    case = StepOperands.of(sizes, torch.float32)
+    exact, alone = case.exact(), case.amid_nan()
+    out = Guarded((sizes.rows, sizes.out_channels, *sizes.image), torch.float32)
+    head_predict(alone.h, alone.branches, alone.gates, alone.norm, alone.at, alone.linear, alone.guide, out.tensor)
+    assert_accurate(out.written(), predict_with_reference(case), predict_with_reference(exact))
+    head_update(
+        alone.x, alone.h, alone.branches, alone.gates, alone.norm, alone.at, alone.linear, alone.guide, alone.update
+    )
+    assert_accurate(alone.x, update_with_reference(case), update_with_reference(exact))
 
 
 @EVERY_SIZE
@@ -65,18 +78,20 @@ def test_fewer_branches(branches: int) -> None:
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
-    """The stream, the latents and the noise, huge and zero but for their last sample's last tile."""
-    sizes = Sizes(samples=1, channels=1, patch=1, grid=(1, 16), width=16, copies=1, guided=0)
-    case = StepOperands.of(sizes, torch.float16)
-    samples = 2**31 // 256 + 1
-    h, x = huge_zeros(samples, 16, 16), huge_zeros(samples, 1, 1, 16, dtype=torch.float32)
-    noise = huge_zeros(STEPS, samples, 1, 1, 16, dtype=torch.float32)
-    h[-1], x[-1], noise[STEP, -1] = case.h[0], case.x[0], case.update.noise[STEP, 0]
+    """The last tile of the last sample, of the stream, and of the last step's noise, that are zero but for it."""
+    tokens, step = 2**14, STEPS - 1
+    samples = 2**31 // (16 * tokens) + 1
+    sizes = Sizes(samples=1, channels=4, patch=1, grid=(1, tokens), width=16, copies=1, guided=0)
+    case = StepOperands.of(sizes, torch.float16, branches=0)
+    case.at.step.fill_(step)
+    h, x = huge_zeros(samples, tokens, 16), huge_zeros(samples, 4, 1, tokens, dtype=torch.float32)
+    noise = huge_zeros(STEPS, samples, 4, 1, tokens, dtype=torch.float32)
+    h[-1], x[-1], noise[step, -1] = case.h[0], case.x[0], case.update.noise[step, 0]
     at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
-    with only_program(0, samples - 1):
+    with only_program(tokens // 16 - 1, samples - 1):
         head_update(x, h, (), (), case.norm, at, case.linear, case.guide, case.update._replace(noise=noise))
-    case = dataclasses.replace(case, branches=[], gates=[])
-    assert_accurate(x[-1:].half(), update_with_reference(case).half(), update_with_reference(case.exact()))
+    own, exact = update_with_reference(case), update_with_reference(case.exact())
+    assert_accurate(*(one[..., -16:] for one in (x[-1:].half(), own.half(), exact)))
 
 
 def test_what_is_read_stays_as_it_was() -> None:
@@ -142,6 +157,25 @@ def test_a_large_mean_costs_no_digits() -> None:
     case.h.add_(1e3)
     out = case.x.new_empty(2, 8, *case.sizes.image)
     head_predict(case.h, [], [], case.norm, case.at, case.linear, case.guide, out)
+    assert_accurate(out, predict_with_reference(case), predict_with_reference(case.exact()))
+
+
+def test_a_constant_stream_is_not_divided_by_zero() -> None:
+    """Nor do its means reach float16's end in the channels that only fill a tile up."""
+    case = StepOperands.of(SIZES["plain"], torch.float16, branches=0)
+    case.h.fill_(100.0)
+    out = case.x.new_empty(4, 8, *case.sizes.image)
+    head_predict(case.h, [], [], case.norm, case.at, case.linear, case.guide, out)
+    assert_accurate(out.half(), predict_with_reference(case).half(), predict_with_reference(case.exact()))
+
+
+@pytest.mark.parametrize("cols", [32, 64])
+def test_the_channels_at_a_time_do_not_matter(cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slice of them and two, where our own table makes four."""
+    monkeypatch.setattr(launch, "TABLE", {"head": {80: ((launch.ALL, launch.Launch(rows=16, cols=cols, warps=8)),)}})
+    case = StepOperands.of(Sizes(width=131), torch.float32)
+    out = case.x.new_empty(4, 8, *case.sizes.image)
+    head_predict(case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out)
     assert_accurate(out, predict_with_reference(case), predict_with_reference(case.exact()))
 
 

@@ -1,23 +1,33 @@
 """A run of ATTN_MLP steps against the reference, and against single steps, under the rule of accuracy."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
-from accuracy import DTYPES, Guarded, assert_accurate
-from step_operands import SIZES, StepOperands, advancing, assert_advanced
+from accuracy import DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
+from interpreter import only_program
+from step_operands import RAGGED, SIZES, STEP, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.run import run_update
-from ebcache_fast.operands import At
+from ebcache_fast.operands import At, Norm, Update
 
 
 def run_reference(case: StepOperands, sums: Tensor) -> Tensor:
     x = case.x.clone()
     reference.run_update(x, sums, case.patches, case.norm, case.at, case.linear, case.guide, case.update)
     return x
+
+
+@pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
+def test_what_lies_beside_the_operands_counts_for_nothing(sizes: Sizes) -> None:
+    case = StepOperands.of(sizes, torch.float32)
+    alone, exact = case.amid_nan(), case.exact()
+    run_update(alone.x, alone.sums, alone.patches, alone.norm, alone.at, alone.linear, alone.guide, alone.update)
+    assert_accurate(alone.x, run_reference(case, case.sums), run_reference(exact, exact.sums))
 
 
 CASES = [(name, dtype, 2) for name in SIZES for dtype in DTYPES] + [("plain", torch.float32, n) for n in (1, 3)]
@@ -42,6 +52,47 @@ def test_a_run_is_its_steps_one_by_one() -> None:
         at = At(case.at.step + j, case.at.row_of)
         run_update(single, case.sums[j : j + 1], case.patches, case.norm, at, case.linear, case.guide, case.update)
     assert torch.equal(whole, single)
+
+
+TOKENS = 2**14  # of a sample, of which the last tile is computed
+LONG = Sizes(samples=1, channels=1, patch=1, grid=(1, TOKENS), width=16, copies=1, guided=0)
+
+
+def assert_last_tile_accurate(case: StepOperands, sums: Tensor, samples: int, noise: Tensor | None) -> None:
+    """Run the last tile of huge latents and sums, that are zero but for their last sample, which is the case's."""
+    x, totals = huge_zeros(samples, 1, 1, TOKENS, dtype=torch.float32), huge_zeros(len(sums), samples, TOKENS, 16)
+    x[-1], totals[:, -1] = case.x[0], sums[:, 0]
+    at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
+    update = case.update._replace(noise=noise)
+    with only_program(TOKENS // 16 - 1, samples - 1):
+        run_update(x, totals, case.patches, case.norm, at, case.linear, case.guide, update)
+    own, exact = run_reference(case, sums), run_reference(case.exact(), in_float64(sums))
+    assert_accurate(*(one[..., -16:] for one in (x[-1:].half(), own.half(), exact)))
+
+
+def test_offsets_beyond_two_to_the_31_in_sums_and_tables() -> None:
+    """The third step's sum lies there, and so does its modulation."""
+    case = StepOperands.of(dataclasses.replace(LONG, noise=False), torch.float16)
+    case.at.step.zero_()
+    table = huge_zeros(2**31 + 32).as_strided((3, 1, 2, 16), (2**30, 32, 16, 1))
+    table.copy_(draw(3, 1, 2, 16, dtype=torch.float16, seed=7))
+    case = dataclasses.replace(case, norm=Norm(table[:, :, 0], table[:, :, 1], 1e-6))
+    assert_last_tile_accurate(case, case.sums, 2**30 // (16 * TOKENS) + 1, None)
+
+
+def test_offsets_beyond_two_to_the_31_in_a_step() -> None:
+    """The last rows of the stream lie there, and so does their noise of the last step."""
+    case = StepOperands.of(LONG, torch.float16)
+    samples, step = 2**31 // (16 * TOKENS) + 1, 16
+    case.at.step.fill_(step)
+    noise = huge_zeros(step + 1, samples, 1, 1, TOKENS, dtype=torch.float32)
+    noise[step, -1] = case.update.noise[STEP, 0]
+    case = dataclasses.replace(
+        case,
+        norm=Norm(*draw(2, step + 1, 1, 16, dtype=torch.float16, seed=7), 1e-6),
+        update=Update(draw(step + 1, 6, dtype=torch.float32, seed=8), noise[:, -1:]),
+    )
+    assert_last_tile_accurate(case, case.sums[:1], samples, noise)
 
 
 def test_what_is_read_stays_as_it_was() -> None:
