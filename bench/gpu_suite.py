@@ -1,14 +1,16 @@
-"""All that only a GPU can tell, by one command in under 5 minutes, into one JSON file.
+"""All that only a GPU can tell, by one command in under 9 minutes, into one JSON file.
 
     python -m bench.gpu_suite [--out FILE]          by default gpu-suite.json in the folder $OUT, else in bench/results
     python -m bench.gpu_suite --dry-run             every stage, tiny, on the CPU: proves the script, measures nothing
 
 Stages, each with its time; what fails is recorded, and the next one runs all the same:
 
-correctness  the tests of the kernels and of the engine over them, which run on CUDA where there is a GPU
-memcheck     every kernel under compute-sanitizer, where that is installed
-benchmarks   bench/test_kernels.py at every size, without torch.compile
-compiled     the same with torch.compile, at 256 px and B=1: it compiles for seconds a kernel
+correctness   the tests of the kernels, of the engine over them, and of its graphs: the bits of the same kernels without
+memcheck      every kernel under compute-sanitizer, where that is installed
+benchmarks    bench/test_kernels.py at every size, without torch.compile
+compiled      the same with torch.compile, at 256 px and B=1: it compiles for seconds a kernel
+steps         bench/test_steps.py: every type of step, small sizes first
+trajectories  whole runs, likewise
 
 Without a GPU it says so and exits 0. With one it exits 1 if a test, a memory check or a benchmark failed; a stage that
 could not run, or ran out of time, says so in the file.
@@ -19,7 +21,7 @@ A bare machine needs torch, triton and numpy, and these packages, as wheels wher
     pytest pluggy iniconfig packaging pygments                              every stage but memcheck
     hypothesis sortedcontainers                                             correctness
     pytest-xdist execnet                                                    many cores for correctness; optional
-    pytest-benchmark py-cpuinfo2                                            both benchmarks
+    pytest-benchmark py-cpuinfo2                                            all benchmarks
     nvidia-ml-py                                                            the GPU's state; optional
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels NAME ...
@@ -31,13 +33,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,52 +49,13 @@ import torch
 from bench.kernel_cases import CALLS
 from bench.kernel_contenders import TINY
 from bench.kernel_operands import XL_256, KernelOperands
+from bench.stage import GRACE, ROOT, Outcome, run
 from bench.telemetry import telemetry
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-GRACE = 8  # seconds that a stage has to write down what it has, once its time is up
 DRY_SECONDS = 600  # a stage's in a dry run, where nothing is measured
-ENGINE_TESTS = ("test_engine_triton.py", "test_launches.py")
+ENGINE_TESTS = ("test_engine_triton.py", "test_launches.py", "test_cuda_graphs.py")
 SANITIZER = "compute-sanitizer"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended."""
-
-    status: str  # passed, failed, skipped, out of time
-    why: str = ""  # if not passed
-    seconds: float = 0.0
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def with_found(self, more: dict[str, Any]) -> "Outcome":
-        return replace(self, found=self.found | more)
-
-
-def run(command: Sequence[str], seconds: float, **environment: str) -> Outcome:
-    """Run a command in the repository for at most so long; at the end of it, it is asked to write its results."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = os.environ | {"PYTHONPATH": path} | environment
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-            process.send_signal(signal.SIGINT)  # pytest writes its reports then
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it started
-            process.wait()
-        output.seek(0)
-        said = {"output": output.read()[-4000:]}
-    if status is None:
-        return Outcome("out of time", "stopped; what was done until then is kept", found=said)
-    return Outcome("failed", f"exit status {status}", found=said) if status else Outcome("passed")
 
 
 def missing(*modules: str) -> Outcome | None:
@@ -171,6 +132,16 @@ def compiled(seconds: float, dry: bool) -> Outcome:
     return timed("kernels and attention" if dry else "kernels and 256px and B1", seconds)
 
 
+def steps(seconds: float, dry: bool) -> Outcome:
+    """Every type of step, operation by operation and as a graph."""
+    return timed("steps and not trajectory", seconds)
+
+
+def trajectories(seconds: float, dry: bool) -> Outcome:
+    """Whole runs; in a dry run one."""
+    return timed("trajectory and mixed" if dry else "trajectory", seconds)
+
+
 def timed(chosen: str, seconds: float) -> Outcome:
     """The benchmarks that ``-k`` chooses: what each stored with its result."""
     absent = missing("pytest", "pytest_benchmark")
@@ -187,7 +158,14 @@ def timed(chosen: str, seconds: float) -> Outcome:
 
 # Each stage, and by which second of the suite it must be over: what one does not use, the next one may.
 Stage = Callable[[float, bool], Outcome]
-STAGES: tuple[tuple[Stage, int], ...] = ((correctness, 110), (memcheck, 150), (benchmarks, 235), (compiled, 275))
+STAGES: tuple[tuple[Stage, int], ...] = (
+    (correctness, 135),
+    (memcheck, 175),
+    (benchmarks, 260),
+    (compiled, 300),
+    (steps, 400),
+    (trajectories, 525),
+)
 
 
 def suite(dry: bool) -> dict[str, Any]:
@@ -216,10 +194,11 @@ def attempt(stage: Stage, seconds: float, dry: bool) -> Outcome:
 
 
 def lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line for every kernel and size: each contender's median, and its share of the ceiling that binds."""
+    """A line for every kernel, step or run and size: each contender's median, and its share of the ceiling."""
     rows: dict[str, list[str]] = {}
     for one in results:
-        row = rows.setdefault(f"{one['kernel']} / {one['model']}, B={one['samples']}", [])
+        name = one.get("kernel") or one["what"]
+        row = rows.setdefault(f"{name} / {one['model']}, B={one['samples']}", [])
         row.append(f"{one['contender']} {one['median_us']:.1f} us ({100 * one['share_of_ceiling']:.0f}%)")
     return (f"{name}: {', '.join(row)}" for name, row in rows.items())
 

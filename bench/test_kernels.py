@@ -15,21 +15,20 @@ import re
 import statistics
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
+from bench.ceilings import Ceilings
+from bench.conftest import Replayed
 from bench.kernel_cases import CALLS
 from bench.kernel_contenders import (
     COMPILED,
     CONTENDERS,
     LIBRARY,
-    BoundCall,
-    Work,
     bound,
     contenders_of,
     interleaved,
@@ -61,19 +60,6 @@ class Case(NamedTuple):
     samples: int
 
 
-@dataclass
-class Replayed:
-    """A clock that goes on by durations measured before: pytest-benchmark's own would read the host's time."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 Outcome = list[float] | str  # seconds a call by round, or why there are none
 Race = Callable[[Case, tuple[str, ...]], dict[str, Outcome]]
 
@@ -92,53 +78,10 @@ def run_race(case: Case, contenders: tuple[str, ...]) -> dict[str, Outcome]:
     return outcomes | interleaved(ROUNDS, timers)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device reaches in the same run: medians."""
-
-    bytes_per_second: float  # of a copy, read and written
-    flops_per_second: float  # of a bfloat16 product of two square matrices
-
-    def floor_seconds(self, least: Work) -> float:
-        """The time under which nothing that does this work can come."""
-        return max(least.bytes / self.bytes_per_second, least.flops / self.flops_per_second)
-
-    def binding(self, least: Work) -> str:
-        """Which of the two sets the floor."""
-        by_memory = least.bytes / self.bytes_per_second >= least.flops / self.flops_per_second
-        return "memory" if by_memory else "matrix products"
-
-
-def measure_ceilings(device: torch.device, rounds: int) -> Ceilings:
-    """Copy 4 GiB and multiply 8192^3 on a GPU, far less on a CPU; random data, because zeros run faster."""
-    elements, side = (2**31, 8192) if device.type == "cuda" else (2**22, 128)
-    source = torch.randn(elements, dtype=torch.bfloat16, device=device)
-    copy = BoundCall("copy", (torch.empty_like(source), source))
-    left, right = torch.randn(2, side, side, dtype=torch.bfloat16, device=device)
-    product = BoundCall("product", (left, right))
-    timers = {"copy": timer(Tensor.copy_, [copy], device), "product": timer(torch.mm, [product], device)}
-    seconds = {name: sorted(taken)[rounds // 2] for name, taken in interleaved(rounds, timers).items()}
-    return Ceilings(2 * source.nbytes / seconds["copy"], 2 * side**3 / seconds["product"])
-
-
 @pytest.fixture(scope="session")
 def race() -> Race:
     """`run_race`, once for all contenders of a case; only the latest is kept."""
     return lru_cache(maxsize=1)(run_race)
-
-
-@pytest.fixture(scope="session")
-def ceilings() -> Ceilings:
-    """This device's, in this run."""
-    return measure_ceilings(DEVICE, ROUNDS)
-
-
-@pytest.fixture
-def clock(request: pytest.FixtureRequest) -> Replayed:
-    """The clock that `benchmark` reads; it must come before it."""
-    replayed = Replayed()
-    request.node.add_marker(pytest.mark.benchmark(timer=replayed, warmup=False))
-    return replayed
 
 
 def chosen(request: pytest.FixtureRequest, case: Case) -> tuple[str, ...]:
@@ -152,7 +95,8 @@ def parameters() -> Iterator[Any]:
     for label, model, samples in SHAPES:
         for kernel in CALLS:
             for contender in contenders_of(kernel, DEVICE):
-                name = f"{kernel}-{label}-B{samples}-{contender}"
+                called = kernel.replace("steps", "")  # -k steps chooses bench/test_steps.py
+                name = f"{called}-{label}-B{samples}-{contender}"
                 yield pytest.param(Case(kernel, model, samples), contender, id=re.sub(r"[^\w.-]+", "_", name))
 
 

@@ -11,6 +11,7 @@ from ebcache_fast.cache_table import CacheTable, named_tables
 from ebcache_fast.compare import Result
 from ebcache_fast.plan import ModelShape, Plan, StepType
 from ebcache_fast.presets import default_device
+from ebcache_fast.timeline import Timeline
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -98,6 +99,26 @@ def print_costs(plan: Plan, shape: ModelShape) -> None:
     print(f"{plan.macs(shape) / 1e12:.3f} T multiply-accumulates a sample (one guidance branch; FLOPs are twice that)")
     print(f"speed-up that this allows over no caching: {plan.mac_limit(shape):.2f}x")
     print(f"cache for one guided sample in bfloat16: {gibibytes:.3f} GiB in {len(plan.live_slots)} live slots")
+
+
+def print_timeline(timeline: Timeline) -> None:
+    """Time by type of step, what passed between dispatches, and how they ran."""
+    from rich.console import Console
+    from rich.table import Table
+
+    about = timeline.about
+    print(f"one run of {about['samples']} samples, model {about['model']}, table {about['table']}")
+    grid = Table()
+    for name in ("step type", "steps", "median ms", "total ms", "share"):
+        grid.add_column(name, justify="left" if name == "step type" else "right")
+    for cost in timeline.by_type():
+        share = f"{cost.total / timeline.end:.1%}"
+        grid.add_row(cost.step_type, f"{cost.steps}", f"{cost.median:.3f}", f"{cost.total:.2f}", share)
+    grid.add_row("between", "", "", f"{timeline.between:.2f}", f"{timeline.between / timeline.end:.1%}")
+    Console(width=160).print(grid)
+    replays = sum(span.replayed for span in timeline.spans)
+    eager = len(timeline.spans) - replays
+    print(f"{timeline.end:.2f} ms on {about['device']}: {replays} CUDA graph replays, {eager} eager dispatches")
 
 
 def print_info() -> None:

@@ -193,6 +193,30 @@ def test_compare_without_a_folder_writes_nothing(run: Run) -> None:
     assert files() == []
 
 
+def test_profile(run: Run, tmp_path: Path) -> None:
+    torch.save(tiny_dit(3, torch.float32).state_dict(), tmp_path / "tiny.pt")
+    CacheTable([999, 600, 400, 0], [NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE]).save(tmp_path / "mine.json")
+    code, out, err = run(f"profile {USE_TINY} --ckpt tiny.pt --table mine.json --num-samples 3 --out there")
+    assert (code, err) == (0, "")
+    written = ["there/timeline.json", "there/timeline.png", "there/trace.json"]
+    assert files() == ["mine.json", *written, "tiny.pt"]
+    assert out.splitlines()[-3:] == written
+    timeline = json.loads(Path(written[0]).read_text())
+    assert timeline["about"].items() >= {"model": TINY, "table": "mine.json", "samples": 3}.items()
+    for step_type, steps in (("NO_CACHE", 2), ("ATTN_MLP", 2)):
+        (row,) = (line for line in out.splitlines() if step_type in line)
+        assert row.split("│")[2].strip() == str(steps)
+    assert "3 samples" in out
+    assert "no GPU" in out
+    assert "0 CUDA graph replays, 3 eager dispatches" in out
+
+
+def test_profile_as_it_comes(run: Run) -> None:
+    """The bundled model under its table; without the trace, which another profiler would not bear."""
+    assert run("profile --num-samples 1 --no-trace --eager").code == 0
+    assert files() == ["ebcache-profile/timeline.json", "ebcache-profile/timeline.png"]
+
+
 @pytest.mark.parametrize("name", named_tables())
 def test_table_show(name: str, run: Run) -> None:
     code, out, err = run(f"table show {name}")
@@ -408,6 +432,12 @@ BAD_INPUT = [
     ("compare --methods no-cache --samples 8", "samples=8 is below 32"),
     ("compare --methods no-cache --out empty", "empty can't be made"),
     ("compare --methods no-cache --sampler euler --samples 32", "sampler 'euler' is unknown"),
+    # profile
+    ("profile --num-samples 0", "0 samples were asked for"),
+    ("profile --table nope", "expected one of .*fora-2-50.*, got 'nope'"),
+    ("profile --cfg-scale nan", "cfg_scale=nan is outside"),
+    ("profile --out empty", "empty can't be made: File exists"),
+    (f"profile {USE_TINY} --ckpt tiny.pt", "the table is for .*; use a table made for this model"),
     # table
     ("table show nope", "expected one of .*fora-2-50.*, got 'nope'"),
     ("table show empty.json", "empty.json: can't be read"),

@@ -78,7 +78,7 @@ class BufferSet:
         buffers = self.buffers
         buffers.modulation.load(plan.timesteps, row_labels)
         settings = buffers.guide.settings
-        settings.copy_(torch.tensor([scale, plan.eps_scale], dtype=settings.dtype))
+        settings.copy_(torch.tensor([scale, plan.eps_scale], dtype=settings.dtype, device="cpu"))
         if self.spec.ending is Ending.PREDICT_GUARDED:
             buffers.guard.load(plan.timesteps, row_labels)
 
@@ -90,7 +90,6 @@ class BufferSet:
                 stream.wait_stream(self._stream)
             self._stream = stream
 
-    @torch.no_grad()
     def run(self, ready: Ready, step: int) -> None:
         """Run work of which ``step`` is the first."""
         self.join_stream()
@@ -123,8 +122,10 @@ class BufferSet:
     def _refuse(self, work: Work, why: str, error: Exception | None, *, strict: bool) -> None:
         if strict:
             raise CaptureError(f"a step is no CUDA graph: {why} ({error}); strict=False runs it eagerly") from error
-        if why not in self._refused.values():
-            logging.getLogger(__name__).warning("steps run eagerly, not as a CUDA graph: %s (%s)", why, error)
+        if why not in self._counts.told:
+            self._counts.told.add(why)
+            # As text: whoever keeps the record would keep the error, and with it the frames and this memory.
+            logging.getLogger(__name__).warning("steps run eagerly, not as a CUDA graph: %s (%s)", why, str(error))
         self._refused[work] = why
 
     def _ready(self, work: Work) -> Ready:
@@ -137,13 +138,15 @@ class BufferSet:
 
     def _count(self, ready: Ready) -> None:
         counts = self._counts
-        counts.steps.update(ready.names)
+        for name in ready.names:
+            counts.steps[name] += 1
         counts.hits += ready.hits
         if ready.why_eager is None:
             counts.replays += 1
         else:
             counts.eager[ready.why_eager] += len(ready.names)
 
+    @torch.no_grad()
     def _execute(self, work: Work) -> None:
         buffers, runner = self.buffers, self._runner
         for plan, steps in work:

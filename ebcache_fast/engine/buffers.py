@@ -118,18 +118,16 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
     noisy = spec.ending is Ending.UPDATE_WITH_NOISE
     cache_bytes = _cache_bytes(spec, denoiser)
     try:
-        # Memory made under inference_mode could not be written outside of it.
-        with torch.inference_mode(mode=False):
-            return Buffers(
-                guard=OrderGuard.of(spec.rows, spec.steps + SPARE_ROWS, weight.device),
-                x=empty(*latents),
-                out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
-                update=Update(empty(spec.steps, 6), empty(spec.steps, *latents) if noisy else None),
-                guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
-                modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, spec.rows),
-                cache=FeatureCache(denoiser.shape, spec.live, spec.rows, weight.dtype, weight.device),
-                workspace=Workspace(weight.dtype, weight.device),
-            )
+        return Buffers(
+            guard=OrderGuard.of(spec.rows, spec.steps + SPARE_ROWS, weight.device),
+            x=empty(*latents),
+            out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
+            update=Update(empty(spec.steps, 6), empty(spec.steps, *latents) if noisy else None),
+            guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
+            modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, spec.rows),
+            cache=FeatureCache(denoiser.shape, spec.live, spec.rows, weight.dtype, weight.device),
+            workspace=Workspace(weight.dtype, weight.device),
+        )
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"a batch of {spec.rows} rows needs {cache_bytes / 2**30:.2f} GiB of cache and more for its modulation, "

@@ -70,4 +70,5 @@ class ModulationTable:
     def _fill(self, first: int, timesteps: tuple[float, ...]) -> None:
         steps, conditions = slice(first, first + len(timesteps)), len(self._distinct)
         out = Modulation(self.layers[steps, ..., :conditions, :], self.head[steps, :, :conditions])
-        self._denoiser.modulation(torch.tensor(timesteps, device=self.row_of.device), self._distinct, out)
+        t = torch.tensor(timesteps, dtype=torch.float64, device=self.row_of.device)
+        self._denoiser.modulation(t, self._distinct, out)

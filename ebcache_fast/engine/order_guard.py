@@ -28,8 +28,8 @@ class OrderGuard(NamedTuple):
 
     def give(self, t: Tensor, y: Tensor) -> None:
         """What this call was made with, (R,) each."""
-        self.given[: len(y)] = t
-        self.given[len(y) :] = y
+        self.given[: len(y)].copy_(t, non_blocking=True)  # t may lie on the host, where a copy would wait
+        self.given[len(y) :].copy_(y)
 
     def check(self, step: Tensor, out: Tensor) -> None:
         """Fill ``out`` with NaN unless this call is that of ``step`` (1,)."""

@@ -35,6 +35,7 @@ class Counts:
     originals: Counter[str] = field(default_factory=Counter)
     hits: int = 0
     trajectories: int = 0
+    told: set[str] = field(default_factory=set)  # reasons to run eagerly that were logged
 
     def snapshot(self, graphs: int, cache_bytes: int, operations: Mapping[str, str]) -> Stats:
         """What was counted so far."""

@@ -26,7 +26,7 @@ class StepScheduler:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._step_at = {t: i for i, t in enumerate(plan.timesteps)}
+        self._step_at: dict[float, int] = {t: i for i, t in enumerate(plan.timesteps)}
 
     def arrive(self, t: float, expected: int) -> Arrival:
         """Timestep ``t`` where step ``expected`` comes next (0: none was run yet).
@@ -34,7 +34,7 @@ class StepScheduler:
         A timestep that was passed already begins a new run; one that is ahead leaves out steps, whose features the
         caches would lack.
         """
-        step = self._step_at.get(int(t)) if t == int(t) else None
+        step = self._step_at.get(t)
         if step is None:
             return Arrival(None, begins=expected == 0, planned=False)
         if step < expected or expected == 0:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.engine.buffer_set import BufferSet, Ready
+from ebcache_fast.errors import TrajectoryError
 
 
 class Prediction(NamedTuple):
@@ -27,7 +28,7 @@ class Trajectory:
 
     def __init__(self, place: BufferSet, ready: Sequence[Ready]) -> None:
         self._place, self._waiting = place, list(reversed(ready))
-        self._done = 0
+        self._done, self._has_failed = 0, False
 
     @property
     def x(self) -> Tensor:
@@ -37,14 +38,16 @@ class Trajectory:
     def advance(self) -> int:
         """Run what is to be run at once, in place; returns how many steps that were, 0 at the end.
 
-        A step that failed is still the next one, and may be tried again: it reads nothing that it writes but x,
-        and that last.
+        After a step that failed there are no more: it may have moved the latents. TrajectoryError says so.
         """
+        if self._has_failed:
+            raise TrajectoryError("a step of this run failed, perhaps half way through; begin the run again")
         if not self._waiting:
             return 0
-        ready = self._waiting[-1]
+        ready = self._waiting.pop()
+        self._has_failed = True  # unless all goes well
         self._place.run(ready, self._done)
-        self._waiting.pop()
+        self._has_failed = False
         self._done += len(ready.names)
         return len(ready.names)
 
@@ -54,7 +57,9 @@ class ForwardTrajectory:
 
     def __init__(self, place: BufferSet, ready: Sequence[Ready]) -> None:
         self.place, self._ready = place, ready
-        self._broken = torch.zeros(1, dtype=torch.bool, pin_memory=place.buffers.x.is_cuda)
+        self._scale: float | None = None  # that it guides by, if the host knows
+        with torch.inference_mode(mode=False):  # else only that mode could write to it
+            self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=place.buffers.x.is_cuda)
 
     def predict(self, step: int, x: Tensor) -> Tensor:
         """The planned step for latents x (N, C, H, W) -> (R, Cout, H, W) in x's dtype, the caller's to keep."""
@@ -64,6 +69,7 @@ class ForwardTrajectory:
         """The same with everything computed and stored, whatever was planned."""
         return self._run(self._ready[0], step, x)  # the first step of every plan computes everything
 
+    @torch.no_grad()
     def refresh_at(self, t: float, x: Tensor) -> Tensor:
         """`refresh` at a timestep that is not in the plan."""
         self.place.buffers.modulation.load_row(len(self._ready), t)
@@ -71,7 +77,12 @@ class ForwardTrajectory:
 
     def guide(self, scale: float | Tensor) -> None:
         """Guide by this scale from now on."""
-        self.place.buffers.guide.settings[:1].fill_(scale)
+        known = None if isinstance(scale, Tensor) else scale
+        if known is None or known != self._scale:
+            with torch.no_grad():
+                number = scale.reshape(()) if isinstance(scale, Tensor) else scale
+                self.place.buffers.guide.settings[:1].fill_(number)
+            self._scale = known
 
     def give(self, t: Tensor, y: Tensor) -> None:
         """Timesteps and labels (R,) of the call that comes next, for the device to check; of a guarded run."""

@@ -20,5 +20,6 @@ class Workspace:
         """The buffer of this name and shape, in the model's dtype."""
         key = name, shape
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
+            with torch.inference_mode(mode=False):  # else only that mode could write to it
+                self._buffers[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
         return self._buffers[key]
