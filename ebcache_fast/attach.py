@@ -1,14 +1,13 @@
 """``enable`` and its kin: caching for a model, in place, behind its own forward."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.dropin.cached_forward import CachedForward
-from ebcache_fast.dropin.probe import probe
+from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
 from ebcache_fast.dropin.trusting_forward import TrustingForward
 from ebcache_fast.engine.engine import EngineOptions
 from ebcache_fast.engine.stats import Stats
@@ -36,6 +35,10 @@ def enable(
     Signatures, shapes, dtypes and devices stay as they are, the parameters are not touched, and the caller's loop
     needs no change. Enabling an enabled model gives it the new table.
 
+    Under autocast, with gradients, in training mode, with timesteps that differ within a batch, or when it was changed
+    so that its parts no longer say what it computes, the model itself answers, uncached and unscaled, and is counted.
+    Runs of the same labels must follow one another: where two take turns, both get TrajectoryError.
+
     Args:
         model: a module of the original DiT's layout, in eval mode.
         table: which timesteps reuse what: a CacheTable, or a Plan made for this model.
@@ -59,14 +62,10 @@ def enable(
     plan = with_eps_scale(plan_for(denoiser, table), eps_scale, allow_amplify)
     options = EngineOptions(strict=strict, max_graphs=max_graphs, max_trajectories=max_trajectories)
     before = _cached_forward(model)
+    with before.own.asked() if before is not None else nullcontext():
+        cached = (TrustingForward if trust_order else CachedForward)(model, plan, options)
     disable(model)
-    try:
-        guided_channels = probe(model, plan)
-    except BaseException:
-        if before is not None:
-            before.install()
-        raise
-    (TrustingForward if trust_order else CachedForward)(model, plan, options, guided_channels).install()
+    cached.install()
     return model
 
 
@@ -78,6 +77,7 @@ def disable(model: Model) -> Model:
     cached = _cached_forward(model)
     if cached is not None:
         cached.remove()
+        cached.forget()
     return model
 
 
@@ -85,8 +85,10 @@ def disable(model: Model) -> Model:
 def enabled(model: Model, table: CacheTable | Plan, **options: Any) -> Iterator[Model]:
     """`enable`, with its options, for the length of a with statement; what was enabled before is so again after it."""
     before = _cached_forward(model)
-    enable(model, table, **options)
+    if before is not None:
+        before.remove()
     try:
+        enable(model, table, **options)
         yield model
     finally:
         disable(model)
@@ -103,5 +105,5 @@ def stats(model: nn.Module) -> Stats:
 
 
 def _cached_forward(model: nn.Module) -> CachedForward | None:
-    owner = getattr(vars(model).get("forward"), "__self__", None)
-    return owner if isinstance(owner, CachedForward) else None
+    cached: CachedForward | None = vars(model).get(ATTRIBUTE)
+    return cached if cached is not None and cached.model is model else None  # else copied together with its attributes

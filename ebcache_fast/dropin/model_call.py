@@ -1,6 +1,8 @@
 """One call of a model's forward, as its caller made it."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Hashable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ class ModelCall(NamedTuple):
     x: Tensor  # (R, C, H, W), in the model's dtype
     t: Tensor  # (R,) of any real dtype, or (1,) or () for all rows; on the model's device or the host
     y: Tensor  # (R,) integers
-    cfg_scale: float | Tensor = 1.0
+    cfg_scale: float | Tensor = 1.0  # one number
     guided_channels: int = 0
 
     @property
@@ -38,6 +40,25 @@ class ModelCall(NamedTuple):
     def batch(self) -> Batch:
         """The rows as the engine sees them."""
         return Batch(self.y.long(), self.samples, self.guided_channels)
+
+    @property
+    def form(self) -> Hashable:
+        """All that `check` looks at, of the call."""
+        x, t, y = self.x, self.t, self.y
+        return (
+            *(x.shape, x.dtype, x.device), *(t.shape, t.dtype, t.device), *(y.shape, y.dtype, y.device),
+            self.guided_channels,
+        )  # fmt: skip
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """What a gradient could be asked of."""
+        return (self.x, self.t, *((self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()))
+
+    @property
+    def is_guided_by_row(self) -> bool:
+        """Whether ``cfg_scale`` is more than one number."""
+        return isinstance(self.cfg_scale, Tensor) and self.cfg_scale.numel() != 1
 
     def check(self, denoiser: Denoiser) -> None:
         """InputError unless shapes, dtypes and devices are the model's; what the tensors hold is not looked at."""
@@ -63,18 +84,25 @@ class ModelCall(NamedTuple):
 
         InputError for a label that the model does not have, or latents that are not finite.
         """
-        rows = len(self.y)
-        finite = torch.isfinite(self.x).all()
-        t = self.t.to(self.y.device).double().expand(rows)
-        values = torch.cat([self.y.double(), finite.double().view(1), t]).tolist()
-        labels, timesteps = tuple(map(int, values[:rows])), frozenset(values[rows + 1 :])
+        total = self.x.sum(dtype=torch.float64)  # not finite where any number is not
+        y, (x,), t = numbers_of(self.y, total.view(1), self.t.flatten())
+        labels, timesteps = tuple(map(int, y)), frozenset(t)
         highest = denoiser.num_classes - 1 + denoiser.has_null_label
         if not 0 <= min(labels) <= max(labels) <= highest:
             wrong = next(label for label in labels if not 0 <= label <= highest)
             raise InputError(f"label {wrong} in y is outside [0, {highest}]; this model has no other")
-        if not values[rows]:
+        if not math.isfinite(x):
             raise InputError("x holds a number that is not finite; begin again, from finite noise")
+        if strange := [t for t in timesteps if not math.isfinite(t)]:
+            raise InputError(f"t={strange[0]} is not finite; pass timesteps of the plan, in its order")
         return Facts(timesteps, labels)
+
+
+def numbers_of(*tensors: Tensor) -> list[list[float]]:
+    """What tensors (n,) hold: those of a GPU by one awaited copy of all, in float64, those of the host as they are."""
+    away = [tensor.double() for tensor in tensors if not tensor.is_cpu]
+    copied = iter(torch.cat(away).tolist() if away else ())
+    return [tensor.tolist() if tensor.is_cpu else list(islice(copied, len(tensor))) for tensor in tensors]
 
 
 def _joined(sizes: Iterable[int]) -> str:

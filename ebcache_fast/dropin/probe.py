@@ -1,7 +1,7 @@
 """Whether a model's forward is what its parts say: one tiny batch through both, before anything is replaced."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Batch, Engine
@@ -21,6 +21,14 @@ def probe(model: nn.Module, plan: Plan) -> int:
 
     Raises InputError where its forward is not what the engine would run in its place.
     """
+    weight = as_denoiser(model).weight()
+    if weight.is_meta:
+        raise InputError(f"{type(model).__name__} is on the meta device, without weights; load them first")
+    with torch.autocast(weight.device.type, enabled=False):
+        return _probe(model, plan)
+
+
+def _probe(model: nn.Module, plan: Plan) -> int:
     asked = _Probe(model, plan)
     if not asked.is_answered(0, "forward"):
         raise InputError(
@@ -38,7 +46,8 @@ class _Probe:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._engine = model, Engine(model, make_graphs=lambda _: None)
         denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
-        noise = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(2, *denoiser.latent_shape, generator=generator, device="cpu")
         labels = 0, denoiser.num_classes - 1 + denoiser.has_null_label
         self._x, self._y = noise.to(weight), torch.tensor(labels, device=weight.device)
         self._t = torch.full((2,), plan.timesteps[0], device=weight.device)
@@ -51,8 +60,11 @@ class _Probe:
         run.guide(CFG_SCALE)
         ours = run.predict(0, self._x)
         self._engine.release(run.place)
-        own = getattr(self._model, name)(self._x, self._t, self._y, *cfg_scale)
-        if own.shape != ours.shape or own.dtype != ours.dtype:
+        try:
+            own = getattr(self._model, name)(self._x, self._t, self._y, *cfg_scale)
+        except Exception:  # whatever a method of another meaning may raise
+            return False
+        if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
             return False
         error = (own.double() - ours.double()).abs().max()
         return bool(error <= TOLERANCE[ours.dtype] * own.double().abs().max())

@@ -22,9 +22,10 @@ class TrustingForward(CachedForward):
     def _step(self, call: ModelCall, weights: Fingerprint) -> Tensor:
         key = len(call.y), call.guided_channels, Numerics.now(call.x.device)
         if (lane := self._lanes.get(key)) is None:
-            if call.read(self.engine.denoiser).timesteps != {self.plan.timesteps[0]}:
+            if call.read(self._denoiser).timesteps != {self.plan.timesteps[0]}:
                 raise DeclinedError("a run did not begin with the first step")
             lane = self._begin(key, call, weights)
+        self._lanes.move_to_end(key)
         trajectory, is_last = lane.trajectory, lane.expected == len(self.plan) - 1
         if lane.weights != weights:
             self._end(key)
@@ -32,7 +33,11 @@ class TrustingForward(CachedForward):
         trajectory.give(call.t, call.y)
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
-        out = trajectory.predict(lane.expected, call.x)
+        try:
+            out = trajectory.predict(lane.expected, call.x)
+        except BaseException:
+            self._end(key)  # whoever goes on after it begins a run again
+            raise
         lane.expected += 1
         is_broken = trajectory.is_broken(wait=is_last)
         if is_last or is_broken:

@@ -19,18 +19,20 @@ from ebcache_fast.plan import Branch, BranchShape, ModelShape
 _NORMS = ("blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final")
 _LAYOUT = (
     *(f"{norm}.eps" for norm in _NORMS),
-    "x_embedder.proj",
+    "x_embedder.proj.weight",
+    "x_embedder.proj.in_channels",
+    "x_embedder.proj.kernel_size",
     "pos_embed",
     "t_embedder.mlp",
-    "y_embedder.embedding_table",
-    "blocks.0.attn.qkv",
+    "y_embedder.embedding_table.num_embeddings",
+    "blocks.0.attn.qkv.in_features",
     "blocks.0.attn.proj",
     "blocks.0.attn.num_heads",
-    "blocks.0.mlp.fc1",
+    "blocks.0.mlp.fc1.out_features",
     "blocks.0.mlp.act",
     "blocks.0.mlp.fc2",
     "blocks.0.adaLN_modulation",
-    "final_layer.linear",
+    "final_layer.linear.out_features",
     "final_layer.adaLN_modulation",
 )
 
@@ -108,7 +110,7 @@ class DiTDenoiser:
         return self._labels > declared
 
     def weight(self) -> Tensor:
-        return cast(Tensor, self._blocks[0].attn.qkv.weight)
+        return cast(Tensor, next(self._blocks[0].attn.qkv.parameters()))  # an adapter around it need not have a weight
 
     def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
         model, steps, labels = self._model, len(t), len(y)
@@ -147,13 +149,10 @@ class DiTDenoiser:
     @property
     def has_plain_ends(self) -> bool:
         embedder, final = self._model.x_embedder, self._model.final_layer
-        dtypes = {
-            self.weight().dtype,
-            embedder.proj.weight.dtype,
-            self._model.pos_embed.dtype,
-            final.linear.weight.dtype,
-        }
-        return len(dtypes) == 1 and _is_plain(final.linear) and _is_plain_patching(embedder)
+        if not (_is_plain(final.linear) and _is_plain_patching(embedder)):
+            return False
+        weights = self.weight(), embedder.proj.weight, self._model.pos_embed, final.linear.weight
+        return len({weight.dtype for weight in weights}) == 1
 
     def patches(self) -> Patches:
         proj = self._model.x_embedder.proj
@@ -219,8 +218,8 @@ def _widen(mlp: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Ten
 
 def _linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
     """Write ``linear(u)`` into ``out``; a plain layer's product lands there without a copy."""
-    same_dtype = u.dtype == linear.weight.dtype == out.dtype  # autocast lets them differ
-    if _is_plain(linear) and same_dtype and out.is_contiguous():
+    is_product = _is_plain(linear) and u.dtype == linear.weight.dtype == out.dtype  # autocast lets them differ
+    if is_product and out.is_contiguous():
         torch.addmm(linear.bias, u.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
     else:
         out.copy_(linear(u))

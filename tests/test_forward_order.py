@@ -1,0 +1,389 @@
+"""Calls that are not the next step of their run: computed in full and counted, or refused; the next run is right."""
+
+import math
+from contextlib import nullcontext
+from threading import Thread
+
+import pytest
+import torch
+from dropin import (
+    ATTENTION,
+    ATTN_MLP,
+    LABELS,
+    NO_CACHE,
+    TIMESTEPS,
+    TYPES,
+    assert_bitwise,
+    assert_close,
+    at,
+    call,
+    drive,
+    fresh_model,
+    full_step,
+    guided_rows,
+    latents,
+    naive_drive,
+    plan_of,
+    reuse_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import Kept, empty_cache, naive_forward
+from torch import Tensor
+
+from ebcache_fast import enable, stats
+from ebcache_fast.engine import buffers
+from ebcache_fast.errors import InputError, TrajectoryError
+from ebcache_fast.models import DiT
+
+FRESH = "a run did not begin with the first step"
+AGAIN = "a timestep came again"
+LEFT_OUT = "steps were left out"
+UNPLANNED = "a timestep is not in the plan"
+MIXED = "timesteps differ within the batch"
+
+
+@pytest.fixture
+def model() -> DiT:
+    return fresh_model()
+
+
+Steps = list[tuple[float, str | None]]  # what is called one after another, and why a step was computed in full
+
+ORDERS: dict[str, Steps] = {
+    "the first is a cached step": [(700, FRESH), (420, None), (260, None)],
+    "a step is left out": [(930, None), (420, LEFT_OUT), (260, None)],
+    "a timestep is not planned": [(930, None), (699, UNPLANNED), (700, None), (420, None)],
+    "none is planned": [(31, UNPLANNED), (30.5, UNPLANNED), (930, None), (700, None)],
+    "a timestep comes again": [(930, None), (700, None), (700, AGAIN), (420, None), (420, AGAIN), (260, None)],
+    "it goes back": [(930, None), (700, None), (420, None), (700, AGAIN), (420, None)],
+    "it begins again": [(930, None), (700, None), (930, None), (930, None), (700, None), (420, None)],
+    "a second run": [(t, None) for t in TIMESTEPS * 2],
+    "it goes on after its end": [*((t, None) for t in TIMESTEPS), (260, FRESH), (111, None)],
+    "begun at its end": [(3, FRESH), (930, None)],
+}
+
+
+@pytest.mark.parametrize("steps", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_step_out_of_order_is_computed_in_full_and_counted(steps: Steps, dtype: torch.dtype) -> None:
+    model = fresh_model(dtype=dtype)
+    enable(model, plan_of())
+    kept: Kept = empty_cache(model)
+    for i, (x, (t, why)) in enumerate(zip(latents(model, steps=len(steps)), steps, strict=True)):
+        before = sum(stats(model).refreshed.values())
+        step_type = TYPES[TIMESTEPS.index(int(t))] if why is None else NO_CACHE
+        with torch.no_grad():
+            theirs = naive_forward(model, x, t, LABELS, reuse_of(step_type), kept)  # type: ignore[arg-type]
+        theirs[:, :4] *= 0.9
+        assert_close([call(model, x, t, LABELS)], [theirs])
+        assert sum(stats(model).refreshed.values()) - before == (why is not None), i
+    wanted = [why for _, why in steps if why is not None]
+    assert stats(model).refreshed == {why: wanted.count(why) for why in wanted}
+
+
+@pytest.mark.parametrize("steps", [s for s in ORDERS.values() if any(why for _, why in s)])
+def test_strict_refuses_such_a_step(steps: Steps, model: DiT) -> None:
+    enable(model, plan_of(), strict=True)
+    x, planned = latents(model)[0], [why is None for _, why in steps].index(False)
+    for t, _ in steps[:planned]:
+        call(model, x, t, LABELS)
+    t, why = steps[planned]
+    for _ in range(2):  # it stays refused
+        with pytest.raises(TrajectoryError, match=rf"^t={t:g} [^\n]*{why}[^\n]*strict=False[^\n]*$"):
+            call(model, x, t, LABELS)
+    drive(model, latents(model))
+    assert stats(model).refreshed == {}
+
+
+@pytest.mark.parametrize("last", range(1, len(TIMESTEPS)))
+@pytest.mark.parametrize("labels", [LABELS, LABELS.flip(0) + 1, torch.tensor([2])], ids=["same", "others", "odd batch"])
+def test_after_a_cancel_a_run_equals_a_fresh_one(last: int, labels: Tensor) -> None:
+    model, other = fresh_model(), fresh_model()
+    enable(model, plan_of()), enable(other, plan_of())
+    drive(model, latents(model, seed=1)[:last])
+    xs = latents(model, len(labels))
+    assert_bitwise(drive(model, xs, labels), drive(other, xs, labels))
+    assert stats(model).refreshed == {}
+
+
+class Cancelled(BaseException):
+    """No Exception, as what ends a task or a process is none."""
+
+
+@pytest.mark.parametrize("fatal", range(len(TIMESTEPS)))
+@pytest.mark.parametrize("part", ["x_embedder", "blocks.1.attn.qkv", "final_layer.linear"])
+def test_after_an_error_a_run_equals_a_fresh_one(fatal: int, part: str) -> None:
+    model, other = fresh_model(), fresh_model()
+    is_armed: list[bool] = []
+
+    def fail(*_: object) -> None:
+        if is_armed:
+            raise Cancelled
+
+    for one in (model, other):  # a layer with a hook is not computed to the same bits
+        one.get_submodule(part).register_forward_pre_hook(fail)
+        enable(one, plan_of())
+    xs = latents(model, steps=7)
+    drive(model, xs[1 : 1 + fatal])
+    is_armed.append(True)
+    is_run = part != "blocks.1.attn.qkv" or TYPES[fatal] not in (ATTENTION, ATTN_MLP)
+    with pytest.raises(Cancelled) if is_run else nullcontext():
+        call(model, xs[0], TIMESTEPS[fatal], LABELS)
+    is_armed.clear()
+    assert_bitwise(drive(model, xs[:6]), drive(other, xs[:6]))
+
+
+def test_an_error_leaves_the_step_to_be_tried_again(model: DiT) -> None:
+    other, xs = fresh_model(), latents(model)
+    enable(model, plan_of(), strict=True), enable(other, plan_of())
+    for i in range(len(TIMESTEPS)):
+        with pytest.raises(ValueError, match="not finite"):
+            call(model, xs[i] * math.nan, TIMESTEPS[i], LABELS)
+        assert torch.equal(call(model, xs[i], TIMESTEPS[i], LABELS), call(other, xs[i], TIMESTEPS[i], LABELS))
+
+
+INTERLEAVED = fresh_model()
+RUNS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=2, max_size=4, unique_by=tuple)
+
+
+@given(data=st.data(), runs=RUNS)
+@settings(max_examples=8)
+def test_interleaved_runs_equal_isolated_ones(data: st.DataObject, runs: list[list[int]]) -> None:
+    model = INTERLEAVED
+    labels = [torch.tensor(run) for run in runs]
+    xs = [latents(model, len(y), seed=i) for i, y in enumerate(labels)]
+    enable(model, plan_of(), strict=True)
+    alone = [drive(model, x, y) for x, y in zip(xs, labels, strict=True)]
+    turns = data.draw(st.permutations([i for i in range(len(runs)) for _ in TIMESTEPS]))
+    outs: list[list[Tensor]] = [[] for _ in runs]
+    for i in turns:
+        done = len(outs[i])
+        outs[i].append(call(model, xs[i][done], TIMESTEPS[done], labels[i]))
+    for ours, theirs in zip(outs, alone, strict=True):
+        assert_bitwise(ours, theirs)
+
+
+def test_beyond_the_limit_the_run_called_longest_ago_gives_way(model: DiT) -> None:
+    enable(model, plan_of(), max_trajectories=2)
+    first, second, third = (torch.tensor([label]) for label in range(3))
+    xs = latents(model, 1)
+    drive(model, xs[:1], first), drive(model, xs[:1], second)
+    call(model, xs[1], 700, first)
+    drive(model, xs[:1], third)
+    assert_close([call(model, xs[2], 420, first)], naive_drive(model, xs[:3], first)[2:])
+    assert stats(model).refreshed == {}
+    assert_close([call(model, xs[1], 700, second)], [full_step(model, xs[1], 700, second)])
+    assert stats(model).refreshed == {FRESH: 1}
+
+
+@torch.no_grad()
+def test_both_methods_may_take_turns(model: DiT) -> None:
+    enable(model, plan_of(), strict=True)
+    y, arguments = guided_rows(LABELS), list(zip(latents(model, 6), (at(t, 6) for t in TIMESTEPS), strict=True))
+    alone = [model(x, t, y) for x, t in arguments], [model.forward_with_cfg(x, t, y, 2.0) for x, t in arguments]
+    turns = [(model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)) for x, t in arguments]
+    for ours, theirs in zip(zip(*turns, strict=True), alone, strict=True):
+        assert_bitwise(ours, theirs)
+
+
+# ------------------------------------------------------------------------------- runs that can't be told apart
+
+TURNS = {
+    "step by step": "A B A B",
+    "half a run behind": "A A B B A B",
+    "a third one": "A B C A B",
+    "at different paces": "A A B B A A B",
+    "not at the first repetition": "A A A B B B A B",
+}
+
+
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_runs_of_equal_labels_that_take_turns_do_not_come_to_an_end(turns: str, strict: bool, model: DiT) -> None:
+    """Before any picture is done, whichever run goes on gets TrajectoryError; a run after them is right."""
+    enable(model, plan_of(), strict=strict)
+    xs, done = latents(model), dict.fromkeys("ABC", 0)
+    order = turns.replace(" ", "")
+    for run in order[:-1]:
+        call(model, xs[done[run]], TIMESTEPS[done[run]], LABELS)
+        done[run] += 1
+    for run in (order[-1], *(run for run in "ABC" if done[run])):
+        with pytest.raises(TrajectoryError, match=r"^t=\d+ [^\n]*one after the other$"):
+            call(model, xs[done[run]], TIMESTEPS[done[run]], LABELS)
+    other = fresh_model()
+    assert_bitwise(drive(model, xs), drive(enable(other, plan_of()), xs))
+
+
+def test_a_refusal_is_over_when_a_run_begins_again(model: DiT) -> None:
+    """A loop that goes back in time is refused once, where it looks like two runs, and not for ever."""
+    enable(model, plan_of())
+    x = latents(model)[0]
+    loop = (930, 700, 700, 420)
+    for t in (930, *loop[:2]):
+        call(model, x, t, LABELS)
+    with pytest.raises(TrajectoryError):
+        call(model, x, loop[2], LABELS)
+    before = dict(stats(model).refreshed)
+    for t in loop:
+        call(model, x, t, LABELS)
+    assert stats(model).refreshed == {**before, AGAIN: 1}
+
+
+def test_changed_weights_do_not_tell_runs_apart(model: DiT) -> None:
+    enable(model, plan_of())
+    x = latents(model)[0]
+    call(model, x, 930, LABELS), call(model, x, 930, LABELS)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.add_(0.1)
+    call(model, x, 700, LABELS)
+    with pytest.raises(TrajectoryError):
+        call(model, x, 700, LABELS)
+
+
+def test_threads_with_runs_of_their_own(model: DiT) -> None:
+    enable(model, plan_of(), strict=True, max_trajectories=4)
+    runs = [torch.tensor([label, 5]) for label in range(4)]
+    xs = [latents(model, 2, seed=i) for i in range(4)]
+    alone = [drive(model, x, y) for x, y in zip(xs, runs, strict=True)]
+    outs: list[list[list[Tensor]]] = [[] for _ in runs]
+
+    def work(i: int) -> None:
+        for _ in range(4):
+            outs[i].append(drive(model, xs[i], runs[i]))
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, theirs in zip(outs, alone, strict=True):
+        assert len(ours) == 4
+        for one in ours:
+            assert_bitwise(one, theirs)
+
+
+# ------------------------------------------------------------------------------------------ timesteps and memory
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+@torch.no_grad()
+def test_timesteps_of_any_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...], model: DiT) -> None:
+    plan = plan_of()
+    plan = type(plan)(plan.steps, (928, 704, 420, 260, 111, 3), plan.eps_scale)  # exact in bfloat16
+    enable(model, plan, strict=True)
+    xs = latents(model)
+    ours = [model(x, torch.full(shape, t, dtype=dtype), LABELS) for x, t in zip(xs, plan.timesteps, strict=True)]
+    assert_bitwise(ours, [call(model, x, t, LABELS) for x, t in zip(xs, plan.timesteps, strict=True)])
+
+
+@torch.no_grad()
+def test_a_timestep_that_its_dtype_can_not_hold_is_another_one(model: DiT) -> None:
+    enable(model, plan_of())
+    x, t = latents(model)[0], torch.full((3,), 930, dtype=torch.bfloat16)
+    assert_close([model(x, t, LABELS)], [full_step(model, x, 928)])
+    assert stats(model).refreshed == {UNPLANNED: 1}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@torch.no_grad()
+def test_timesteps_mixed_in_a_batch_are_for_the_model_itself(guided: bool, model: DiT) -> None:
+    x, y = latents(model, 6)[0], guided_rows(LABELS)
+    t = torch.tensor([930, 930, 3, 930, 930, 3])
+    arguments = (x, t, y, 2.0) if guided else (x, t, y)
+    name = "forward_with_cfg" if guided else "forward"
+    theirs = getattr(model, name)(*arguments)
+    enable(model, plan_of())
+    assert torch.equal(getattr(model, name)(*arguments), theirs)
+    assert stats(model).originals == {MIXED: 1}
+    assert not stats(model).steps
+    enable(model, plan_of(), strict=True)
+    with pytest.raises(TrajectoryError, match=f"^[^\n]*{MIXED}; strict=False[^\n]*$"):
+        getattr(model, name)(*arguments)
+
+
+def test_outputs_are_the_callers_and_latents_stay(model: DiT) -> None:
+    enable(model, plan_of())
+    xs = latents(model)
+    before = [x.clone() for x in xs]
+    outs = [out for _ in range(2) for out in drive(model, xs)]
+    first = [out.clone() for out in outs[:6]]
+    for out in outs[6:]:
+        out.fill_(math.nan)
+    assert_bitwise(outs[:6], first)
+    assert_bitwise(drive(model, xs), first)
+    assert_bitwise(xs, before)
+
+
+# --------------------------------------------------------------------------------------------- modes of torch
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("then", MODES)
+@pytest.mark.parametrize("trust_order", [False, True])
+def test_modes_may_change_from_call_to_call(first: str, then: str, trust_order: bool, model: DiT) -> None:
+    model.requires_grad_(False)
+    enable(model, plan_of(), strict=True, trust_order=trust_order)
+    xs = latents(model, steps=12)
+    theirs = naive_drive(model, xs[:6]) + naive_drive(model, xs[6:])
+    ours = []
+    for i, x in enumerate(xs):
+        mode = then if i in (1, 4, 5, *range(8, 12)) else first
+        with MODES[mode]():
+            ours.append(model(x, at(TIMESTEPS[i % 6], 3), LABELS))
+    assert_close([out.clone() for out in ours], theirs)
+    assert stats(model).originals == {}
+
+
+@pytest.mark.parametrize("trust_order", [False, True])
+def test_where_the_model_itself_has_to_answer(trust_order: bool) -> None:
+    model = fresh_model(dtype=torch.float32)
+    x, t = latents(model)[0], at(930, 3)
+    asks = {
+        "gradients are recorded": lambda: model(x, t, LABELS),
+        "autocast is on": lambda: call(model, x, 930, LABELS),
+        "the model is in training mode": lambda: call(model, x, 930, LABELS),
+    }
+    answers = []
+    for turn in range(3):  # without caching, with it, and strictly
+        if turn:
+            enable(model, plan_of(), trust_order=trust_order, strict=turn == 2)
+        for i, (why, ask) in enumerate(asks.items()):
+            model.train(i == 2)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=i == 1), torch.random.fork_rng():
+                torch.manual_seed(0)  # a model in training drops labels
+                if turn < 2:
+                    answers.append(ask())
+                else:
+                    with pytest.raises(TrajectoryError, match=f"^[^\n]*{why}; strict=False[^\n]*$"):
+                        ask()
+            model.eval()
+        if turn == 1:
+            assert stats(model).originals == dict.fromkeys(asks, 1)
+    assert answers[3].requires_grad
+    assert_bitwise(answers[3:], answers[:3])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@torch.no_grad()
+def test_too_little_memory(guided: bool, model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, name = latents(model, 6)[0], guided_rows(LABELS), "forward_with_cfg" if guided else "forward"
+    arguments = (x, at(930, 6), y, 2.0) if guided else (x, at(930, 6), y)
+    theirs = getattr(model, name)(*arguments)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory\nand some lines more")
+
+    enable(model, plan_of())
+    monkeypatch.setattr(buffers, "FeatureCache", fail)
+    assert torch.equal(getattr(model, name)(*arguments), theirs)
+    assert ["too little memory" in why for why in stats(model).originals] == [True]
+    monkeypatch.undo()
+    assert not torch.equal(getattr(model, name)(*arguments), theirs)
+    enable(model, plan_of(), strict=True)
+    monkeypatch.setattr(buffers, "FeatureCache", fail)
+    with pytest.raises(InputError, match=r"^a batch of 6 rows needs [^\n]*no memory[^\n]*sample fewer at once$"):
+        getattr(model, name)(*arguments)
