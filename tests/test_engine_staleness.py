@@ -1,0 +1,138 @@
+"""Weights that change between runs, over fake graphs: never a stale bit, and new graphs where their memory moved."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from fake_graphs import FakeGraphs
+from fake_runs import (
+    ATTN_MLP,
+    MLP,
+    NO,
+    SMALLEST,
+    Job,
+    bits,
+    calls,
+    eager_states,
+    enable_over,
+    no_graphs,
+    over,
+    plan_of,
+    states,
+)
+from tiny import tiny_dit
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ebcache_fast import ops
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.models import DiT
+
+JOB = Job(plan_of((NO, ATTN_MLP, MLP)), labels=(2,))
+GRAPHS = 3
+
+
+def tiny() -> DiT:
+    return tiny_dit(0, torch.float32, **SMALLEST)
+
+
+def weights_of(model: DiT) -> dict[str, Tensor]:
+    """Others of the same shapes."""
+    return {name: value * 1.1 for name, value in model.state_dict().items()}
+
+
+class Doubled(nn.Module):
+    """A parametrization, and an adapter around a layer."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (x if self.inner is None else self.inner(x))
+
+
+def step_an_optimizer(model: DiT) -> None:
+    with torch.enable_grad():
+        sum(parameter.sum() for parameter in model.parameters()).backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def qkv(model: DiT) -> nn.Linear:
+    return model.blocks[1].attn.qkv
+
+
+def square(model: DiT) -> nn.Linear:
+    return model.blocks[0].attn.proj
+
+
+IN_PLACE: dict[str, Callable[[DiT], object]] = {
+    "mul_": lambda model: qkv(model).weight.mul_(1.1),
+    "data.add_": lambda model: qkv(model).weight.data.add_(0.1),
+    "detach().mul_": lambda model: model.final_layer.linear.bias.detach().mul_(2),
+    "load_state_dict": lambda model: model.load_state_dict(weights_of(model)),
+    "optimizer": step_an_optimizer,
+}
+MOVED: dict[str, Callable[[DiT], object]] = {
+    "data": lambda model: setattr(qkv(model).weight, "data", qkv(model).weight.data * 1.1),
+    "data, transposed where it lies": lambda model: setattr(
+        square(model).weight, "data", square(model).weight.data.t()
+    ),
+    "load_state_dict, assigned": lambda model: model.load_state_dict(weights_of(model), assign=True),
+    "a new parameter": lambda model: setattr(qkv(model), "weight", nn.Parameter(qkv(model).weight * 1.1)),
+    "another dtype": lambda model: model.double(),
+    "there and back": lambda model: model.bfloat16().float(),
+    "a layer replaced": lambda model: setattr(model.blocks[1].mlp, "fc1", nn.Linear(8, 32)),
+    "a block replaced": lambda model: model.blocks.__setitem__(1, tiny_dit(9, torch.float32, **SMALLEST).blocks[0]),
+    "an adapter around a layer": lambda model: setattr(model.blocks[0].mlp, "fc2", Doubled(model.blocks[0].mlp.fc2)),
+    "a parametrization": lambda model: parametrize.register_parametrization(qkv(model), "weight", Doubled()),
+}
+
+
+@torch.no_grad()
+def change(model: DiT, mutate: Callable[[DiT], object]) -> None:
+    torch.manual_seed(0)
+    mutate(model)
+
+
+@pytest.mark.parametrize("mutate", [*IN_PLACE.values(), *MOVED.values()], ids=[*IN_PLACE, *MOVED])
+def test_our_own_loop_follows(mutate: Callable[[DiT], object]) -> None:
+    model, graphs = tiny(), FakeGraphs()
+    engine = Engine(model, operations=graphs.wrap(ops.TORCH), make_graphs=over(graphs))
+    before = bits(states(engine, JOB))
+    change(model, mutate)
+    after = bits(states(engine, JOB))
+    assert after == bits(eager_states(model, JOB)) != before
+    gc.collect()
+    moved = mutate in MOVED.values()
+    assert (graphs.captures, len(graphs.alive)) == (GRAPHS * (1 + moved), GRAPHS)
+    assert dict(engine.stats.eager) == {}
+
+
+@pytest.mark.parametrize("mutate", [*IN_PLACE.values(), *MOVED.values()], ids=[*IN_PLACE, *MOVED])
+def test_the_drop_in_that_is_trusted_follows(mutate: Callable[[DiT], object]) -> None:
+    graphs, enabled, fresh = FakeGraphs(), tiny(), tiny()
+    enable_over(over(graphs), enabled, JOB.plan, graphs.wrap(ops.TORCH), trust_order=True)
+    before = bits(calls(enabled, JOB))
+    for model in (enabled, fresh):
+        change(model, mutate)
+    enable_over(no_graphs, fresh, JOB.plan)
+    after = bits(calls(enabled, JOB))
+    assert after == bits(calls(fresh, JOB)) != before
+    gc.collect()
+    moved = mutate in MOVED.values()
+    assert (graphs.captures, len(graphs.alive)) == (GRAPHS * (1 + moved), GRAPHS)
+
+
+def test_every_parameter_and_buffer_is_read_anew_by_every_run() -> None:
+    model, graphs = tiny(), FakeGraphs()
+    engine = Engine(model, operations=graphs.wrap(ops.TORCH), make_graphs=over(graphs))
+    before = bits(states(engine, JOB))
+    for name, value in model.state_dict().items():
+        value.mul_(1.5)  # the parameter's own memory, and no version that would tell
+        after = bits(states(engine, JOB))
+        assert after == bits(eager_states(model, JOB)), name
+        assert after != before, name
+        before = after
+    assert graphs.captures == GRAPHS

@@ -1,0 +1,59 @@
+"""Which step a timestep is, and what is launched at once: all small plans, all timesteps."""
+
+from itertools import product
+
+import pytest
+from fake_runs import BRANCHES, mixed_plan
+
+from ebcache_fast.engine.step import LONGEST_RUN
+from ebcache_fast.engine.step_scheduler import Arrival, Dispatch, StepScheduler
+from ebcache_fast.plan import Plan, StepType
+
+EVERY_STEP = range(4)
+TIMESTEPS = (7, 4, 3, 0)
+PLAN = Plan.from_types([StepType.NO_CACHE] * 4, TIMESTEPS, 2, BRANCHES)
+ACROSS = [t / 2 for t in range(-3, 18)]  # planned or not, whole or not, before, between and after
+
+
+@pytest.mark.parametrize("expected", EVERY_STEP)
+@pytest.mark.parametrize("t", ACROSS)
+def test_every_timestep_at_every_place_of_a_run(t: float, expected: int) -> None:
+    arrival = StepScheduler(PLAN).arrive(t, expected)
+    if t not in TIMESTEPS:
+        assert arrival == Arrival(None, begins=expected == 0, planned=False)
+        return
+    step = TIMESTEPS.index(int(t))
+    assert arrival.step == step
+    assert arrival.planned == (step == expected or step == 0)  # in turn, or a run from its start
+    assert arrival.begins == (expected == 0 or step < expected)
+
+
+@pytest.mark.parametrize("t", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_what_is_no_timestep_at_all_is_not_planned(t: float) -> None:
+    assert StepScheduler(PLAN).arrive(t, 2) == Arrival(None, begins=False, planned=False)
+
+
+def test_a_whole_run_arrives_as_planned() -> None:
+    scheduler = StepScheduler(PLAN)
+    arrivals = [scheduler.arrive(t, step) for step, t in enumerate(TIMESTEPS)]
+    assert arrivals == [Arrival(step, begins=step == 0, planned=True) for step in EVERY_STEP]
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_dispatches_of_every_plan_of_four_kinds_of_step(steps: int) -> None:
+    for rows in product(("CC", "RC", "CR", "RR"), repeat=steps - 1):
+        plan = mixed_plan(["CC", *rows])
+        dispatches = StepScheduler(plan).dispatches()
+        assert [one.plan for one in dispatches for _ in range(one.steps)] == list(plan.steps)  # all, in order
+        for one, after in zip(dispatches, [*dispatches[1:], None], strict=True):
+            assert 1 <= one.steps <= (LONGEST_RUN if one.plan.computes_nothing else 1)
+            if after and one.plan == after.plan and one.plan.computes_nothing:
+                assert one.steps == LONGEST_RUN  # no run ends early
+
+
+def test_runs_as_long_as_can_be() -> None:
+    plan = mixed_plan(["CC", *["RR"] * (2 * LONGEST_RUN + 1), "CC", "CC", "RR"])
+    full, reuse = plan.steps[0], plan.steps[1]
+    runs = [Dispatch(reuse, LONGEST_RUN), Dispatch(reuse, LONGEST_RUN), Dispatch(reuse, 1)]
+    alone = Dispatch(full, 1)
+    assert StepScheduler(plan).dispatches() == (alone, *runs, alone, alone, Dispatch(reuse, 1))
