@@ -38,7 +38,7 @@ from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
 
 JOB = Job(plan_of())
-MIXED = Job(mixed_plan(["CC CC", "RC CR", "CR RR", "RR RR", "RR RR", "RR RC"]))
+MIXED = Job(mixed_plan(["CC CC", "RC CR", "RR RR", "RR RR", "RR RC"]))
 VIEWS = {"aten.slice.Tensor", "aten.alias.default"}
 COPY = "aten.copy_.default"
 # t, y and x into static memory; after the replay the output's copy, a look at the flag on the host, and its next copy.
@@ -265,22 +265,25 @@ def test_a_call_of_the_drop_in_that_is_trusted_copies_into_static_memory_and_han
 # --------------------------------------------------------------------------------------------- graph against eager
 
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-FORMS = [("ddpm", 1.5), ("ddim", 1.0), ("ddpm", 1.0), ("ddim", 1.5)]
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+FORMS = [
+    (F64, "ddpm", 1.5),
+    (F64, "ddim", 1.0),
+    (F32, "ddpm", 1.0),
+    (F32, "ddim", 1.5),
+    (BF16, "ddpm", 1.5),
+    (BF16, "ddim", 1.0),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("sampler", "scale"), FORMS)
+@pytest.mark.parametrize(("dtype", "sampler", "scale"), FORMS)
 def test_replays_of_our_own_loop_are_the_eager_bits(dtype: torch.dtype, sampler: str, scale: float) -> None:
-    model = tiny(dtype)
-    for job in (JOB, MIXED):
-        job = replace(job, sampler=sampler, scale=scale)
-        assert bits(states(engine_over(FakeGraphs(), model, strict=True), job)) == bits(eager_states(model, job))
+    model, job = tiny(dtype), replace(MIXED, sampler=sampler, scale=scale)
+    assert bits(states(engine_over(FakeGraphs(), model, strict=True), job)) == bits(eager_states(model, job))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trust_order", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize(("trust_order", "scale"), [(False, 1.5), (True, 1.5), (True, 1.0)])
 def test_replays_of_the_drop_in_are_the_eager_bits(dtype: torch.dtype, trust_order: bool, scale: float) -> None:
     job, options = replace(MIXED, scale=scale), {"trust_order": trust_order, "strict": True}
     replayed, eager = (

@@ -13,7 +13,13 @@ PARTS = ("kernels", "ebcache_fast", "tests", "bench", "pyproject.toml")
 UNUSED = shutil.ignore_patterns("__pycache__", "results", "*.egg-info", ".*")
 PACKAGE = "ebcache_fast.kernels"
 ENGINE = ("ebcache_fast/engine", "ebcache_fast/dropin")
-ENGINE_ENTRIES = ("ebcache_fast.engine.engine", "ebcache_fast.dropin", "ebcache_fast.attach")  # what runs all of it
+ENGINE_ENTRIES = (  # what runs all of it
+    "ebcache_fast.engine.engine",
+    "ebcache_fast.dropin",
+    "ebcache_fast.attach",
+    "ebcache_fast.enable",
+    "ebcache_fast.Engine",
+)
 
 
 def copy_tree(root: Path, target: Path) -> Path:
