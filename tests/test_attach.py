@@ -343,6 +343,12 @@ def test_what_is_refused_changes_nothing(
     assert (stats(model) if was_enabled else None) == counted
 
 
+def test_stats_before_the_first_call(model: DiT) -> None:
+    none_yet = stats(enable(model, TABLE))
+    assert (none_yet.graphs, none_yet.cache_bytes, none_yet.trajectories, none_yet.replays) == (0, 0, 0, 0)
+    assert not none_yet.steps
+
+
 def test_stats_of_a_model_that_is_not_enabled(model: DiT) -> None:
     with pytest.raises(InputError, match=r"^DiT is not enabled; call ebcache_fast\.enable"):
         stats(disable(model))
