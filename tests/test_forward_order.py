@@ -187,6 +187,19 @@ def test_both_methods_may_take_turns(model: DiT) -> None:
         assert_bitwise(ours, theirs)
 
 
+def test_a_departure_from_the_plan_is_said_once_for_each_reason(model: DiT, caplog: pytest.LogCaptureFixture) -> None:
+    enable(model, plan_of())
+    x = latents(model)[0]
+    for t in (501, 502, 503):
+        call(model, x, t, LABELS)
+    model(x, at(930, 3), LABELS)  # with gradients
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.partition(";")[0] for message in said] == [
+        "a step computes everything: a timestep is not in the plan",
+        "the model's own forward answers, uncached: gradients are recorded",
+    ]
+
+
 # ------------------------------------------------------------------------------- runs that can't be told apart
 
 TURNS = {

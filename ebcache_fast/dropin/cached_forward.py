@@ -1,5 +1,6 @@
 """Which step of which run a call is, and what answers it."""
 
+import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
@@ -122,7 +123,7 @@ class CachedForward:
                 why = str(declined)
             if self.options.strict and why != OFF_SWITCH:
                 raise TrajectoryError(f"the plan can't be followed here: {why}; strict=False runs the model uncached")
-            self._originals[why] += 1
+            _count(self._originals, why, "the model's own forward answers, uncached")
         return self.own.answer(name, *args)
 
     def _decline_what_must_be(self, call: ModelCall) -> None:
@@ -185,7 +186,7 @@ class CachedForward:
         if why is not None:
             if self.options.strict:
                 raise TrajectoryError(f"t={t:g} was not expected: {why}; strict=False computes such a step in full")
-            self._refreshed[why] += 1
+            _count(self._refreshed, why, "a step computes everything")
         if lane is None or arrival.begins or lane.weights != weights:
             lane = self._begin(key, call, weights, began_anew=lane is not None and lane.is_begun_anew(arrival))
         self._lanes.move_to_end(key)
@@ -219,6 +220,13 @@ class CachedForward:
         if lane.expected == len(self.plan):
             self._end(key)
         return out
+
+
+def _count(counter: Counter[str], why: str, what: str) -> None:
+    """Count a departure from the plan; the first for each reason is said."""
+    counter[why] += 1
+    if counter[why] == 1 and why != OFF_SWITCH:
+        logging.getLogger(__name__).warning("%s: %s; ebcache_fast.stats counts how often", what, why)
 
 
 def _why_not_planned(lane: Lane | None, arrival: Arrival, weights: Fingerprint) -> str | None:
