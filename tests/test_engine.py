@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from fake_graphs import FakeGraphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
@@ -281,3 +282,16 @@ def test_a_step_that_fails_half_way_can_be_tried_again(part: Callable[[DiT], tor
         done.append(trajectory.predict(fatal, xs[fatal]))
     done += [trajectory.predict(i, xs[i]) for i in range(len(done), len(TYPES))]
     assert_bitwise(done, run(start(plan_of(TYPES), model=model), xs))
+
+
+def test_what_could_not_be_captured_is_not_tried_again() -> None:
+    graphs = FakeGraphs(fail_at=0)
+    engine = Engine(MODEL, make_graphs=lambda _: graphs)
+    recorded = []
+    for _ in range(2):
+        trajectory = start(plan_of(TYPES), engine=engine)
+        run(trajectory, latents())
+        engine.release(trajectory._run.place)
+        recorded.append(graphs.recorded)
+    assert recorded[0] > 0
+    assert recorded[0] == recorded[1]
