@@ -103,7 +103,7 @@ def test_the_whole_trajectory_as_one_graph() -> None:
 
 REUSED = {
     "the same": JOB,
-    "labels": replace(JOB, labels=(0, 3)),
+    "labels": replace(JOB, labels=(3, 0)),  # in the other order, too
     "seed": replace(JOB, seed=5),
     "scale": replace(JOB, scale=4.0),
     "b": replace(JOB, plan=replace(JOB.plan, eps_scale=0.5)),
@@ -222,6 +222,15 @@ def test_nothing_outlives_an_engine_or_a_model_that_is_disabled() -> None:
     disable(model)
     gc.collect()
     assert len(graphs.alive) == 0
+
+
+def test_no_memory_that_outlasts_a_step_is_made_inside_a_capture() -> None:
+    with sampling(quick_engine(FakeGraphs()), JOB) as trajectory:
+        while trajectory.advance():
+            pass
+        workspace = trajectory._place.buffers.workspace.tensors
+        assert workspace
+        assert all(tensor.isfinite().all() for tensor in workspace)  # memory of a graph is poison between replays
 
 
 def test_a_trajectory_that_nobody_ends_gives_its_memory_back_when_it_is_forgotten() -> None:

@@ -55,7 +55,7 @@ def find_tests(root: Path, file: str) -> tuple[str, ...]:
     """The tests of a file, from the root.
 
     A kernel file has its own; a helper without any, those of what imports it. A file of the engine has its own too,
-    and those that run the engine over no kernels, which would take the interpreter's time.
+    those of our own loop, and those that run the engine over no kernels, which would take the interpreter's time.
     """
     return _engine_tests(root, file) if file in engine_files(root) else _kernel_tests(root, file)
 
@@ -64,7 +64,7 @@ def _engine_tests(root: Path, file: str) -> tuple[str, ...]:
     def belongs(path: Path) -> bool:
         names = [*_imports(path)]
         runs_it = any(name.startswith(ENGINE_ENTRIES) for name in names)
-        return path.stem == f"test_{Path(file).stem}" or (runs_it and not any(map(_is_of_kernels, names)))
+        return path.stem in (f"test_{Path(file).stem}", "test_sampling") or (runs_it and not any(map(_is_of_kernels, names)))
 
     return tuple(f"tests/{path.name}" for path in sorted((root / "tests").glob("test_*.py")) if belongs(path))
 

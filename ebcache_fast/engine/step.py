@@ -79,7 +79,7 @@ class StepRunner:
                 slot = cache.slot(layer, branch)
                 if (layer, branch) in computed:
                     norm = self._modulation.norm(layer, b, self._denoiser.norm_eps(layer, branch))
-                    if not started and not pending.branches:
+                    if not pending.branches:
                         self._ends.embed_norm_modulate(x, norm, next(reads), h, u)
                     else:
                         if not started:
