@@ -19,8 +19,6 @@ with pytest.MonkeyPatch.context() as patch:
     from bench.mutants.tree import copy_tree, find_tests
     from bench.mutants.worker import Run
 
-SAMPLE = 8  # mutants of the real kernels in every run of the tests
-
 # ---------------------------------------------------------------------------------------------- operators
 
 
@@ -449,14 +447,14 @@ def test_tests_that_killed_come_first_then_the_quickest() -> None:
     ]
 
 
-# -------------------------------------------------------------------------------------------- the real kernels
+# ------------------------------------------------------------------------------------- the real kernels and engine
 
 
 # Of which every mutant was tried, and every survivor killed since, or explained.
-CLEARED = tuple(
-    f"kernels/{name}.py"
-    for name in (
+CLEARED = {
+    "kernels": (
         "_features",
+        "_order",
         "_patches",
         "_stream",
         "attention",
@@ -466,17 +464,19 @@ CLEARED = tuple(
         "head",
         "linear_gelu",
         "run",
-    )
-)
+    ),
+    "ebcache_fast/engine": ("feature_cache", "step", "step_clock", "step_scheduler", "workspace"),
+}
 
 
 @pytest.mark.slow
-def test_a_sample_of_the_kernels_mutants_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
-    """The seed is of the kernels and their tests: one state of them always has one sample, a changed one another."""
+@pytest.mark.parametrize(("folder", "sample"), [("kernels", 8), ("ebcache_fast/engine", 4)])
+def test_a_sample_of_the_mutants_is_killed(folder: str, sample: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The seed is of the sources: one state of them always has one sample, a changed one another."""
     digest = sha256()
-    for path in sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("tests/test_kernels_*.py")]):
+    for path in sorted([*ROOT.glob(f"{folder}/*.py"), *ROOT.glob("tests/test_kernels_*.py")]):
         digest.update(path.read_bytes())
     seed = int.from_bytes(digest.digest()[:4])
-    only = [word for file in CLEARED for word in ("--only", file)]
-    status = main(["--sample", str(SAMPLE), "--seed", str(seed), *only])
+    only = [word for name in CLEARED[folder] for word in ("--only", f"{folder}/{name}.py")]
+    status = main(["--sample", str(sample), "--seed", str(seed), *only])
     assert status == 0, "\n".join((f"seed {seed}", *capsys.readouterr()))

@@ -44,10 +44,9 @@ class StepScheduler:
     def dispatches(self) -> tuple[Dispatch, ...]:
         """The whole plan for our own loop: steps that compute nothing in runs of up to `LONGEST_RUN`."""
         found: list[Dispatch] = []
-        for plan in self.plan.steps:
-            last = found[-1] if found else None
-            if last and plan.computes_nothing and last.plan == plan and last.steps < LONGEST_RUN:
-                found[-1] = Dispatch(plan, last.steps + 1)
+        for plan in self.plan.steps:  # the first of which computes everything
+            if plan.computes_nothing and found[-1].plan == plan and found[-1].steps < LONGEST_RUN:
+                found[-1] = Dispatch(plan, found[-1].steps + 1)
             else:
                 found.append(Dispatch(plan, 1))
         return tuple(found)
