@@ -64,9 +64,14 @@ def _engine_tests(root: Path, file: str) -> tuple[str, ...]:
     def belongs(path: Path) -> bool:
         names = [*_imports(path)]
         runs_it = any(name.startswith(ENGINE_ENTRIES) for name in names)
-        return path.stem in (f"test_{Path(file).stem}", "test_sampling") or (runs_it and not any(map(_is_of_kernels, names)))
+        own = path.stem in (f"test_{Path(file).stem}", "test_sampling")
+        return own or (runs_it and not any(map(_is_of_kernels, names)))
 
-    return tuple(f"tests/{path.name}" for path in sorted((root / "tests").glob("test_*.py")) if belongs(path))
+    def comes_late(path: Path) -> bool:
+        return path.stem not in (f"test_{Path(file).stem}", "test_engine")  # those kill most, and soon
+
+    found = sorted(path for path in (root / "tests").glob("test_*.py") if belongs(path))
+    return tuple(f"tests/{path.name}" for path in sorted(found, key=comes_late))
 
 
 def _is_of_kernels(name: str) -> bool:
