@@ -243,6 +243,14 @@ def test_a_refusal_is_over_when_a_run_begins_again(model: DiT) -> None:
     assert stats(model).refreshed == {**before, AGAIN: 1}
 
 
+def test_a_call_before_the_first_step_is_no_run_that_began(model: DiT) -> None:
+    enable(model, plan_of())
+    x = latents(model)[0]
+    for t in (501, 930, 700, 700):
+        call(model, x, t, LABELS)
+    assert stats(model).refreshed == {"a timestep is not in the plan": 1, AGAIN: 1}
+
+
 def test_changed_weights_do_not_tell_runs_apart(model: DiT) -> None:
     enable(model, plan_of())
     x = latents(model)[0]

@@ -465,7 +465,7 @@ CLEARED = {
         "linear_gelu",
         "run",
     ),
-    "ebcache_fast/engine": ("feature_cache", "step", "step_clock", "step_scheduler", "workspace"),
+    "ebcache_fast/engine": ("feature_cache", "order_guard", "step", "step_clock", "step_scheduler", "workspace"),
 }
 
 
