@@ -18,7 +18,7 @@ from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.trajectory import Prediction, split
-from ebcache_fast.errors import InputError
+from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.plan import Action, Branch, Plan, Slot, StepPlan, StepType
 
@@ -295,3 +295,12 @@ def test_what_could_not_be_captured_is_not_tried_again() -> None:
         recorded.append(graphs.recorded)
     assert recorded[0] > 0
     assert recorded[0] == recorded[1]
+
+
+def test_a_run_of_our_own_loop_that_has_ended_can_not_go_on() -> None:
+    plan, noise = plan_of(TYPES), latents()[:1]
+    rows = torch.zeros(len(TYPES), 6)
+    with Engine(MODEL).sampling(plan, LABELS, Guidance(1.5), rows, noise) as trajectory:
+        assert trajectory.advance() == 1
+    with pytest.raises(TrajectoryError, match=r"has ended, .*; begin a new run$"):
+        trajectory.advance()

@@ -202,7 +202,7 @@ class CachedForward:
         except InputError as error:  # too little memory: all else was checked
             if self.options.strict:
                 raise
-            raise DeclinedError(f"too little memory: {error}") from error
+            raise DeclinedError("too little memory for the caches") from error
         lane = self._lanes[key] = Lane(trajectory, weights, began_anew)
         return lane
 

@@ -108,6 +108,8 @@ class Engine:
         """
         dispatches = StepScheduler(plan).dispatches()
         works = [dispatches] if self.options.whole_trajectory else [(dispatch,) for dispatch in dispatches]
+        with self._lock:
+            self._follow_the_weights()
         if module := self.denoiser.passed_over_hooks():
             raise InputError(f"{module} has hooks, and no part of the engine calls it; remove them, or hook its layers")
         ending = Ending.UPDATE_WITH_NOISE if len(noise) > 1 else Ending.UPDATE
@@ -121,7 +123,11 @@ class Engine:
             update.rows.copy_(rows)
             if update.noise is not None:
                 update.noise.copy_(noise[1:])
-            yield Trajectory(place, ready)
+            trajectory = Trajectory(place, ready)
+            try:
+                yield trajectory
+            finally:
+                trajectory.end()
         finally:
             self.release(place)
 
@@ -199,11 +205,10 @@ class Engine:
     def _new_place(self, spec: BufferSpec) -> BufferSet:
         device = self.denoiser.weight().device
         graphs, why = self._make_graphs(device), f"no CUDA graphs on a {device.type} device"
-        if graphs is not None and (self._made_of.watched or spec.numerics.autocast):
-            why = "the model's layers have hooks" if self._made_of.watched else "autocast"
+        if graphs is not None and (python := self._python_in_the_way(spec)) is not None:
             if self.options.strict:
-                raise CaptureError(f"no step can be a CUDA graph: {why}; do without, or pass strict=False")
-            graphs = None
+                raise CaptureError(f"no step can be a CUDA graph: {python}; do without, or pass strict=False")
+            graphs, why = None, python
         make = partial(BufferSet, spec, self.model, self.denoiser, self.operations, graphs, why, self.counts)
         with torch.inference_mode(mode=False):  # else only that mode could write to its memory
             try:
@@ -213,6 +218,15 @@ class Engine:
                     raise
             self._idle.clear()
             return make()
+
+    def _python_in_the_way(self, spec: BufferSpec) -> str | None:
+        """What a graph would leave out, or keep as it was when captured."""
+        if self._made_of.watched:
+            return "the model's layers have hooks"
+        if spec.numerics.autocast:
+            return "autocast"
+        foreign = self.denoiser.foreign_layer()
+        return None if foreign is None else f"{foreign} is no layer of torch's own"
 
     def _prepare(self, place: BufferSet, works: Sequence[Work]) -> list[Ready]:
         room = self.options.max_graphs - sum(one.graphs for one in [*self._idle, *self._leased])

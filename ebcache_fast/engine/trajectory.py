@@ -28,7 +28,8 @@ class Trajectory:
 
     def __init__(self, place: BufferSet, ready: Sequence[Ready]) -> None:
         self._place, self._waiting = place, list(reversed(ready))
-        self._done, self._has_failed = 0, False
+        self._done = 0
+        self._why_over: str | None = None
 
     @property
     def x(self) -> Tensor:
@@ -38,18 +39,23 @@ class Trajectory:
     def advance(self) -> int:
         """Run what is to be run at once, in place; returns how many steps that were, 0 at the end.
 
-        After a step that failed there are no more: it may have moved the latents. TrajectoryError says so.
+        After a step that failed, which may have moved the latents, and after the end there are no more:
+        TrajectoryError.
         """
-        if self._has_failed:
-            raise TrajectoryError("a step of this run failed, perhaps half way through; begin the run again")
+        if self._why_over is not None:
+            raise TrajectoryError(f"{self._why_over}; begin a new run")
         if not self._waiting:
             return 0
         ready = self._waiting.pop()
-        self._has_failed = True  # unless all goes well
+        self._why_over = "a step of this run failed, perhaps half way through"  # unless all goes well
         self._place.run(ready, self._done)
-        self._has_failed = False
+        self._why_over = None
         self._done += len(ready.names)
         return len(ready.names)
+
+    def end(self) -> None:
+        """Its memory is another run's from now on."""
+        self._why_over = "this run has ended, and its memory is another's"
 
 
 class ForwardTrajectory:

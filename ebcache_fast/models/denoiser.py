@@ -66,6 +66,10 @@ class Denoiser(Protocol):
         """A module that has hooks, or a forward of its own, and that the engine does not call; None without any."""
         ...
 
+    def foreign_layer(self) -> str | None:
+        """A layer that the engine calls and that is not torch's own: its Python may hold what a graph would keep."""
+        ...
+
     @property
     def out_channels(self) -> int:
         """Channels of the output: C of eps, and as many of the variance interpolation if the model learned it."""

@@ -146,6 +146,13 @@ class DiTDenoiser:
         of_layers = (f"blocks.{i}{name}" for i in range(len(self._blocks)) for name in of_a_layer)
         return next((path for path in (*of_the_whole, *of_layers) if _is_watched(attrgetter(path)(self._model))), None)
 
+    def foreign_layer(self) -> str | None:
+        ends = () if self.has_plain_ends else ("x_embedder", "final_layer.linear")
+        called = (*(f"attn.{name}" for name in ("qkv", "proj", "q_norm", "k_norm")), "mlp.fc1", "mlp.act", "mlp.fc2")
+        of_layers = (f"blocks.{i}.{name}" for i in range(len(self._blocks)) for name in called)
+        there = ((path, attrgetter(path)(self._model)) for path in (*ends, *of_layers) if _has(self._model, path))
+        return next((path for path, layer in there if not all(map(_is_torchs_own, layer.modules()))), None)
+
     @property
     def has_plain_ends(self) -> bool:
         embedder, final = self._model.x_embedder, self._model.final_layer
@@ -180,6 +187,10 @@ class DiTDenoiser:
     @property
     def _patch_size(self) -> int:
         return cast(int, self._model.x_embedder.proj.kernel_size[0])
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules")
 
 
 def _has(model: nn.Module, path: str) -> bool:
