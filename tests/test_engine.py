@@ -13,7 +13,7 @@ from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error
 from torch import Tensor
 
 from ebcache_fast.engine.buffers import Ending, latent_dtype
-from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.engine import Batch, Engine, EngineOptions
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
@@ -295,6 +295,16 @@ def test_what_could_not_be_captured_is_not_tried_again() -> None:
         recorded.append(graphs.recorded)
     assert recorded[0] > 0
     assert recorded[0] == recorded[1]
+
+
+def test_idle_graphs_give_way_to_those_of_another_batch() -> None:
+    engine = Engine(MODEL, EngineOptions(max_graphs=len(set(TYPES))), make_graphs=lambda _: FakeGraphs())
+    for labels in (LABELS, LABELS[:2]):
+        trajectory = start(plan_of(TYPES), labels, engine=engine)
+        trajectory.predict(0, latents()[0][: len(labels)])
+        engine.release(trajectory._run.place)
+    assert engine.stats.replays == 2
+    assert engine.stats.graphs == len(set(TYPES))
 
 
 def test_a_run_of_our_own_loop_that_has_ended_can_not_go_on() -> None:

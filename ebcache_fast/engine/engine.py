@@ -229,5 +229,11 @@ class Engine:
         return None if foreign is None else f"{foreign} is no layer of torch's own"
 
     def _prepare(self, place: BufferSet, works: Sequence[Work]) -> list[Ready]:
-        room = self.options.max_graphs - sum(one.graphs for one in [*self._idle, *self._leased])
-        return place.prepare(works, room, strict=self.options.strict)
+        with self._lock:
+            wanted = len(set(works)) - place.graphs
+            while self._idle and self._room_for_graphs() < wanted:
+                del self._idle[0]  # used longest ago
+        return place.prepare(works, self._room_for_graphs(), strict=self.options.strict)
+
+    def _room_for_graphs(self) -> int:
+        return self.options.max_graphs - sum(one.graphs for one in [*self._idle, *self._leased])
