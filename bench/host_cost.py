@@ -8,9 +8,8 @@ steps but the first and the last, which begin and end the run, and what is told 
 rounds. The drop-in's tensor operations (reading x, t and y, copying x in and the output out) are part of its figure: on
 a CPU they run at once, where a GPU's host would only launch them.
 
-The fingerprint is timed within each call and subtracted. It takes a millisecond and more, and on a machine that does
-other work as well the processor's caches are cold after any such pause, a walk or not. So the same steps back to back,
-with a fingerprint that was made before, are told beside it.
+The fingerprint is timed within each call and subtracted. It takes a millisecond and more, and steps that follow it are
+slower than the same steps back to back with a fingerprint that was made before, which are told beside it.
 
 It writes bench/results/host-cost.json.
 """

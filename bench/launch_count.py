@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
 from ebcache_fast import ops
-from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.engine import Engine, no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, launch, linear_gelu, run
 from ebcache_fast.models import as_denoiser
@@ -93,7 +93,7 @@ def count_trajectory(
     branches = tuple(cost.branch for cost in denoiser.shape.branches)
     plan = Plan.from_types(types, stepper.timesteps, denoiser.shape.depth, branches)
     noise = trajectory_noise(0, range(1), len(types) if stepper.draws_noise else 0, denoiser.latent_shape)
-    engine = Engine(model, operations=operations(device), make_graphs=lambda _: None)
+    engine = Engine(model, operations=operations(device), make_graphs=no_graphs)
     labels, rows = torch.tensor([1], device=device), torch.tensor(stepper.rows)
     counts, done = {}, 0
     with engine.sampling(plan, labels, Guidance(cfg_scale), rows, noise) as trajectory:

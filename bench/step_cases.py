@@ -16,7 +16,7 @@ from bench.ceilings import Ceilings
 from bench.kernel_contenders import Work
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.engine.buffers import latent_dtype
-from ebcache_fast.engine.engine import Engine, EngineOptions, cuda_graphs
+from ebcache_fast.engine.engine import Engine, EngineOptions, cuda_graphs, no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.models import DIT_MODELS, as_denoiser
@@ -74,7 +74,7 @@ def plan_of(table: str, shape: ModelShape) -> Plan:
 
 def kind_of(dispatch: Dispatch) -> str:
     """How a dispatch of `STEPS` is called."""
-    name = "MIXED" if dispatch.plan.step_type is None else dispatch.plan.step_type.name
+    name = dispatch.plan.type_name
     return name if dispatch.steps == 1 else f"run of {dispatch.steps} {name}"
 
 
@@ -106,7 +106,7 @@ class Contender:
 
     @classmethod
     def of(cls, name: str, model: nn.Module, plan: Plan, samples: int) -> "Contender":
-        make_graphs = (lambda _: None) if name == EAGER else cuda_graphs
+        make_graphs = no_graphs if name == EAGER else cuda_graphs
         options = EngineOptions(strict=name != EAGER, whole_trajectory=name == WHOLE, max_trajectories=1)
         return cls(Engine(model, options, make_graphs=make_graphs), plan, samples)
 

@@ -139,7 +139,7 @@ def judge_runs(
         results.append(
             Result(
                 name=method.name,
-                step_types=tuple("MIXED" if s.step_type is None else s.step_type.name for s in method.plan.steps),
+                step_types=tuple(step.type_name for step in method.plan.steps),
                 eps_scale=method.plan.eps_scale,
                 macs=macs,
                 mac_limit=base_macs / macs,

@@ -124,6 +124,11 @@ class StepPlan:
         types = (t for t in StepType if StepPlan.uniform(t, self.depth, self.branches) == self)
         return next(types, None)
 
+    @property
+    def type_name(self) -> str:
+        """The name of its step type, "MIXED" where it has none."""
+        return "MIXED" if self.step_type is None else self.step_type.name
+
     @cached_property
     def computed(self) -> tuple[Slot, ...]:
         """The slots this step computes and stores, in order of execution."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.engine.engine import cuda_graphs
+from ebcache_fast.engine.engine import cuda_graphs, no_graphs
 from ebcache_fast.files import make_folder
 from ebcache_fast.pictures import save_picture
 from ebcache_fast.profiling import Probe, ProfiledEngine, time_run, trace_run
@@ -37,7 +37,7 @@ def profile_into(
     """
     make_folder(folder)
     probe = Probe()
-    engine = ProfiledEngine(model, probe, make_graphs=_no_graphs if eager else cuda_graphs)
+    engine = ProfiledEngine(model, probe, make_graphs=no_graphs if eager else cuda_graphs)
     run = partial(sample, model, labels, table=table, batch_size=len(labels), engine=engine, **arguments)
     run()  # allocates, compiles, captures
     weight = engine.denoiser.weight()
@@ -55,10 +55,6 @@ def profile_into(
         written.append(folder / "trace.json")
         trace_run(run, probe, weight.device, written[2])
     return timeline, written
-
-
-def _no_graphs(device: torch.device) -> None:
-    """Capture nothing, whatever the device."""
 
 
 def _name(device: torch.device) -> str:

@@ -71,8 +71,8 @@ class Timeline:
         """What a plan says before any run: the multiply-accumulates of one guidance branch of one sample."""
         costs = [macs / 1e9 for macs in plan.step_macs(shape)]
         starts = accumulate(costs[:-1], initial=0.0)
-        names = ("MIXED" if step.step_type is None else step.step_type.name for step in plan.steps)
-        spans = tuple(Span((name,), start, cost) for name, start, cost in zip(names, starts, costs, strict=True))
+        steps = zip(plan.steps, starts, costs, strict=True)
+        spans = tuple(Span((step.type_name,), start, cost) for step, start, cost in steps)
         return cls("GMACs", spans, sum(costs) * plan.mac_limit(shape), about)
 
     @classmethod

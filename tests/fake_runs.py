@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ebcache_fast import enable
 from ebcache_fast.dropin import cached_forward
-from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.engine import Engine, no_graphs
 from ebcache_fast.engine.graphs import Graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Trajectory
@@ -29,10 +29,6 @@ TYPES = (NO, ATTENTION, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, MLP, NO)
 SMALLEST = {"hidden_size": 8, "input_size": 4, "patch_size": 2, "in_channels": 1, "num_heads": 1}
 
 MakeGraphs = Callable[[torch.device], Graphs | None]
-
-
-def no_graphs(_: torch.device) -> None:
-    """What an engine gets where nothing captures."""
 
 
 def over(graphs: FakeGraphs) -> MakeGraphs:

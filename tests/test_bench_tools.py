@@ -198,7 +198,9 @@ def test_a_judge_knows_right_from_wrong_and_leaves_operands_alone(monkeypatch: p
     judge = Judge(call)
 
     def kernel(result: Callable[..., object]) -> None:
-        launcher = lambda *arguments, early: result(*arguments)  # noqa: E731
+        def launcher(*arguments: Any, early: bool) -> None:
+            result(*arguments)
+
         monkeypatch.setattr(gated_residual, "gated_residual_norm_modulate", launcher)
 
     kernel(reference.gated_residual_norm_modulate)

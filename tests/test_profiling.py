@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ebcache_fast import ops, profile_job, profiling
 from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.engine.engine import no_graphs
 from ebcache_fast.engine.graphs import Graphs
 from ebcache_fast.errors import InputError, JobError
 from ebcache_fast.plan import StepType
@@ -30,10 +31,6 @@ NO, ATTENTION, ATTN_MLP, MLP = StepType
 TABLE = CacheTable([999, 700, 400, 200, 0], [NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO])
 DISPATCHES = ["NO_CACHE", "ATTN_MLP", "ATTENTION", "NO_CACHE"]
 NORM, EMBED, HEAD = "gated_residual_norm_modulate", "embedding / embed_norm_modulate", "head / head_update"
-
-
-def no_graphs(_: torch.device) -> None:
-    """What an engine gets where nothing captures."""
 
 
 def run(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.engine import Batch, Engine, no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
@@ -44,7 +44,7 @@ class _Probe:
     """Two rows with labels of their own at a plan's first timestep."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._model, self._engine = model, Engine(model, make_graphs=lambda _: None)
+        self._model, self._engine = model, Engine(model, make_graphs=no_graphs)
         denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
         generator = torch.Generator("cpu").manual_seed(0)
         noise = torch.randn(2, *denoiser.latent_shape, generator=generator, device="cpu")

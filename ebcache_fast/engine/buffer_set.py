@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
 from ebcache_fast.engine.graphs import Graph, Graphs
-from ebcache_fast.engine.stats import Counts, type_name
+from ebcache_fast.engine.stats import Counts
 from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.errors import CaptureError
@@ -129,7 +129,7 @@ class BufferSet:
         self._refused[work] = why
 
     def _ready(self, work: Work) -> Ready:
-        names = tuple(type_name(dispatch.plan) for dispatch in work for _ in range(dispatch.steps))
+        names = tuple(dispatch.plan.type_name for dispatch in work for _ in range(dispatch.steps))
         hits = sum(dispatch.steps * len(dispatch.plan.reused) for dispatch in work)
         graph = self._graphs.get(work)
         if graph is not None:

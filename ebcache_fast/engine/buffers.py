@@ -116,7 +116,6 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
         return torch.empty(shape, dtype=latent_dtype(denoiser), device=weight.device)
 
     noisy = spec.ending is Ending.UPDATE_WITH_NOISE
-    cache_bytes = _cache_bytes(spec, denoiser)
     try:
         return Buffers(
             guard=OrderGuard.of(spec.rows, spec.steps + SPARE_ROWS, weight.device),
@@ -129,11 +128,8 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
             workspace=Workspace(weight.dtype, weight.device),
         )
     except torch.OutOfMemoryError as error:
+        cache_bytes = len(spec.live) * spec.rows * denoiser.shape.slot_elements * weight.itemsize
         raise InputError(
             f"a batch of {spec.rows} rows needs {cache_bytes / 2**30:.2f} GiB of cache and more for its modulation, "
             f"which {weight.device} does not have ({str(error).splitlines()[0]}); sample fewer at once"
         ) from error
-
-
-def _cache_bytes(spec: BufferSpec, denoiser: Denoiser) -> int:
-    return len(spec.live) * spec.rows * denoiser.shape.slot_elements * denoiser.weight().itemsize

@@ -61,6 +61,10 @@ def cuda_graphs(device: torch.device) -> Graphs | None:
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
+def no_graphs(device: torch.device) -> None:
+    """Capture nothing, whatever the device."""
+
+
 class Engine:
     """Runs trajectories of ``model``, under any plans for it.
 
@@ -108,8 +112,7 @@ class Engine:
         """
         dispatches = StepScheduler(plan).dispatches()
         works = [dispatches] if self.options.whole_trajectory else [(dispatch,) for dispatch in dispatches]
-        with self._lock:
-            self._follow_the_weights()
+        self._follow_the_weights()
         if module := self.denoiser.passed_over_hooks():
             raise InputError(f"{module} has hooks, and no part of the engine calls it; remove them, or hook its layers")
         ending = Ending.UPDATE_WITH_NOISE if len(noise) > 1 else Ending.UPDATE
@@ -134,6 +137,7 @@ class Engine:
     @torch.no_grad()
     def forward_run(self, plan: Plan, batch: Batch, ending: Ending) -> ForwardTrajectory:
         """A run of somebody else's loop; its ``place`` must be released. Raises as `sampling` does."""
+        self._follow_the_weights()
         place = self._lease(plan, batch, ending)
         try:
             ready = self._prepare(place, [(Dispatch(step, 1),) for step in plan.steps])
@@ -160,7 +164,6 @@ class Engine:
 
     def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
         with self._lock:
-            self._follow_the_weights()
             rows = len(batch.row_labels)
             spec = BufferSpec(
                 ending=ending,
@@ -185,12 +188,13 @@ class Engine:
 
     def _follow_the_weights(self) -> None:
         """Forget whatever was captured of weights that lie elsewhere by now, or of modules that were replaced."""
-        made_of = fingerprint(self.model)
-        if made_of.parts != self._made_of.parts:
-            self.denoiser = self._make_denoiser(self.model)
-            self._idle.clear()
-            self._leased.clear()
-        self._made_of = made_of
+        with self._lock:
+            made_of = fingerprint(self.model)
+            if made_of.parts != self._made_of.parts:
+                self.denoiser = self._make_denoiser(self.model)
+                self._idle.clear()
+                self._leased.clear()
+            self._made_of = made_of
 
     def _make_room(self) -> None:
         limit = self.options.max_trajectories
