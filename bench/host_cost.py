@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ from ebcache_fast import enabled
 from ebcache_fast.demo import machine
 from ebcache_fast.dropin import cached_forward
 from ebcache_fast.engine.engine import Engine
-from ebcache_fast.engine.fingerprint import Fingerprint, fingerprint
+from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.graphs import Graph
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.models import DiT
@@ -74,27 +73,25 @@ class EmptyGraphs:
 EmptyEngine = partial(Engine, make_graphs=EmptyGraphs)
 
 
-@dataclass
-class TimedFingerprint:
-    """`fingerprint`, and how long it took last."""
+class TimedWatch(Watch):
+    """A `Watch`, and how long its last look took."""
 
-    seconds: float = 0.0
+    seconds = 0.0
 
-    def __call__(self, model: nn.Module) -> Fingerprint:
+    def look(self) -> Fingerprint:
         start = time.perf_counter()
-        found = fingerprint(model)
+        found = super().look()
         self.seconds = time.perf_counter() - start
         return found
 
 
-class KnownFingerprint:
-    """The fingerprint of a model as it was, in no time."""
+class KnowingWatch(Watch):
+    """A `Watch` that looked once, and knows from then on."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._known, self.seconds = fingerprint(model), 0.0
+    seconds = 0.0
 
-    def __call__(self, model: nn.Module) -> Fingerprint:
-        return self._known
+    def look(self) -> Fingerprint:
+        return self._seen or super().look()
 
 
 def make_model() -> tuple[nn.Module, Plan]:
@@ -118,7 +115,7 @@ def own_loop(engine: Engine, plan: Plan) -> Iterator[Step]:
 
 
 @torch.no_grad()
-def calls(model: nn.Module, plan: Plan, watch: TimedFingerprint | KnownFingerprint) -> Iterator[Step]:
+def calls(model: nn.Module, plan: Plan, watch: TimedWatch | KnowingWatch) -> Iterator[Step]:
     """One guided call of the enabled model a step."""
     x, y = torch.randn(2, *LATENTS), torch.tensor([1, 5])
     for t in plan.timesteps:
@@ -129,16 +126,16 @@ def calls(model: nn.Module, plan: Plan, watch: TimedFingerprint | KnownFingerpri
 
 
 @contextmanager
-def dropped_in(*, trust_order: bool, remembered: bool) -> Iterator[Run]:
-    """Runs of an enabled model of its own; ``remembered``: with a fingerprint that was made before."""
+def dropped_in(watch: type[TimedWatch] | type[KnowingWatch], *, trust_order: bool) -> Iterator[Run]:
+    """Runs of an enabled model of its own, looked at by ``watch``."""
     model, plan = make_model()
+    with patch.object(cached_forward, "Watch", watch), enabled(model, plan, trust_order=trust_order):
+        looking = vars(model)[cached_forward.ATTRIBUTE]._watch
 
-    def run() -> Iterator[Step]:
-        watch = KnownFingerprint(model) if remembered else TimedFingerprint()
-        with patch.multiple(cached_forward, Engine=EmptyEngine, fingerprint=watch):
-            yield from calls(model, plan, watch)
+        def run() -> Iterator[Step]:
+            with patch.object(cached_forward, "Engine", EmptyEngine):
+                yield from calls(model, plan, looking)
 
-    with enabled(model, plan, trust_order=trust_order):
         yield run
 
 
@@ -152,10 +149,10 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
     """Microseconds a step, by way: without the fingerprint, the fingerprint's own, and without one to make at all."""
     with (
         our_own() as own,
-        dropped_in(trust_order=False, remembered=False) as default,
-        dropped_in(trust_order=True, remembered=False) as trusting,
-        dropped_in(trust_order=False, remembered=True) as default_warm,
-        dropped_in(trust_order=True, remembered=True) as trusting_warm,
+        dropped_in(TimedWatch, trust_order=False) as default,
+        dropped_in(TimedWatch, trust_order=True) as trusting,
+        dropped_in(KnowingWatch, trust_order=False) as default_warm,
+        dropped_in(KnowingWatch, trust_order=True) as trusting_warm,
     ):
         runs = own, default, trusting, default_warm, trusting_warm
         turns = [[list(run())[1:-1] for run in runs] for _ in range(rounds + 1)]

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_dit
-from torch import nn
 
 from bench import host_cost, launches, report, step_cases
 from bench.ceilings import Ceilings
 from bench.kernel_contenders import Work
 from bench.launch_count import Launches
-from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.step_scheduler import StepScheduler
 from ebcache_fast.models import DiTDenoiser
 from ebcache_fast.plan import StepType
@@ -96,17 +95,17 @@ def test_the_fingerprint_is_subtracted_and_rounds_are_told_by_their_medians() ->
 
 
 def test_host_cost_of_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[nn.Module] = []
-    real = host_cost.fingerprint
+    looks: list[Watch] = []
 
-    def noted(model: nn.Module) -> Fingerprint:
-        made.append(model)
-        return real(model)
+    class NotedWatch(host_cost.TimedWatch):
+        def look(self) -> Fingerprint:
+            looks.append(self)
+            return super().look()
 
     monkeypatch.setattr(host_cost, "LAYERS", 1)
-    monkeypatch.setattr(host_cost, "fingerprint", noted)
+    monkeypatch.setattr(host_cost, "TimedWatch", NotedWatch)
     assert host_cost.main(["--rounds", "2", "--out", str(tmp_path / "cost.json")]) == 0
-    assert len(made) == 2 * 3 * (host_cost.STEPS + 1)  # two that make it at each call, and two that know it by round
+    assert len(looks) == 2 * 3 * host_cost.STEPS  # of two drop-ins, in two rounds and the one before them
     found = json.loads((tmp_path / "cost.json").read_text())
     assert list(found["ways"]) == [host_cost.OWN_LOOP, host_cost.DEFAULT, host_cost.TRUSTING]
     assert all(figure["median"] > 0 for way in found["ways"].values() for figure in way.values())

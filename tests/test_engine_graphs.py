@@ -42,7 +42,7 @@ MIXED = Job(mixed_plan(["CC CC", "RC CR", "RR RR", "RR RR", "RR RC"]))
 VIEWS = {"aten.slice.Tensor", "aten.alias.default"}
 COPY = "aten.copy_.default"
 # t, y and x into static memory; after the replay the output's copy, a look at the flag on the host, and its next copy.
-AROUND_A_REPLAY = [COPY] * 3 + ["aten._to_copy.default", "aten._local_scalar_dense.default", COPY]
+AROUND_A_REPLAY = [COPY] * 3 + ["aten.clone.default", "aten._local_scalar_dense.default", COPY]
 
 
 def tiny(dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: object) -> DiT:

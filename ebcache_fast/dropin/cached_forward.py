@@ -17,7 +17,7 @@ from ebcache_fast.dropin.own_forward import Method, OwnForward
 from ebcache_fast.dropin.probe import probe
 from ebcache_fast.engine.buffers import Ending, Numerics
 from ebcache_fast.engine.engine import Engine, EngineOptions
-from ebcache_fast.engine.fingerprint import Fingerprint, fingerprint
+from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Arrival, StepScheduler
 from ebcache_fast.errors import EBCacheError, InputError, TrajectoryError
@@ -60,7 +60,8 @@ class CachedForward:
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the one called last at the end
         self._originals, self._refreshed = Counter[str](), Counter[str]()
         self._lock = RLock()
-        self._parts: bytes | None = None  # those of the fingerprint that was looked at last
+        self._watch = Watch(self.model)
+        self._parts: Columns | None = None  # those of the fingerprint that was looked at last
         self._modules = list[nn.Module]()  # that were probed
         self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
         self._misfit: str | None = None  # why the model can't be answered for as it is now
@@ -137,7 +138,7 @@ class CachedForward:
             raise DeclinedError("cfg_scale differs within the batch")
 
     def _cached(self, call: ModelCall) -> Tensor:
-        weights = fingerprint(self.model)  # while the device may be busy with the last call still
+        weights = self._watch.look()  # while the device may be busy with the last call still
         if weights.parts != self._parts:
             self._look_again()
             self._parts = weights.parts
@@ -187,10 +188,11 @@ class CachedForward:
             if self.options.strict:
                 raise TrajectoryError(f"t={t:g} was not expected: {why}; strict=False computes such a step in full")
             _count(self._refreshed, why, "a step computes everything")
+            arrival = arrival._replace(planned=False)
         if lane is None or arrival.begins or lane.weights != weights:
             lane = self._begin(key, call, weights, began_anew=lane is not None and lane.is_begun_anew(arrival))
         self._lanes.move_to_end(key)
-        return self._run(lane, key, arrival._replace(planned=why is None), t, call)
+        return self._run(lane, key, arrival, t, call)
 
     def _begin(self, key: Hashable, call: ModelCall, weights: Fingerprint, *, began_anew: bool = False) -> Lane:
         if key in self._lanes:

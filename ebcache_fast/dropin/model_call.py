@@ -85,7 +85,7 @@ class ModelCall(NamedTuple):
         InputError for a label that the model does not have, or latents that are not finite.
         """
         total = self.x.sum(dtype=torch.float64)  # not finite where any number is not
-        y, (x,), t = numbers_of(self.y, total.view(1), self.t.flatten())
+        y, (x,), t = numbers_of(self.y, total, self.t)
         labels, timesteps = tuple(map(int, y)), frozenset(t)
         highest = denoiser.num_classes - 1 + denoiser.has_null_label
         if not 0 <= min(labels) <= max(labels) <= highest:
@@ -99,10 +99,14 @@ class ModelCall(NamedTuple):
 
 
 def numbers_of(*tensors: Tensor) -> list[list[float]]:
-    """What tensors (n,) hold: those of a GPU by one awaited copy of all, in float64, those of the host as they are."""
-    away = [tensor.double() for tensor in tensors if not tensor.is_cpu]
+    """What tensors (n,) or () hold: of a GPU by one awaited copy of all, in float64, of the host as they are."""
+    away = [tensor.double().flatten() for tensor in tensors if not tensor.is_cpu]
     copied = iter(torch.cat(away).tolist() if away else ())
-    return [tensor.tolist() if tensor.is_cpu else list(islice(copied, len(tensor))) for tensor in tensors]
+    return [_held(tensor) if tensor.is_cpu else list(islice(copied, tensor.numel())) for tensor in tensors]
+
+
+def _held(tensor: Tensor) -> list[float]:
+    return tensor.tolist() if tensor.ndim else [tensor.item()]
 
 
 def _joined(sizes: Iterable[int]) -> str:

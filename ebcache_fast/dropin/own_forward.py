@@ -10,6 +10,12 @@ from torch import Tensor, nn
 Method = Callable[..., Tensor]
 
 
+class _Asking(local):
+    """Of each thread: how often it asks the model itself right now, one question within another."""
+
+    depth = 0
+
+
 class OwnForward:
     """``forward`` and its kin of one model, whether its class or the instance itself has them."""
 
@@ -18,14 +24,14 @@ class OwnForward:
         self._replaced: dict[str, Method] = {}  # what the instance itself had
         self._above: dict[str, Method] = {}  # what somebody had put around the replacements when they were removed
         self.is_replaced = False
-        self._asking = local()
+        self._asking = _Asking()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_asking"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._asking = local()
+        self._asking = _Asking()
 
     def replace(self, methods: Mapping[str, Method]) -> None:
         """Let the model answer with these."""
@@ -54,12 +60,12 @@ class OwnForward:
     @property
     def is_asked(self) -> bool:
         """Whether the model itself is to answer now: it is in its own place, or asked, and calls itself."""
-        return not self.is_replaced or getattr(self._asking, "depth", 0) > 0
+        return not self.is_replaced or self._asking.depth > 0
 
     @contextmanager
     def asked(self) -> Iterator[None]:
         """While this lasts, the model itself answers whatever this thread calls."""
-        self._asking.depth = getattr(self._asking, "depth", 0) + 1
+        self._asking.depth += 1
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ebcache_fast import ops
 from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
 from ebcache_fast.engine.buffers import BufferSpec, Ending, Numerics, room_for
-from ebcache_fast.engine.fingerprint import fingerprint
+from ebcache_fast.engine.fingerprint import Watch
 from ebcache_fast.engine.graphs import CudaGraphs, Graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import count_distinct
@@ -83,7 +83,8 @@ class Engine:
         self.model, self.options = model, options or EngineOptions()
         self.counts = Counts()
         self._operations, self._make_graphs, self._make_denoiser = operations, make_graphs, make_denoiser
-        self._made_of = fingerprint(model)
+        self._watch = Watch(model)
+        self._made_of = self._watch.look()
         self.denoiser = make_denoiser(model)
         self._idle: list[BufferSet] = []  # the one used last at the end
         self._leased: list[BufferSet] = []
@@ -189,7 +190,7 @@ class Engine:
     def _follow_the_weights(self) -> None:
         """Forget whatever was captured of weights that lie elsewhere by now, or of modules that were replaced."""
         with self._lock:
-            made_of = fingerprint(self.model)
+            made_of = self._watch.look()
             if made_of.parts != self._made_of.parts:
                 self.denoiser = self._make_denoiser(self.model)
                 self._idle.clear()

@@ -1,12 +1,14 @@
 """What a model is made of right now, so that a graph or a table made from it can tell whether it still holds."""
 
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+Columns = tuple[list[Any], ...]
+INSIDE = list(map(itemgetter, ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")))
 
 
 class Fingerprint(NamedTuple):
@@ -16,43 +18,60 @@ class Fingerprint(NamedTuple):
     trajectory, and graphs read the weights themselves.
     """
 
-    parts: bytes
-    versions: bytes
+    parts: Columns
+    versions: list[int]
     watched: bool  # hooks, or a forward of its own, on some part of the model: Python that a graph would not run
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """The modules, their hooks and the memory of their parameters and buffers.
+class Watch:
+    """Looks at one model time and again: its modules, their hooks and the memory of their parameters and buffers.
 
-    The drop-in asks for it at every call, so it is made of whole columns: loops that Python does not interpret.
+    The drop-in looks at every call, so it is done by whole columns, in loops that Python does not interpret, and the
+    tree of modules is walked only when one of them has others below it than it had.
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._insides: list[dict[str, Any]] = []
+        self._seen: Fingerprint | None = None
+
+    def look(self) -> Fingerprint:
+        """What it is made of now; the very object of the last look where that is the same."""
+        if self._seen is None or _look_at(self._insides) != self._seen:
+            self._insides = list(map(vars, _walk(self._model)))
+            self._seen = _look_at(self._insides)
+        return self._seen
+
+
+def _walk(model: nn.Module) -> list[nn.Module]:
+    """The model and all below it; a module that has two places comes twice."""
     modules, found = [model], [model]
     while found:
-        inner = map(itemgetter("_modules"), map(vars, found))
-        found = [child for child in chain.from_iterable(map(dict.values, inner)) if child is not None]
+        found = [child for child in _values(vars(one)["_modules"] for one in found) if child is not None]
         modules += found
-    own = list(map(vars, modules))
-    tensors = _values(own, "_parameters") + _values(own, "_buffers")
-    below = own[1:]  # the model's own hooks run around a graph, and its own forward may be the one that asks
-    hooks = [len(one["_forward_hooks"]) for one in below]
-    pre_hooks = [len(one["_forward_pre_hooks"]) for one in below]
-    forwards = ["forward" in one for one in below]
-    dtypes = map(attrgetter("dtype"), tensors)
-    columns = map(id, modules), hooks, pre_hooks, forwards, map(id, tensors), map(Tensor.data_ptr, tensors)
+    return modules
+
+
+def _look_at(insides: Sequence[dict[str, Any]]) -> Fingerprint:
+    """The fingerprint of modules of these attributes, the whole model's first."""
+    children, parameters, buffers, hooks, pre_hooks = (list(map(get, insides)) for get in INSIDE)
+    tensors = [one for one in chain(_values(parameters), _values(buffers)) if one is not None]
+    # The model's own hooks run around a graph, and its own forward may be the one that asks.
+    forwards = ["forward" in inside for inside in insides[1:]]
+    python = list(map(len, hooks[1:])), list(map(len, pre_hooks[1:])), forwards
     strides = chain.from_iterable(map(Tensor.stride, tensors))
-    return Fingerprint(
-        array("Q", chain(*columns, map(id, dtypes), strides)).tobytes(),
-        array("Q", _versions(tensors)).tobytes(),
-        any(hooks) or any(pre_hooks) or any(forwards),
-    )
+    memory = map(Tensor.data_ptr, tensors), strides, map(attrgetter("dtype"), tensors)
+    columns = map(id, _values(children)), *python, map(id, tensors), *memory
+    parts = tuple(map(list[Any], columns))
+    return Fingerprint(parts, _versions(tensors), any(chain(*python)))
 
 
-def _values(own: Sequence[dict[str, Any]], name: str) -> list[Tensor]:
-    values = chain.from_iterable(map(dict.values, map(itemgetter(name), own)))
-    return [tensor for tensor in values if tensor is not None]
+def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, filter(None, dicts)))  # most are empty
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    if any(map(Tensor.is_inference, tensors)):  # inference tensors have none
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # inference tensors have none
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return list(map(attrgetter("_version"), tensors))

@@ -1,0 +1,148 @@
+"""What a look at a model tells apart: every change of what a graph or a table was made from, and nothing else."""
+
+from collections.abc import Callable
+from types import MethodType
+
+import pytest
+import torch
+from tiny import tiny_dit
+from torch import Tensor, nn
+
+from ebcache_fast.engine.fingerprint import Watch
+from ebcache_fast.models import DiT
+
+Change = Callable[[DiT], object]
+
+
+def last(model: DiT) -> nn.Linear:
+    """A square layer of the last block, among the last that are looked at."""
+    proj = model.blocks[-1].attn.proj
+    assert isinstance(proj, nn.Linear)
+    return proj
+
+
+def other_data(model: DiT) -> None:
+    last(model).weight.data = last(model).weight.detach().clone()
+
+
+def other_dtype(model: DiT) -> None:
+    """At the same address."""
+    model.requires_grad_(False)
+    last(model).weight.data = last(model).weight.data.view(torch.int64)
+
+
+def transpose(model: DiT) -> None:
+    """Neither address nor version shows it."""
+    before = last(model).weight._version
+    last(model).weight.data = last(model).weight.data.t()
+    assert last(model).weight._version == before
+
+
+def swap_children(model: DiT) -> None:
+    model.blocks[0], model.blocks[1] = model.blocks[1], model.blocks[0]
+
+
+PARTS: dict[str, Change] = {
+    "a parameter": lambda model: setattr(last(model), "weight", nn.Parameter(last(model).weight.detach())),
+    "its memory": other_data,
+    "its dtype": other_dtype,
+    "its strides": transpose,
+    "no parameter": lambda model: setattr(last(model), "bias", None),
+    "a layer": lambda model: setattr(model.blocks[-1].attn, "proj", nn.Linear(16, 16)),
+    "no layer": lambda model: setattr(model.blocks[-1].attn, "proj", None),
+    "one layer more": lambda model: last(model).add_module("more", nn.Identity()),
+    "layers in each other's place": swap_children,
+    "a container": lambda model: setattr(model, "blocks", nn.ModuleList(model.blocks)),
+    "a buffer": lambda model: last(model).register_buffer("more", torch.zeros(1)),
+    "a dict of parameters": lambda model: setattr(last(model), "_parameters", {}),
+}
+PYTHON: dict[str, Change] = {
+    "a hook": lambda model: last(model).register_forward_hook(lambda *_: None),
+    "a hook before": lambda model: last(model).register_forward_pre_hook(lambda *_: None),
+    "a forward": lambda model: setattr(last(model), "forward", MethodType(lambda self, x: x, last(model))),
+}
+NOTHING: dict[str, Change] = {
+    "nothing": lambda model: None,
+    "a run": lambda model: model(torch.zeros(1, 4, 8, 8).double(), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
+    "the model's own hook": lambda model: model.register_forward_hook(lambda *_: None),
+    "the model's own forward": lambda model: setattr(model, "forward", MethodType(lambda self, x: x, model)),
+    "gradients": lambda model: model.requires_grad_(True),
+    "training": lambda model: model.train(),
+}
+
+
+@pytest.mark.parametrize("change", [*PARTS.values(), *PYTHON.values()], ids=[*PARTS, *PYTHON])
+def test_other_parts(change: Change) -> None:
+    model = tiny_dit()
+    watch = Watch(model)
+    before = watch.look()
+    change(model)
+    after = watch.look()
+    assert after.parts != before.parts
+    assert after.watched is (change in PYTHON.values())
+    assert after == Watch(model).look() is not watch.look() is after
+
+
+@pytest.mark.parametrize("change", NOTHING.values(), ids=NOTHING)
+def test_the_same(change: Change) -> None:
+    model = tiny_dit()
+    watch = Watch(model)
+    before = watch.look()
+    change(model)
+    assert watch.look() is before
+    assert not before.watched
+
+
+@torch.no_grad()
+def test_a_write_is_another_version_of_the_same_parts() -> None:
+    model = tiny_dit()
+    watch = Watch(model)
+    before = watch.look()
+    last(model).weight.add_(1)
+    after = watch.look()
+    assert after != before
+    assert after.parts == before.parts
+
+
+def test_hooks_that_are_gone_again() -> None:
+    model = tiny_dit()
+    watch = Watch(model)
+    before = watch.look()
+    handle = last(model).register_forward_hook(lambda *_: None)
+    assert watch.look().watched
+    handle.remove()
+    assert watch.look() == before
+
+
+def test_inference_tensors_have_no_versions_and_all_others_have() -> None:
+    model = tiny_dit()
+    with torch.inference_mode():
+        last(model).weight = nn.Parameter(torch.zeros(16, 16), requires_grad=False)
+    watch = Watch(model)
+    before = watch.look()
+    assert watch.look() is before
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert watch.look().versions != before.versions
+
+
+def test_a_look_keeps_no_weights() -> None:
+    """Whoever replaces weights has the memory of the old ones at once."""
+    layer = nn.Linear(2, 2)
+    freed: list[int] = []
+
+    class Told(nn.Parameter):
+        def __del__(self) -> None:
+            freed.append(1)
+
+    layer.weight = Told(torch.zeros(2, 2))
+    Watch(layer).look()
+    layer.weight = nn.Parameter(torch.zeros(2, 2))
+    assert freed
+
+
+def test_shared_layers_are_looked_at_in_each_place() -> None:
+    layer = nn.Linear(2, 2)
+    once, twice = nn.Sequential(layer), nn.Sequential(layer, layer)
+    found: list[Tensor] = [torch.tensor(Watch(one).look().versions) for one in (once, twice)]
+    assert [len(one) for one in found] == [2, 4]
