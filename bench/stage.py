@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTESTS_OWN = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_")  # of the run that a suite is tested by
 GRACE = 8  # seconds that a stage has to write down what it has, once its time is up
 
 
@@ -30,7 +31,8 @@ class Outcome:
 def run(command: Sequence[str], seconds: float, **environment: str) -> Outcome:
     """Run a command in the repository for at most so long; at the end of it, it is asked to write its results."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = os.environ | {"PYTHONPATH": path} | environment
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PYTESTS_OWN)}
+    environ = inherited | {"PYTHONPATH": path} | environment
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
