@@ -113,3 +113,11 @@ def test_every_file_it_points_to_is_there() -> None:
     paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", prose) + re.findall(r"`((?:bench|docs|\.ci)/[\w./-]*)`", prose)
     assert "docs/demo.png" in paths
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_kernels_that_the_readme_names_exist() -> None:
+    section = README.partition("## Profiling")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\b(_\w*kernel)\b", section))
+    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert len(named) > 5
+    assert named <= set(re.findall(r"^def (_\w*kernel)\(", source, re.MULTILINE))

@@ -15,7 +15,7 @@ from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import Method, OwnForward
 from ebcache_fast.dropin.probe import probe
-from ebcache_fast.engine.buffers import Ending, Numerics
+from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
 from ebcache_fast.engine.stats import Counts, Stats
@@ -178,7 +178,7 @@ class CachedForward:
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
-        key = facts.labels, call.guided_channels, Numerics.now(call.x.device)
+        key = facts.labels, call.guided_channels
         lane = self._lanes.get(key)
         arrival = self._scheduler.arrive(t, lane.expected if lane else 0)
         if lane is not None:

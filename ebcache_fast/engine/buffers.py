@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.order_guard import OrderGuard
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
@@ -27,23 +27,6 @@ class Ending(Enum):
     PREDICT_GUARDED = "predict, guarded"  # the same, and checks that it was called in the planned order
     UPDATE = "update"  # takes the sampler's step
     UPDATE_WITH_NOISE = "update with noise"  # takes the sampler's step, which adds noise
-
-
-class Numerics(NamedTuple):
-    """What torch is told about precision, which a graph keeps as it was when captured."""
-
-    autocast: bool
-    float32_matmul: str
-    fp16_reduction: bool
-
-    @classmethod
-    def now(cls, device: torch.device) -> Self:
-        """As it is set for this device."""
-        return cls(
-            torch.is_autocast_enabled(device.type),
-            torch.get_float32_matmul_precision(),
-            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        )
 
 
 @dataclass(frozen=True)

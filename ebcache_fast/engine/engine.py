@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ebcache_fast import ops
 from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
-from ebcache_fast.engine.buffers import BufferSpec, Ending, Numerics, room_for
+from ebcache_fast.engine.buffers import BufferSpec, Ending, room_for
 from ebcache_fast.engine.fingerprint import Watch
 from ebcache_fast.engine.graphs import CudaGraphs, Graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import count_distinct
+from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
