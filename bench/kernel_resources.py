@@ -30,7 +30,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from bench.kernel_cases import CASES, Case
-from bench.report import table
+from bench.report.tables import table
 
 
 @dataclass(frozen=True)

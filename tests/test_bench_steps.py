@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny import tiny_dit
 
-from bench import host_cost, launches, report, step_cases
+from bench import host_cost, launches, step_cases
 from bench.ceilings import Ceilings
 from bench.kernel_contenders import Work
 from bench.launch_count import Launches
+from bench.report import engine as told
+from bench.report import tables
 from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.step_scheduler import StepScheduler
 from ebcache_fast.models import DiTDenoiser
@@ -109,9 +111,9 @@ def test_host_cost_of_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = json.loads((tmp_path / "cost.json").read_text())
     assert list(found["ways"]) == [host_cost.OWN_LOOP, host_cost.DEFAULT, host_cost.TRUSTING]
     assert all(figure["median"] > 0 for way in found["ways"].values() for figure in way.values())
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "cost.json").rename(tmp_path / "host-cost.json")
-    assert "| our own loop |" in report.host_cost()
+    assert "| our own loop |" in told.host_cost()
 
 
 def test_empty_graphs_run_nothing() -> None:
@@ -135,5 +137,5 @@ def test_launches_of_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     after = {name: counted["launches"] for name, counted in found["after"].items()}
     assert after == {"NO_CACHE": 8, "ATTENTION": 5, "ATTN_MLP": 2, "a run of 3 ATTN_MLP": 2}
     assert found["before"]["forward"]["launches"] > after["NO_CACHE"] + after["ATTENTION"]
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "| NO_CACHE | 8 |" in report.launches()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| NO_CACHE | 8 |" in told.launches()

@@ -1,0 +1,58 @@
+"""The bundled model: the demo, its quality, what caching is worth on a CPU."""
+
+import json
+
+from bench.report.tables import ROOT, machine, read, table
+
+
+def demo() -> str:
+    """What the demo printed."""
+    report = read("demo.json")
+    rows = [
+        (
+            m["name"],
+            f"{m['macs'] / 1e9:.2f}",
+            f"{m['speedup']:.2f}x",
+            f"{m['mac_limit']:.2f}x",
+            f"{m['fd_semantic']:.2f} ± {m['spread']['fd_semantic']:.2f}",
+            f"{100 * m['recognised']:.1f}%",
+            f"{m['paired_error']:.3f}",
+        )
+        for m in report["methods"]
+    ]
+    head = ("method", "GMACs", "measured", "by MACs", "Fréchet (semantic)", "recognised", "error vs no cache")
+    n = report["methods"][0]["n"]
+    note = f"{n} samples a method, same noise, interleaved; ± one standard error over samples. {machine(report)}."
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def quality() -> str:
+    """How good the bundled model is."""
+    q = read("letters-quality.json")
+    classifier = json.loads((ROOT / "bench" / "default_model" / "classifier.json").read_text())
+    worst = min(q["recognised_by_letter"].items(), key=lambda item: item[1])
+    return (
+        f"Of {q['samples']:,} samples (50 DDPM steps, guidance 1.5) a classifier that reads "
+        f"{100 * classifier['held_out_accuracy']:.1f}% of letters in faces it never saw recognises "
+        f"{100 * q['recognised']:.1f}%; the worst letter is {worst[0]} with {100 * worst[1]:.1f}%. Contrast is "
+        f"{q['contrast_ratio']:.3f} of the real data's; recall {q['recall']:.3f}, where two halves of real data have "
+        f"{q['recall_between_real_halves']:.3f}."
+    )
+
+
+def cpu() -> str:
+    """How much of the allowed speed-up the wall clock shows."""
+    report = read("cpu-speedup.json")
+    rows = [
+        (
+            m["name"],
+            f"{m['median_seconds_a_batch']:.2f}",
+            f"{m['speedup']:.2f}x [{m['speedup_quartiles'][0]:.2f}, {m['speedup_quartiles'][1]:.2f}]",
+            f"{m['mac_limit']:.2f}x",
+            f"{m['share_of_limit']:.2f}",
+        )
+        for m in report["methods"]
+    ]
+    head = ("method", "seconds a batch", "speed-up [quartiles]", "by MACs", "share had")
+    note = f"Batches of {report['batch']}, {report['rounds']} interleaved rounds, medians. {machine(report)}."
+    return f"{table(head, rows)}\n\n{note}"

@@ -1,0 +1,128 @@
+"""The command; see the package."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bench.rivals
+from bench.ceilings import measure_ceilings
+from bench.rivals.case import Case
+from bench.rivals.race import needed_bytes, race
+from bench.rivals.rival import Rival
+from bench.rivals.roster import OURS, RIVALS
+from bench.step_cases import MIXED, RELEASED, model_of
+from bench.telemetry import telemetry
+from ebcache_fast.models import DIT_MODELS, as_denoiser
+from ebcache_fast.plan import Plan
+from ebcache_fast.samplers import make_sampler
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+TABLES = {"released": RELEASED, "mixed": MIXED}
+DRY_STEPS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 1 if a contender that is installed did not run, else 0."""
+    args = parse(argv)
+    if args.list:
+        print(*(f"{rival.name}: {rival.what}" for rival in RIVALS), sep="\n")
+        return 0
+    if not torch.cuda.is_available() and not args.dry_run:
+        print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure; --dry-run needs none")
+        return 0
+    found = measure(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(*lines(found["contenders"]), args.out, sep="\n")
+    return 1 if any(one["why"] and not one["why"].startswith("needs") for one in found["contenders"]) else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rivals",
+        description=bench.rivals.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--px", type=int, default=256, choices=(256, 512), help="of DiT-XL/2's pictures")
+    parser.add_argument("--samples", type=int, default=1, help="guided: there are twice as many rows")
+    parser.add_argument("--table", default="released", choices=TABLES)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[rival.name for rival in RIVALS])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: h200-rivals-*.json, named after the GPU, in $OUT or bench/results",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--list", action="store_true", help="say who competes")
+    args = parser.parse_args(argv)
+    if args.out is None:
+        name = f"{machine(args)}-rivals-{args.table}-{args.px}px-B{args.samples}.json"
+        args.out = Path(os.environ.get("OUT") or RESULTS) / name
+    return args
+
+
+def machine(args: argparse.Namespace) -> str:
+    """What results are called after: h200 for NVIDIA's H200."""
+    return "dry" if args.dry_run or not torch.cuda.is_available() else torch.cuda.get_device_name().split()[-1].lower()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the race; all that was found, ready for JSON."""
+    start = telemetry()
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    model = tiny_model() if args.dry_run else model_of(args.px, device, torch.bfloat16)
+    case = case_of(model, args.table, args.samples, DRY_STEPS if args.dry_run else None)
+    entries = race(case, chosen(args.only), args.rounds, lambda text: print(text, flush=True))
+    return {
+        "dry_run": args.dry_run, "model": "tiny" if args.dry_run else f"DiT-XL/2 {args.px} px",
+        "samples": args.samples, "table": args.table, "steps": len(case.plan),
+        "dtype": str(case.dtype).removeprefix("torch."), "cfg_scale": case.cfg_scale,
+        "step_types": {kind.name: count for kind, count in case.plan.counts().items() if kind is not None},
+        "mac_limit": case.plan.mac_limit(case.denoiser.shape), "needed_bytes": needed_bytes(case),
+        "ceilings": vars(measure_ceilings(device, 15)),
+        "contenders": [entry.told() for entry in entries], "telemetry": {"start": start, "end": telemetry()},
+    }  # fmt: skip
+
+
+def case_of(model: nn.Module, table: str, samples: int, steps: int | None) -> Case:
+    """A table over a model, or its first ``steps`` steps."""
+    types, shape = TABLES[table][:steps], as_denoiser(model).shape
+    branches = tuple(cost.branch for cost in shape.branches)
+    return Case(
+        model, Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, shape.depth, branches), samples
+    )
+
+
+def tiny_model() -> nn.Module:
+    """For a dry run."""
+    torch.manual_seed(0)
+    made = DIT_MODELS["DiT-S/4"](input_size=8, hidden_size=64, depth=2, num_heads=4, num_classes=5)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return made.eval().requires_grad_(False)
+
+
+def chosen(names: Sequence[str] | None) -> list[Rival]:
+    return [rival for rival in RIVALS if names is None or rival.name in names]
+
+
+def lines(contenders: Sequence[dict[str, Any]]) -> list[str]:
+    """One each: its time, and how many times ours that is."""
+    loops = {one["name"]: one["loop_ms"]["median"] for one in contenders if not one["why"]}
+    base = loops.get(OURS)
+    return [
+        f"{name}: {loop:.2f} ms" + (f", {loop / base:.2f} times ours" if base and name != OURS else "")
+        for name, loop in loops.items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The loop that rivals are run by: guidance, eps scaling and DDPM in a few tensor operations, nothing awaited."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.rivals.case import Case
+
+GUIDED = 3  # channels, as the original guides them
+Predict = Callable[[Tensor, int], Tensor]  # rows' latents (2N, C, H, W) and the step -> raw output (2N, Cout, H, W)
+Mark = torch.cuda.Event | float
+
+
+class Run(NamedTuple):
+    """One trajectory: its latents (N, C, H, W), and when each dispatch began, and the last one ended."""
+
+    latents: Tensor
+    marks: list[Mark]
+    host_seconds: float  # of the loop, where nobody waits for the device
+    steps: tuple[int, ...] = ()  # of each dispatch; () for one each
+
+
+def mark(device: torch.device) -> Mark:
+    """Now, as the device's stream sees it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Between two marks of one device."""
+    if isinstance(start, torch.cuda.Event):
+        end.synchronize()  # type: ignore[union-attr]
+        return start.elapsed_time(end) / 1e3  # type: ignore[arg-type]
+    return end - start  # type: ignore[operator]
+
+
+def step_on(case: Case, x: Tensor, out: Tensor, row: Tensor, noise: Tensor) -> Tensor:
+    """x (N, C, H, W) one step on, by a raw output (2N, Cout, H, W), coefficients (6,) and noise like x."""
+    channels, (cx, ce, min_log, max_log, noise_on, sigma) = x.shape[1], row
+    cond, uncond = out.to(x.dtype).chunk(2)
+    eps = torch.cat([torch.lerp(uncond, cond, case.cfg_scale)[:, :GUIDED], cond[:, GUIDED:channels]], dim=1)
+    log_var = torch.lerp(min_log, max_log, (cond[:, channels:] + 1) / 2)
+    mean = cx * x + (ce * case.plan.eps_scale) * eps
+    return mean + (torch.exp(log_var / 2) * noise_on + sigma) * noise
+
+
+@torch.no_grad()
+def sample(case: Case, predict: Predict) -> Run:
+    """A trajectory whose steps ``predict`` makes."""
+    x, marks = case.noise[0], [mark(case.device)]
+    start = time.perf_counter()
+    for i in range(len(case.plan)):
+        rows = torch.cat([x, x]).to(case.dtype)
+        x = step_on(case, x, predict(rows, i), case.rows[i], case.noise[i + 1])
+        marks.append(mark(case.device))
+    return Run(x, marks, time.perf_counter() - start)

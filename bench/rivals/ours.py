@@ -1,0 +1,46 @@
+"""Ourselves: our own loop with a graph a step type or one graph for all, and the drop-in in a user's loop."""
+
+import time
+from copy import copy
+
+import torch
+
+from bench.rivals.case import Case
+from bench.rivals.loop import Run, mark, sample
+from bench.rivals.plain import timesteps_of
+from bench.rivals.rival import Trajectory
+from ebcache_fast import enable
+from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.guidance import Guidance
+
+
+def own_loop(case: Case, *, whole: bool) -> Trajectory:
+    """`Engine.sampling`; on a GPU nothing may run but graphs."""
+    options = EngineOptions(strict=case.device.type == "cuda", whole_trajectory=whole, max_trajectories=1)
+    engine, guidance = Engine(case.model, options), Guidance(case.cfg_scale)
+
+    def run() -> Run:
+        with engine.sampling(case.plan, case.labels, guidance, case.rows, case.noise) as trajectory:
+            marks, steps = [mark(case.device)], list[int]()
+            start = time.perf_counter()
+            while done := trajectory.advance():
+                marks.append(mark(case.device))
+                steps.append(done)
+            return Run(trajectory.x.clone(), marks, time.perf_counter() - start, tuple(steps))
+
+    return run
+
+
+def drop_in(case: Case, *, trust_order: bool) -> Trajectory:
+    """The model's own forward, answered by us. eps is scaled there, so the loop must not do it again."""
+    model, t = share_weights(case.model), timesteps_of(case)
+    enable(model, case.plan, trust_order=trust_order, strict=case.device.type == "cuda")
+    unscaled = Case(case.model, type(case.plan)(case.plan.steps, case.plan.timesteps), case.samples, case.cfg_scale)
+    return lambda: sample(unscaled, lambda x, i: model(x, t[i], case.row_labels))
+
+
+def share_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Another module of the same layers, whose forward can be replaced without replacing the model's."""
+    other = copy(model)
+    vars(other).update({name: copy(vars(model)[name]) for name in ("_modules", "_parameters", "_buffers")})
+    return other

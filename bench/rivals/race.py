@@ -1,0 +1,153 @@
+"""Contenders taking turns over one case, and what is told of each."""
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.rivals import plain
+from bench.rivals.case import Case
+from bench.rivals.loop import Run, seconds_between
+from bench.rivals.rival import Rival, Trajectory
+
+ACTIVATIONS = 1 + 1 + 3 + 1 + 4  # h, a branch's input, packed projections, attention, the MLP's hidden: in widths
+
+
+@dataclass
+class Entry:
+    """What is known of a contender."""
+
+    rival: Rival
+    setup_seconds: float = 0.0  # to make it, and of its first run: compiling, tuning, capturing
+    error: float | None = None  # of its latents against the method in float32, relative RMS
+    why: str | None = None  # it does not run
+    peak_bytes: int | None = None  # that were allocated at a time, until its first run was over; of a GPU
+    loops: list[float] = field(default_factory=list)  # seconds of each trajectory
+    hosts: list[float] = field(default_factory=list)  # seconds of a step on the host, likewise
+    steps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # median of each, by step type
+
+    def told(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        about = {"name": self.rival.name, "what": self.rival.what, "is_cached": self.rival.is_cached, "why": self.why}
+        if self.why is not None:
+            return about
+        return about | {
+            "error": self.error,
+            "setup_s": self.setup_seconds,
+            "peak_bytes": self.peak_bytes,
+            "rounds": len(self.loops),
+            "loop_ms": summary(self.loops, 1e3),
+            "step_ms": {name: summary(seconds, 1e3) for name, seconds in self.steps.items()},
+            "host_us_a_step": summary(self.hosts, 1e6),
+        }
+
+
+def summary(seconds: Sequence[float], unit: float) -> dict[str, Any]:
+    """Median and quartiles, in so many parts of a second."""
+    low, median, high = statistics.quantiles([unit * one for one in seconds], n=4, method="inclusive")
+    return {"median": median, "quartiles": [low, high]}
+
+
+def race(case: Case, rivals: Sequence[Rival], rounds: int, say: Callable[[str], None]) -> list[Entry]:
+    """Every rival prepared, then ``rounds`` trajectories of each in turn; one that fails is told so and left out."""
+    cases = {True: case, False: case.uncached()}
+    truths = {cached: truth(one) for cached, one in cases.items()}
+    entries, running = [Entry(rival) for rival in rivals], list[tuple[Entry, Trajectory]]()
+    for entry in entries:
+        if (run := prepared(entry, cases[entry.rival.is_cached], truths[entry.rival.is_cached])) is not None:
+            running.append((entry, run))
+        say(f"{entry.rival.name}: {entry.why or f'ready after {entry.setup_seconds:.0f} s, error {entry.error:.1e}'}")
+    for entry, run in running * (rounds + 1):  # the first round warms up
+        synchronize(case.device)
+        note(entry, case if entry.rival.is_cached else cases[False], run())
+    for entry, _ in running:
+        for seconds in (entry.loops, entry.hosts, *entry.steps.values()):
+            del seconds[0]
+    return entries
+
+
+def prepared(entry: Entry, case: Case, expected: Tensor) -> Trajectory | None:
+    """A rival that ran once, and right or wrong by so much; None if it doesn't run."""
+    absent = entry.rival.missing
+    if absent:
+        entry.why = f"needs {', '.join(absent)}"
+        return None
+    start, allocated = time.perf_counter(), allocated_bytes(case.device)
+    try:
+        run = entry.rival.make(case)
+        latents = run().latents
+        synchronize(case.device)
+    except Exception as error:  # whatever a rival, its compiler or the memory may say
+        entry.why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        gc.collect()
+        return None
+    entry.setup_seconds = time.perf_counter() - start
+    entry.error = relative_rms(latents, expected)
+    if case.device.type == "cuda":
+        entry.peak_bytes = torch.cuda.max_memory_allocated() - allocated + weight_bytes(case.model)
+    return run
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Now; from here on the peak is counted anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def needed_bytes(case: Case) -> int:
+    """Weights, live caches, modulation, noise and the activations of a layer: what our own loop can't do without."""
+    shape, rows, itemsize = case.denoiser.shape, 2 * case.samples, case.dtype.itemsize
+    caches = case.plan.cache_bytes(shape, rows, itemsize)
+    vectors = 3 * len(shape.branches) * shape.depth + 2  # shift, scale, gate; of the head no gate
+    conditions = len(case.row_labels.unique())
+    modulation = vectors * len(case.plan) * conditions * shape.width * itemsize
+    activations = ACTIVATIONS * rows * shape.slot_elements * itemsize
+    return weight_bytes(case.model) + caches + modulation + case.noise.nbytes + activations
+
+
+def truth(case: Case) -> Tensor:
+    """The latents by the method's definition, in float32 or better, without TF32."""
+    model = case.model if case.dtype == torch.float64 else deepcopy(case.model).float()
+    return plain.eager(Case(model, case.plan, case.samples, case.cfg_scale))().latents
+
+
+def relative_rms(ours: Tensor, theirs: Tensor) -> float:
+    """The size of the difference over the size of what was expected."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def note(entry: Entry, case: Case, run: Run) -> None:
+    """Keep a trajectory's time, and the medians of its steps by type."""
+    entry.loops.append(seconds_between(run.marks[0], run.marks[-1]))
+    entry.hosts.append(run.host_seconds / len(case.plan))
+    by_type: Mapping[str, list[float]] = defaultdict(list)
+    done = 0
+    lengths = run.steps or (1,) * len(case.plan)
+    for (start, end), steps in zip(pairwise(run.marks), lengths, strict=True):
+        name, *others = {step_type.name for step_type in case.types[done : done + steps]}
+        if not others:
+            by_type[name if steps == 1 else f"run of {steps} {name}"].append(seconds_between(start, end))
+        done += steps
+    for name, seconds in by_type.items():
+        entry.steps[name].append(statistics.median(seconds))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to be idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

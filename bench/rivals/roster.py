@@ -1,0 +1,29 @@
+"""All contenders, by the names that results and the README use."""
+
+from functools import partial
+
+from bench.rivals import compiled, diffusers_dit, ours, plain
+from bench.rivals.rival import Rival
+
+OURS = "ebcache_fast"
+DIFFUSERS = ("diffusers",)
+
+RIVALS: tuple[Rival, ...] = (
+    Rival(OURS, "our own loop, a graph a step type", partial(ours.own_loop, whole=False)),
+    Rival(f"{OURS}, one graph", "our own loop, one graph for all steps", partial(ours.own_loop, whole=True)),
+    Rival(f"{OURS}, drop-in", "enable() around the model in a user's loop", partial(ours.drop_in, trust_order=False)),
+    Rival(f"{OURS}, drop-in, trust_order", "the same, nothing awaited", partial(ours.drop_in, trust_order=True)),
+    Rival(f"{OURS}, uncached", "our own loop, every step computed", partial(ours.own_loop, whole=False), False),
+    Rival("P0", "the original's model in float32, TF32 products, eager, uncached", plain.original, False),
+    Rival("P1", "EB-Cache in plain torch, eager", plain.eager),
+    Rival("P1, uncached", "the original's model, eager, uncached", plain.eager, False),
+    Rival("P2", "diffusers' DiT, eager, uncached", diffusers_dit.eager, False, DIFFUSERS),
+    Rival("P3", "torch.compile(max-autotune), uncached", partial(compiled.whole_model, mode="max-autotune"), False),
+    Rival(
+        "P3, reduce-overhead",
+        "torch.compile(reduce-overhead), uncached",
+        partial(compiled.whole_model, mode="reduce-overhead"),
+        False,
+    ),
+    Rival("P5", "torch.compile(max-autotune) of a step a type, graphs captured by hand", compiled.ByStepType),
+)
