@@ -133,6 +133,18 @@ def test_drop_in_that_trusts_the_order_never_waits_between_its_first_call_and_it
             assert bool(out.isfinite().all())
 
 
+def test_runs_on_streams_of_their_own_follow_one_another() -> None:
+    model, plan = model_in(torch.float32), plan_of(PATTERNS["mixed"])
+    engine, streams = Engine(model, EngineOptions(strict=True)), [torch.cuda.Stream() for _ in range(3)]
+    expected = sample(model, LABELS, table=plan, seed=3, engine=Eager(model))
+    found = []
+    for stream in streams * 3:  # nobody waits in between, and all use one memory
+        with torch.cuda.stream(stream):
+            found.append(sample(model, LABELS, table=plan, seed=3, engine=engine))
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, expected) for one in found)
+
+
 def test_a_thousand_replays_take_no_more_memory() -> None:
     engine, plan = Engine(model_in(torch.bfloat16), EngineOptions(strict=True)), plan_of(PATTERNS["mixed"])
 

@@ -31,11 +31,14 @@ from fake_runs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_dit
+from torch import Tensor
 
 from ebcache_fast import disable, ops
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.engine import Batch, Engine, EngineOptions
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
+from ebcache_fast.plan import StepType
 
 JOB = Job(plan_of())
 MIXED = Job(mixed_plan(["CC CC", "RC CR", "RR RR", "RR RR", "RR RC"]))
@@ -179,6 +182,23 @@ def test_beyond_max_graphs_steps_run_eagerly_and_are_counted() -> None:
     assert dict(stats.eager) == {"the limit of graphs was reached; raise max_graphs": len(JOB.plan) - 3}
     states(engine, replace(JOB, labels=(1,)))
     assert (graphs.captures, engine.stats.graphs) == (4, 2)  # of all buffers together: idle ones gave way
+
+
+def test_a_step_after_a_capture_is_its_own_wherever_the_run_before_had_come_to() -> None:
+    """Captures move the clock: memory that was left at step 2 is at another step after them."""
+    labels, x = torch.tensor([1, 4]), arguments(MODEL, JOB, 0)[0][:2]
+
+    def second_step(engine: Engine, others: list[tuple[StepType, ...]]) -> Tensor:
+        for types in others:
+            run = engine.forward_run(plan_of(types), Batch(labels, 2, 0), Ending.PREDICT)
+            run.predict(0, x)
+            run.predict(1, x)
+            engine.release(run.place)
+        run = engine.forward_run(plan_of((NO, ATTENTION, ATTN_MLP, NO)), Batch(labels, 2, 0), Ending.PREDICT)
+        return run.refresh(2, x)
+
+    ours = second_step(quick_engine(FakeGraphs()), [(NO, ATTN_MLP, ATTN_MLP, NO)])
+    assert torch.equal(ours, second_step(Engine(MODEL, make_graphs=no_graphs), []))
 
 
 def test_as_many_trajectories_as_allowed_and_one_that_ends_makes_room() -> None:

@@ -68,7 +68,9 @@ def _with_cache_dit(case: Case) -> Any:
         steps_computation_mask=[int(not reused) for reused in _whole_steps(case)],
         steps_computation_policy="static",
     )
-    return enable_cache(transformer(case), cache_config=config)
+    model = transformer(case)
+    enable_cache(model, cache_config=config)  # in place; what it returns is a list
+    return model
 
 
 def _refreshed(model: Any, inner: Trajectory) -> Trajectory:

@@ -13,6 +13,7 @@ from ebcache_fast.engine.graphs import Graph, Graphs
 from ebcache_fast.engine.stats import Counts
 from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.step_scheduler import Dispatch
+from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError
 from ebcache_fast.models.denoiser import Denoiser
 from ebcache_fast.ops import Operations
@@ -53,7 +54,7 @@ class BufferSet:
         self._model, self._backend, self._why_no_graphs, self._counts = model, graphs, why_no_graphs, counts
         self._graphs: dict[Work, Graph] = {}
         self._refused: dict[Work, str] = {}
-        self._stream: torch.cuda.Stream | None = None  # that used the memory last
+        self.streams = StreamOrder(buffers.x.device)
         self._next_step: int | None = None  # what the clock on the device says, if that is known
 
     @property
@@ -82,17 +83,9 @@ class BufferSet:
         if self.spec.ending is Ending.PREDICT_GUARDED:
             buffers.guard.load(plan.timesteps, row_labels)
 
-    def join_stream(self) -> None:
-        """Let the current CUDA stream wait for whatever used this memory last."""
-        if self.buffers.x.is_cuda:
-            stream = torch.cuda.current_stream(self.buffers.x.device)
-            if self._stream is not None and self._stream != stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
-
     def run(self, ready: Ready, step: int) -> None:
         """Run work of which ``step`` is the first."""
-        self.join_stream()
+        self.streams.join()
         if step != self._next_step:
             self._runner.clock.set(step)
         self._next_step = None  # unless all goes well

@@ -183,7 +183,7 @@ class Engine:
                 place = self._new_place(spec)
             else:
                 self._idle.remove(place)
-            place.join_stream()
+            place.streams.join()
             self._leased.append(place)
             self.counts.trajectories += 1
             return place
