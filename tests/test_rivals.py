@@ -21,6 +21,7 @@ from bench.rivals.case import Case
 from bench.rivals.loop import Run, sample, step_on
 from bench.rivals.rival import Rival
 from bench.rivals.roster import OURS, RIVALS
+from bench.rivals.switches import SWITCHES
 from ebcache_fast.plan import Branch, Plan, StepType
 from ebcache_fast.samplers import make_sampler
 
@@ -52,7 +53,7 @@ def test_the_plain_forward_and_the_loop_are_the_method() -> None:
     assert relative_error(plain.eager(case)().latents, expected) < 1e-12
 
 
-@pytest.mark.parametrize("rival", RIVALS, ids=[rival.name for rival in RIVALS])
+@pytest.mark.parametrize("rival", [*RIVALS, *SWITCHES], ids=[rival.name for rival in (*RIVALS, *SWITCHES)])
 def test_every_rival_computes_the_method_again_and_again(rival: Rival) -> None:
     if rival.missing:
         pytest.skip(f"needs {', '.join(rival.missing)}")
@@ -217,6 +218,12 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no GPU" in capsys.readouterr().out
 
 
-def test_all_contenders_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(RIVALS) == len({rival.name for rival in RIVALS})
+@pytest.mark.parametrize(("roster", "expected"), [("rivals", RIVALS), ("switches", SWITCHES)])
+def test_all_contenders_are_listed(roster: str, expected: Sequence[Rival], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list", "--roster", roster]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(expected) == len({rival.name for rival in expected})
+
+
+def test_who_does_not_compete_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"--only 'P7' is none of .*P5; --list says who they are"):
+        command.main(["--dry-run", "--only", "P7"])

@@ -12,7 +12,8 @@ TYPES = ("NO_CACHE", "ATTENTION", "ATTN_MLP")
 
 def rivals() -> str:
     """A table of every race, a plot of all, and the targets; docs/rivals.png."""
-    found = [read(path.name) for path in sorted(tables.RESULTS.glob("h200-rivals-*.json"))]
+    paths = (path for kind in ("rivals", "switches") for path in sorted(tables.RESULTS.glob(f"h200-{kind}-*.json")))
+    found = [read(path.name) for path in paths]
     if not found:
         return "Not measured yet."
     plot([(title(one), one) for one in found])
@@ -26,9 +27,9 @@ def title(found: dict[str, Any]) -> str:
 
 
 def race(found: dict[str, Any]) -> str:
-    """Every contender of one case: a run, how many times ours that is, a step of each type."""
+    """Every contender of one case: a run, how many times the first one's that is, a step of each type."""
     ran = [one for one in found["contenders"] if not one["why"]]
-    ours = ran[0]["loop_ms"]["median"]
+    first = ran[0]["loop_ms"]["median"]
     rows = []
     for one in ran:
         low, high = one["loop_ms"]["quartiles"]
@@ -38,12 +39,12 @@ def race(found: dict[str, Any]) -> str:
             (
                 f"{one['name']}: {one['what']}",
                 f"{loop:.2f} [{low:.2f}, {high:.2f}]",
-                f"{loop / ours:.2f}",
+                f"{loop / first:.2f}",
                 *steps,
                 f"{one['error']:.1e}",
             )
         )
-    head = (title(found), "ms a run [quartiles]", "times ours", *(f"ms {name}" for name in TYPES), "error")
+    head = (title(found), "ms a run [quartiles]", "times the first", *(f"ms {name}" for name in TYPES), "error")
     gpu, versions = found["telemetry"]["start"]["gpu"], found["telemetry"]["start"]["versions"]
     note = (
         f"Guided, {found['dtype']}, {ran[0]['rounds']} interleaved rounds, medians; the error is the latents' relative "

@@ -17,6 +17,7 @@ from bench.rivals.case import Case
 from bench.rivals.race import needed_bytes, race
 from bench.rivals.rival import Rival
 from bench.rivals.roster import OURS, RIVALS
+from bench.rivals.switches import SWITCHES
 from bench.step_cases import MIXED, RELEASED, model_of
 from bench.telemetry import telemetry
 from ebcache_fast.models import DIT_MODELS, as_denoiser
@@ -24,6 +25,7 @@ from ebcache_fast.plan import Plan
 from ebcache_fast.samplers import make_sampler
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+ROSTERS = {"rivals": RIVALS, "switches": SWITCHES}
 TABLES = {"released": RELEASED, "mixed": MIXED}
 DRY_STEPS = 8
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 1 if a contender that is installed did not run, else 0."""
     args = parse(argv)
     if args.list:
-        print(*(f"{rival.name}: {rival.what}" for rival in RIVALS), sep="\n")
+        print(*(f"{rival.name}: {rival.what}" for rival in ROSTERS[args.roster]), sep="\n")
         return 0
     if not torch.cuda.is_available() and not args.dry_run:
         print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure; --dry-run needs none")
@@ -53,7 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--px", type=int, default=256, choices=(256, 512), help="of DiT-XL/2's pictures")
     parser.add_argument("--samples", type=int, default=1, help="guided: there are twice as many rows")
     parser.add_argument("--table", default="released", choices=TABLES)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[rival.name for rival in RIVALS])
+    parser.add_argument("--roster", default="rivals", choices=ROSTERS, help="who competes: ourselves by switch, or all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--out",
@@ -64,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say who competes")
     args = parser.parse_args(argv)
     if args.out is None:
-        name = f"{machine(args)}-rivals-{args.table}-{args.px}px-B{args.samples}.json"
+        name = f"{machine(args)}-{args.roster}-{args.table}-{args.px}px-B{args.samples}.json"
         args.out = Path(os.environ.get("OUT") or RESULTS) / name
     return args
 
@@ -80,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cpu" if args.dry_run else "cuda")
     model = tiny_model() if args.dry_run else model_of(args.px, device, torch.bfloat16)
     case = case_of(model, args.table, args.samples, DRY_STEPS if args.dry_run else None)
-    entries = race(case, chosen(args.only), args.rounds, lambda text: print(text, flush=True))
+    entries = race(case, chosen(ROSTERS[args.roster], args.only), args.rounds, lambda text: print(text, flush=True))
     return {
         "dry_run": args.dry_run, "model": "tiny" if args.dry_run else f"DiT-XL/2 {args.px} px",
         "samples": args.samples, "table": args.table, "steps": len(case.plan),
@@ -110,8 +113,12 @@ def tiny_model() -> nn.Module:
     return made.eval().requires_grad_(False)
 
 
-def chosen(names: Sequence[str] | None) -> list[Rival]:
-    return [rival for rival in RIVALS if names is None or rival.name in names]
+def chosen(roster: Sequence[Rival], names: Sequence[str] | None) -> list[Rival]:
+    """Those of these names, or all; SystemExit where one is nobody's."""
+    known = {rival.name: rival for rival in roster}
+    if unknown := [name for name in names or () if name not in known]:
+        raise SystemExit(f"--only {unknown[0]!r} is none of {', '.join(known)}; --list says who they are")
+    return list(roster) if names is None else [known[name] for name in names]
 
 
 def lines(contenders: Sequence[dict[str, Any]]) -> list[str]:

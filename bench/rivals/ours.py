@@ -17,16 +17,21 @@ from ebcache_fast.engine.guidance import Guidance
 def own_loop(case: Case, *, whole: bool) -> Trajectory:
     """`Engine.sampling`; on a GPU nothing may run but graphs."""
     options = EngineOptions(strict=case.device.type == "cuda", whole_trajectory=whole, max_trajectories=1)
-    engine, guidance = Engine(case.model, options), Guidance(case.cfg_scale)
+    return trajectory(case, Engine(case.model, options))
+
+
+def trajectory(case: Case, engine: Engine) -> Trajectory:
+    """Our own loop over an engine."""
+    guidance = Guidance(case.cfg_scale)
 
     def run() -> Run:
-        with engine.sampling(case.plan, case.labels, guidance, case.rows, case.noise) as trajectory:
+        with engine.sampling(case.plan, case.labels, guidance, case.rows, case.noise) as running:
             marks, steps = [mark(case.device)], list[int]()
             start = time.perf_counter()
-            while done := trajectory.advance():
+            while done := running.advance():
                 marks.append(mark(case.device))
                 steps.append(done)
-            return Run(trajectory.x.clone(), marks, time.perf_counter() - start, tuple(steps))
+            return Run(running.x.clone(), marks, time.perf_counter() - start, tuple(steps))
 
     return run
 
