@@ -1,9 +1,12 @@
 """What a device reaches at most, measured in the same run as whatever is held against it."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench.kernel_contenders import BoundCall, Work, interleaved, timer
 
@@ -23,6 +26,19 @@ class Ceilings:
         """Which of the two sets the floor."""
         by_memory = least.bytes / self.bytes_per_second >= least.flops / self.flops_per_second
         return "memory" if by_memory else "matrix products"
+
+
+def product_rates(
+    shapes: Mapping[str, tuple[int, int, int]], device: torch.device, dtype: torch.dtype, rounds: int
+) -> dict[str, float]:
+    """FLOP a second of ``u @ weight.T`` with a bias, by name; shapes are (M, K, N), random data."""
+    timers = {}
+    for name, (rows, inner, outer) in shapes.items():
+        u, weight = (torch.randn(size, inner, dtype=dtype, device=device) for size in (rows, outer))
+        call = BoundCall(name, (u, weight, torch.randn(outer, dtype=dtype, device=device)))
+        timers[name] = timer(F.linear, [call], device)
+    taken = interleaved(rounds, timers)
+    return {name: 2 * math.prod(shapes[name]) / sorted(seconds)[rounds // 2] for name, seconds in taken.items()}
 
 
 def measure_ceilings(device: torch.device, rounds: int) -> Ceilings:

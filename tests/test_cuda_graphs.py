@@ -145,7 +145,17 @@ def test_runs_on_streams_of_their_own_follow_one_another() -> None:
     assert all(torch.equal(one, expected) for one in found)
 
 
-def test_a_thousand_replays_take_no_more_memory() -> None:
+@pytest.mark.slow
+def test_ten_thousand_steps_have_the_bits_of_the_same_kernels_without_graphs() -> None:
+    model, plan = model_in(torch.bfloat16), plan_of(PATTERNS["mixed"])
+    by_graphs, eager = Engine(model, EngineOptions(strict=True)), Eager(model)
+    for seed in range(10_000 // len(plan) + 1):
+        ours = sample(model, LABELS, table=plan, seed=seed, engine=by_graphs)
+        assert torch.equal(ours, sample(model, LABELS, table=plan, seed=seed, engine=eager)), seed
+    assert sum(by_graphs.stats.steps.values()) > 10_000
+
+
+def test_ten_thousand_replays_take_no_more_memory() -> None:
     engine, plan = Engine(model_in(torch.bfloat16), EngineOptions(strict=True)), plan_of(PATTERNS["mixed"])
 
     def run() -> None:
@@ -157,7 +167,7 @@ def test_a_thousand_replays_take_no_more_memory() -> None:
     run()
     torch.cuda.synchronize()
     before, replays = torch.cuda.memory_allocated(), engine.stats.replays
-    while engine.stats.replays < replays + 1000:
+    while engine.stats.replays < replays + 10_000:
         run()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before

@@ -44,6 +44,9 @@ def race(found: dict[str, Any]) -> str:
                 f"{one['error']:.1e}",
             )
         )
+    floor = found["floor_ms"]
+    least = (f"{floor[name]:.3f}" if name in floor else "-" for name in TYPES)
+    rows.append(("the least, by bytes and products", f"{floor['run']:.2f}", f"{floor['run'] / first:.2f}", *least, "-"))
     head = (title(found), "ms a run [quartiles]", "times the first", *(f"ms {name}" for name in TYPES), "error")
     gpu, versions = found["telemetry"]["start"]["gpu"], found["telemetry"]["start"]["versions"]
     note = (

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import bench.rivals
-from bench.ceilings import measure_ceilings
+from bench.ceilings import measure_ceilings, product_rates
 from bench.rivals.case import Case
 from bench.rivals.race import needed_bytes, race
 from bench.rivals.rival import Rival
+from bench.rivals.roof import floors, products
 from bench.rivals.roster import OURS, RIVALS
 from bench.rivals.switches import SWITCHES
 from bench.step_cases import MIXED, RELEASED, model_of
@@ -84,13 +85,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = tiny_model() if args.dry_run else model_of(args.px, device, torch.bfloat16)
     case = case_of(model, args.table, args.samples, DRY_STEPS if args.dry_run else None)
     entries = race(case, chosen(ROSTERS[args.roster], args.only), args.rounds, lambda text: print(text, flush=True))
+    ceilings = measure_ceilings(device, 15)
     return {
         "dry_run": args.dry_run, "model": "tiny" if args.dry_run else f"DiT-XL/2 {args.px} px",
         "samples": args.samples, "table": args.table, "steps": len(case.plan),
         "dtype": str(case.dtype).removeprefix("torch."), "cfg_scale": case.cfg_scale,
         "step_types": {kind.name: count for kind, count in case.plan.counts().items() if kind is not None},
         "mac_limit": case.plan.mac_limit(case.denoiser.shape), "needed_bytes": needed_bytes(case),
-        "ceilings": vars(measure_ceilings(device, 15)),
+        "ceilings": vars(ceilings), "floor_ms": floors(case, ceilings),
+        "product_flops_per_second": product_rates(products(case), device, case.dtype, 15),
         "contenders": [entry.told() for entry in entries], "telemetry": {"start": start, "end": telemetry()},
     }  # fmt: skip
 

@@ -50,10 +50,9 @@ def cache_dit_compiled(case: Case) -> Trajectory:
     that change. Without CUDA graphs: what is kept between steps would lie in memory that the next replay overwrites.
     """
     model = _with_cache_dit(case)
-    if case.device.type == "cuda":
-        compiled = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False)
-    else:
-        compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    is_cuda = case.device.type == "cuda"
+    how = {"mode": "max-autotune-no-cudagraphs"} if is_cuda else {"backend": "aot_eager"}
+    compiled: Any = torch.compile(model, dynamic=False, **how)  # type: ignore[call-overload]
     return _refreshed(model, trajectory(case, compiled))
 
 
