@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import naive_sample, relative_error, tiny_dit
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench import targets
 from bench.report import rivals as told
@@ -62,9 +63,41 @@ def test_every_rival_computes_the_method_again_and_again(rival: Rival) -> None:
     run = rival.make(case)
     first, second = run(), run()
     assert torch.equal(first.latents, second.latents)
-    assert relative_error(first.latents, race.truth(case)) < 1e-5
+    if not rival.is_another:
+        assert relative_error(first.latents, race.truth(case)) < 1e-5
     assert sum(first.steps or [1] * (len(first.marks) - 1)) == len(case.plan)
     assert first.host_seconds > 0
+
+
+ANOTHER = [rival for rival in RIVALS if rival.is_another]
+
+
+@pytest.mark.parametrize("rival", ANOTHER, ids=[rival.name for rival in ANOTHER])
+def test_another_method_without_reuse_is_the_model_and_with_it_near(rival: Rival) -> None:
+    if rival.missing:
+        pytest.skip(f"needs {', '.join(rival.missing)}")
+    case = case_of(dtype=torch.float32)
+    assert relative_error(rival.make(case.uncached())().latents, race.truth(case.uncached())) < 1e-5
+    assert 5e-6 < relative_error(rival.make(case)().latents, race.truth(case.uncached())) < 3
+
+
+@pytest.mark.parametrize("rival", ANOTHER, ids=[rival.name for rival in ANOTHER])
+def test_another_method_reuses_as_much_as_the_table(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PAB reuses attention alone, all others whole steps; what is counted is attention."""
+    if rival.missing:
+        pytest.skip(f"needs {', '.join(rival.missing)}")
+    case = case_of([NO, NO, NO, NO, ATTN_MLP, NO, ATTENTION, ATTN_MLP, NO, NO], torch.float32)
+    run, attend, attended = rival.make(case), F.scaled_dot_product_attention, list[None]()
+
+    def counting(*args: Tensor, **options: Any) -> Tensor:
+        attended.append(None)
+        return attend(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+    run()
+    reused = 3 if rival.name == "P4, PAB" else 2
+    computed_first_blocks = 2 if rival.name in ("P4", "P4, compiled", "P4, FirstBlockCache") else 0
+    assert len(attended) == 2 * (len(case.plan) - reused) + computed_first_blocks
 
 
 def test_the_case_stays_as_it_was() -> None:

@@ -10,8 +10,9 @@ the code they come from, which is a kindness to them. Each result is held agains
 nobody is timed for a wrong picture.
 
 DiT-XL/2 has random weights: they do not change its speed. Compiled code is cached where TORCHINDUCTOR_CACHE_DIR and
-TRITON_CACHE_DIR say, between runs too. Rivals need packages that are never installed with ours:
+TRITON_CACHE_DIR say, between runs too. P2 and P4 need packages that are never installed with ours, with --no-deps where
+there is no registry:
 
-    diffusers, with huggingface-hub safetensors importlib-metadata zipp regex requests (and theirs), for `diffusers*`
-    cache-dit, with diffusers, transformers and tokenizers, for `cache-dit`
+    diffusers huggingface-hub safetensors packaging pyyaml pillow tqdm requests urllib3 certifi idna httpx2 httpcore2
+    h11 truststore, and cache-dit
 """

@@ -17,7 +17,8 @@ class Rival:
     name: str
     what: str
     make: Callable[[Case], Trajectory]
-    is_cached: bool = True  # follows the table; else computes every step
+    is_cached: bool = True  # else it computes every step
+    is_another: bool = False  # a method of its own: its latents need not be ours
     needs: tuple[str, ...] = ()  # modules
 
     @property

@@ -2,11 +2,12 @@
 
 from functools import partial
 
-from bench.rivals import compiled, diffusers_dit, ours, plain
+from bench.rivals import caching_diffusers, compiled, diffusers_dit, ours, plain
 from bench.rivals.rival import Rival
 
 OURS = "ebcache_fast"
 DIFFUSERS = ("diffusers",)
+CACHE_DIT = ("diffusers", "cache_dit")
 
 RIVALS: tuple[Rival, ...] = (
     Rival(OURS, "our own loop, a graph a step type", partial(ours.own_loop, whole=False)),
@@ -17,13 +18,40 @@ RIVALS: tuple[Rival, ...] = (
     Rival("P0", "the original's model in float32, TF32 products, eager, uncached", plain.original, False),
     Rival("P1", "EB-Cache in plain torch, eager", plain.eager),
     Rival("P1, uncached", "the original's model, eager, uncached", plain.eager, False),
-    Rival("P2", "diffusers' DiT, eager, uncached", diffusers_dit.eager, False, DIFFUSERS),
+    Rival("P2", "diffusers' DiT, eager, uncached", diffusers_dit.eager, False, needs=DIFFUSERS),
     Rival("P3", "torch.compile(max-autotune), uncached", partial(compiled.whole_model, mode="max-autotune"), False),
     Rival(
         "P3, reduce-overhead",
         "torch.compile(reduce-overhead), uncached",
         partial(compiled.whole_model, mode="reduce-overhead"),
         False,
+    ),
+    Rival("P4", "cache-dit, the table as its static mask", caching_diffusers.cache_dit, True, True, CACHE_DIT),
+    Rival("P4, compiled", "the same under torch.compile", caching_diffusers.cache_dit_compiled, True, True, CACHE_DIT),
+    Rival("P4, MagCache", "diffusers' MagCache, told the table", caching_diffusers.mag_cache, True, True, DIFFUSERS),
+    Rival(
+        "P4, FirstBlockCache",
+        "diffusers' FirstBlockCache, about as many steps",
+        caching_diffusers.first_block_cache,
+        True,
+        True,
+        DIFFUSERS,
+    ),
+    Rival(
+        "P4, PAB",
+        "diffusers' Pyramid Attention Broadcast, as many steps",
+        caching_diffusers.pyramid_attention_broadcast,
+        True,
+        True,
+        DIFFUSERS,
+    ),
+    Rival(
+        "P4, TaylorSeer",
+        "diffusers' TaylorSeer, as many steps",
+        caching_diffusers.taylorseer_cache,
+        True,
+        True,
+        DIFFUSERS,
     ),
     Rival("P5", "torch.compile(max-autotune) of a step a type, graphs captured by hand", compiled.ByStepType),
 )
