@@ -4,6 +4,7 @@ from torch import nn
 
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit, save_weights
 from ebcache_fast.models.denoiser import Denoiser, Modulation
+from ebcache_fast.models.diffusers_dit_denoiser import DiffusersDiTDenoiser
 from ebcache_fast.models.dit import DIT_MODELS, DiT
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
 
@@ -12,6 +13,7 @@ __all__ = [
     "Denoiser",
     "DiT",
     "DiTDenoiser",
+    "DiffusersDiTDenoiser",
     "Modulation",
     "as_denoiser",
     "load_checkpoint",
@@ -22,4 +24,4 @@ __all__ = [
 
 def as_denoiser(model: nn.Module) -> Denoiser:
     """The adapter that fits ``model``; InputError if none does."""
-    return DiTDenoiser(model)
+    return DiffusersDiTDenoiser(model) if hasattr(model, "transformer_blocks") else DiTDenoiser(model)

@@ -5,13 +5,21 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Modulation, Scratch
 from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
+from ebcache_fast.models.layers import (
+    has,
+    is_plain,
+    is_plain_patching,
+    is_torchs_own,
+    is_watched,
+    linear_gelu,
+    linear_into,
+)
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, BranchShape, ModelShape
@@ -45,7 +53,7 @@ class DiTDenoiser:
 
     def __init__(self, model: nn.Module) -> None:
         for path in _LAYOUT:
-            if not _has(model, path):
+            if not has(model, path):
                 raise InputError(
                     f"{type(model).__name__} has no {path!r}, so it is not of the original DiT's layout; "
                     "pass such a module (ebcache_fast.models.dit.DiT, or facebookresearch/DiT's)"
@@ -136,27 +144,27 @@ class DiTDenoiser:
     ) -> None:
         block = self._blocks[layer]
         if branch is Branch.SELF_ATTN:
-            _linear_into(block.attn.proj, _attend(block.attn, u, operations, scratch), out)
+            linear_into(block.attn.proj, _attend(block.attn, u, operations, scratch), out)
         else:
-            _linear_into(block.mlp.fc2, _widen(block.mlp, u, operations, scratch), out)
+            linear_into(block.mlp.fc2, _widen(block.mlp, u, operations, scratch), out)
 
     def passed_over_hooks(self) -> str | None:
         of_the_whole = ("t_embedder", "y_embedder", "blocks", "final_layer", "final_layer.norm_final")
         of_a_layer = ("", ".norm1", ".attn", ".norm2", ".mlp")
         of_layers = (f"blocks.{i}{name}" for i in range(len(self._blocks)) for name in of_a_layer)
-        return next((path for path in (*of_the_whole, *of_layers) if _is_watched(attrgetter(path)(self._model))), None)
+        return next((path for path in (*of_the_whole, *of_layers) if is_watched(attrgetter(path)(self._model))), None)
 
     def foreign_layer(self) -> str | None:
         ends = () if self.has_plain_ends else ("x_embedder", "final_layer.linear")
         called = (*(f"attn.{name}" for name in ("qkv", "proj", "q_norm", "k_norm")), "mlp.fc1", "mlp.act", "mlp.fc2")
         of_layers = (f"blocks.{i}.{name}" for i in range(len(self._blocks)) for name in called)
-        there = ((path, attrgetter(path)(self._model)) for path in (*ends, *of_layers) if _has(self._model, path))
-        return next((path for path, layer in there if not all(map(_is_torchs_own, layer.modules()))), None)
+        there = ((path, attrgetter(path)(self._model)) for path in (*ends, *of_layers) if has(self._model, path))
+        return next((path for path, layer in there if not all(map(is_torchs_own, layer.modules()))), None)
 
     @property
     def has_plain_ends(self) -> bool:
         embedder, final = self._model.x_embedder, self._model.final_layer
-        if not (_is_plain(final.linear) and _is_plain_patching(embedder)):
+        if not (is_plain(final.linear) and is_plain_patching(embedder)):
             return False
         weights = self.weight(), embedder.proj.weight, self._model.pos_embed, final.linear.weight
         return len({weight.dtype for weight in weights}) == 1
@@ -189,18 +197,6 @@ class DiTDenoiser:
         return cast(int, self._model.x_embedder.proj.kernel_size[0])
 
 
-def _is_torchs_own(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules")
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        attrgetter(path)(model)
-    except AttributeError:
-        return False
-    return True
-
-
 def _attend(attention: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
     """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
     n, tokens, width = u.shape
@@ -219,42 +215,6 @@ def _attend(attention: Any, u: Tensor, operations: Operations, scratch: Scratch)
 
 def _widen(mlp: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
     """The MLP up to its last linear layer, (N, T, D) -> (N, T, F)."""
-    is_tanh_gelu = type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh" and not _is_watched(mlp.act)
-    if operations.linear_gelu is None or not (is_tanh_gelu and _is_plain(mlp.fc1) and u.dtype == mlp.fc1.weight.dtype):
-        return cast(Tensor, mlp.act(mlp.fc1(u)))
-    out = scratch.buffer("mlp", *u.shape[:2], mlp.fc1.out_features)
-    operations.linear_gelu(u.flatten(0, 1), Linear(mlp.fc1.weight, mlp.fc1.bias), out.flatten(0, 1))
-    return out
-
-
-def _linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
-    """Write ``linear(u)`` into ``out``; a plain layer's product lands there without a copy."""
-    is_product = _is_plain(linear) and u.dtype == linear.weight.dtype == out.dtype  # autocast lets them differ
-    if is_product and out.is_contiguous():
-        torch.addmm(linear.bias, u.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
-    else:
-        out.copy_(linear(u))
-
-
-def _is_plain(linear: Any) -> bool:
-    """Whether the layer is its dense weight and bias alone: no adapter, parametrization or hook."""
-    return type(linear) is nn.Linear and _is_bare(linear)
-
-
-def _is_plain_patching(embedder: Any) -> bool:
-    """Whether the embedder is one bare convolution of patches side by side, and nothing after it."""
-    proj = embedder.proj
-    if _is_watched(embedder) or type(proj) is not nn.Conv2d or not _is_bare(proj):
-        return False
-    apart = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
-    return apart and isinstance(getattr(embedder, "norm", nn.Identity()), nn.Identity)
-
-
-def _is_bare(layer: Any) -> bool:
-    """Whether a layer's weight and bias are parameters of its own, and its forward its class's."""
-    return type(layer.weight) is nn.Parameter and layer.bias is not None and not _is_watched(layer)
-
-
-def _is_watched(module: Any) -> bool:
-    """Whether hooks, or a forward of its own, change what a module does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    is_tanh_gelu = type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh" and not is_watched(mlp.act)
+    fused = linear_gelu(mlp.fc1, u, operations, scratch) if is_tanh_gelu else None
+    return cast(Tensor, mlp.act(mlp.fc1(u))) if fused is None else fused

@@ -1,0 +1,68 @@
+"""What adapters ask of a model's layers: whether they are torch's own and bare, and how to run them."""
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ebcache_fast.models.denoiser import Scratch
+from ebcache_fast.operands import Linear
+from ebcache_fast.ops import Operations
+
+
+def is_torchs_own(module: nn.Module) -> bool:
+    """Whether its class is one of torch.nn."""
+    return type(module).__module__.startswith("torch.nn.modules")
+
+
+def has(model: nn.Module, path: str) -> bool:
+    """Whether there is an attribute at the end of a path such as "blocks.0.attn"."""
+    try:
+        attrgetter(path)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
+    """Write ``linear(u)`` into ``out``; a plain layer's product lands there without a copy."""
+    is_product = is_plain(linear) and u.dtype == linear.weight.dtype == out.dtype  # autocast lets them differ
+    has_rows = out.stride(2) == 1 and out.stride(0) == out.shape[1] * out.stride(1)  # whole, or a part of each
+    if is_product and has_rows:
+        torch.addmm(linear.bias, u.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
+    else:
+        out.copy_(linear(u))
+
+
+def linear_gelu(linear: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor | None:
+    """``gelu_tanh(linear(u))``, (N, T, D) -> (N, T, F), in one operation; None where there is none for this layer."""
+    if operations.linear_gelu is None or not (is_plain(linear) and u.dtype == linear.weight.dtype):
+        return None
+    out = scratch.buffer("mlp", *u.shape[:2], linear.out_features)
+    operations.linear_gelu(u.flatten(0, 1), Linear(linear.weight, linear.bias), out.flatten(0, 1))
+    return out
+
+
+def is_plain(linear: Any) -> bool:
+    """Whether the layer is its dense weight and bias alone: no adapter, parametrization or hook."""
+    return type(linear) is nn.Linear and is_bare(linear)
+
+
+def is_plain_patching(embedder: Any) -> bool:
+    """Whether the embedder is one bare convolution of patches side by side, and nothing after it."""
+    proj = embedder.proj
+    if is_watched(embedder) or type(proj) is not nn.Conv2d or not is_bare(proj):
+        return False
+    apart = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
+    return apart and isinstance(getattr(embedder, "norm", None), nn.Identity | None)
+
+
+def is_bare(layer: Any) -> bool:
+    """Whether a layer's weight and bias are parameters of its own, and its forward its class's."""
+    return type(layer.weight) is nn.Parameter and layer.bias is not None and not is_watched(layer)
+
+
+def is_watched(module: Any) -> bool:
+    """Whether hooks, or a forward of its own, change what a module does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
