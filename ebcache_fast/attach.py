@@ -16,11 +16,11 @@ from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan
 from ebcache_fast.sampling import plan_for, with_eps_scale
 
-Model = TypeVar("Model", bound=nn.Module)
+Target = TypeVar("Target")  # a module, or a pipeline with one
 
 
 def enable(
-    model: Model,
+    model: Target,
     table: CacheTable | Plan,
     *,
     eps_scale: float | None = None,
@@ -29,8 +29,10 @@ def enable(
     strict: bool = False,
     max_graphs: int = 64,
     max_trajectories: int = 4,
-) -> Model:
+) -> Target:
     """Let ``model``'s own ``forward`` and ``forward_with_cfg`` follow ``table``; returns the model.
+
+    Of a diffusers pipeline it is the transformer that follows; the pipeline itself stays as it is.
 
     Signatures, shapes, dtypes and devices stay as they are, the parameters are not touched, and the caller's loop
     needs no change. Enabling an enabled model gives it the new table.
@@ -40,7 +42,8 @@ def enable(
     Runs of the same labels must follow one another: where two take turns, both get TrajectoryError.
 
     Args:
-        model: a module of the original DiT's layout, in eval mode.
+        model: a module of the original DiT's layout or a DiTTransformer2DModel of diffusers, in eval mode, or a
+            DiTPipeline.
         table: which timesteps reuse what: a CacheTable, or a Plan made for this model.
         eps_scale: the factor b on predicted noise; None means the table's. The variance output is never scaled.
         allow_amplify: lets ``eps_scale`` exceed 1.
@@ -56,25 +59,26 @@ def enable(
         InputError: the model is of another layout, in training mode, or computes something else than its parts
             say; or an argument is out of range.
     """
-    if model.training:
-        raise InputError(f"{type(model).__name__} is in training mode, where labels are dropped; call model.eval()")
-    denoiser = as_denoiser(model)
+    module = module_of(model)
+    if module.training:
+        raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
+    denoiser = as_denoiser(module)
     plan = with_eps_scale(plan_for(denoiser, table), eps_scale, allow_amplify)
     options = EngineOptions(strict=strict, max_graphs=max_graphs, max_trajectories=max_trajectories)
-    before = _cached_forward(model)
+    before = _cached_forward(module)
     with before.own.asked() if before is not None else nullcontext():
-        cached = (TrustingForward if trust_order else CachedForward)(model, plan, options)
-    disable(model)
+        cached = (TrustingForward if trust_order else CachedForward)(module, plan, options)
+    disable(module)
     cached.install()
     return model
 
 
-def disable(model: Model) -> Model:
+def disable(model: Target) -> Target:
     """Give ``model`` its own forward back, bit for bit, and free what caching held; returns the model.
 
     A model that is not enabled stays as it is.
     """
-    cached = _cached_forward(model)
+    cached = _cached_forward(module_of(model))
     if cached is not None:
         cached.remove()
         cached.forget()
@@ -82,9 +86,9 @@ def disable(model: Model) -> Model:
 
 
 @contextmanager
-def enabled(model: Model, table: CacheTable | Plan, **options: Any) -> Iterator[Model]:
+def enabled(model: Target, table: CacheTable | Plan, **options: Any) -> Iterator[Target]:
     """`enable`, with its options, for the length of a with statement; what was enabled before is so again after it."""
-    before = _cached_forward(model)
+    before = _cached_forward(module_of(model))
     if before is not None:
         before.remove()
     try:
@@ -96,12 +100,20 @@ def enabled(model: Model, table: CacheTable | Plan, **options: Any) -> Iterator[
             before.install()
 
 
-def stats(model: nn.Module) -> Stats:
+def stats(model: Any) -> Stats:
     """What caching did for ``model`` since it was enabled; InputError where it is not."""
-    cached = _cached_forward(model)
+    cached = _cached_forward(module_of(model))
     if cached is None:
         raise InputError(f"{type(model).__name__} is not enabled; call ebcache_fast.enable(model, table) first")
     return cached.stats
+
+
+def module_of(model: Any) -> nn.Module:
+    """The module itself, or a pipeline's transformer; InputError for anything else."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "transformer", None)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{type(model).__name__} is no module and has no transformer; pass a model or its pipeline")
+    return module
 
 
 def _cached_forward(model: nn.Module) -> CachedForward | None:

@@ -114,7 +114,7 @@ def enable_over(
 
 def engine_of(model: DiT) -> Engine:
     """The engine behind an enabled model's forward."""
-    return model.forward.__self__.engine  # type: ignore[attr-defined, no-any-return]
+    return vars(model)[cached_forward.ATTRIBUTE].engine  # type: ignore[no-any-return]
 
 
 def arguments(model: DiT, job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:

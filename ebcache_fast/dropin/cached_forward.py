@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import replace
 from threading import RLock
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.dropin.calls import calls_class
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.own_forward import Method, OwnForward
+from ebcache_fast.dropin.own_forward import OwnForward
 from ebcache_fast.dropin.probe import probe
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine, EngineOptions
@@ -50,6 +51,7 @@ class CachedForward:
         self.model, self.plan, self.options = model, plan, options
         self.own = OwnForward(model)
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
+        self.calls = calls_class(model)(self)
         self.forget()
         self._modules += model.modules()
 
@@ -74,20 +76,14 @@ class CachedForward:
         vars(self).update(state)
         self.forget()
 
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        """What is put in the place of the model's own."""
-        guided: dict[str, Method] = {"forward_with_cfg": self.forward_with_cfg} if self.guided_channels else {}
-        return {"forward": self.forward, **guided}
-
     def install(self) -> None:
         """Put it in the place of the model's own forward."""
-        self.own.replace(self.methods)
+        self.own.replace(self.calls.methods)
         vars(self.model)[ATTRIBUTE] = self
 
     def remove(self) -> None:
         """Give the model its own forward back; whoever wrapped this one gets the model's own through it."""
-        self.own.restore(self.methods)
+        self.own.restore(self.calls.methods)
         del vars(self.model)[ATTRIBUTE]
 
     @property
@@ -104,20 +100,17 @@ class CachedForward:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
             return replace(done, originals=dict(self._originals), refreshed=dict(self._refreshed))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As the model's: latents x (R, C, H, W), timesteps t (R,), labels y (R,) -> (R, out_channels, H, W)."""
-        return self._answer(ModelCall(x, t, y), "forward", x, t, y)
+    def answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
+        """What a method called with these arguments returns: ours, or what the model's own of that name does.
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """As the model's: the second half of the batch is unconditional, and takes the latents of the first."""
-        call = ModelCall(x, t, y, cfg_scale, self.guided_channels)
-        return self._answer(call, "forward_with_cfg", x, t, y, cfg_scale)
-
-    def _answer(self, call: ModelCall, name: str, *args: Any) -> Tensor:
+        ``call`` is None where the arguments mean something that the engine does not know.
+        """
         if self.own.is_asked:
             return self.own.answer(name, *args)
         with self._lock:
             try:
+                if call is None:
+                    raise DeclinedError("arguments that the engine does not know")
                 self._decline_what_must_be(call)
                 return self._cached(call)
             except DeclinedError as declined:

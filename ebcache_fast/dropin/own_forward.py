@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from threading import local
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-Method = Callable[..., Tensor]
+Method = Callable[..., Any]
 
 
 class _Asking(local):
@@ -51,7 +51,7 @@ class OwnForward:
                 del own[name]
                 own.update({name: self._replaced.pop(name)} if name in self._replaced else {})
 
-    def answer(self, name: str, *args: Any) -> Tensor:
+    def answer(self, name: str, *args: Any) -> Any:
         """What the model itself answers."""
         own = self._replaced.get(name) or getattr(type(self._model), name).__get__(self._model)
         with self.asked():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.dropin.calls import calls_class
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Batch, Engine, no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
@@ -49,6 +50,7 @@ class _Probe:
         generator = torch.Generator("cpu").manual_seed(0)
         noise = torch.randn(2, *denoiser.latent_shape, generator=generator, device="cpu")
         labels = 0, denoiser.num_classes - 1 + denoiser.has_null_label
+        self._read = calls_class(model).read
         self._x, self._y = noise.to(weight), torch.tensor(labels, device=weight.device)
         self._t = torch.full((2,), plan.timesteps[0], device=weight.device)
         self._plan = Plan.uncached(plan.timesteps[:1], plan.depth, plan.branches)
@@ -61,7 +63,7 @@ class _Probe:
         ours = run.predict(0, self._x)
         self._engine.release(run.place)
         try:
-            own = getattr(self._model, name)(self._x, self._t, self._y, *cfg_scale)
+            own = self._read(getattr(self._model, name)(self._x, self._t, self._y, *cfg_scale))
         except Exception:  # whatever a method of another meaning may raise
             return False
         if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:

@@ -1,0 +1,176 @@
+"""diffusers' DiTPipeline with caching enabled: unmodified, in place, and back again bit for bit."""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import relative_error
+from torch import Tensor, nn
+
+from ebcache_fast import CacheTable, disable, enable, enabled, stats
+from ebcache_fast.errors import InputError, TrajectoryError
+from ebcache_fast.plan import Branch, StepType
+
+diffusers = pytest.importorskip("diffusers")
+
+NO, ATTENTION, ATTN_MLP, MLP = StepType
+TYPES = (NO, ATTN_MLP, ATTENTION, NO, MLP)
+TIMESTEPS = tuple(range(800, -1, -200))
+TABLE = CacheTable(TIMESTEPS, TYPES)
+UNCACHED = CacheTable(TIMESTEPS, [NO] * len(TIMESTEPS))
+
+
+@pytest.fixture
+def pipe() -> Any:
+    """Tiny and random, in float32; its null label is 1000, as the pipeline has it."""
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=4,
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
+    made = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw(pipe: Any, labels: tuple[int, ...] = (3, 7), steps: int = 5, **options: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    arguments = dict(num_inference_steps=steps, generator=generator, output_type="pt") | options
+    images: Tensor = pipe(list(labels), **arguments).images
+    return images
+
+
+class Replaying(nn.Module):
+    """A branch that keeps what it computed last, and gives it again in steps that reuse it."""
+
+    def __init__(self, inner: nn.Module, branch: Branch) -> None:
+        super().__init__()
+        self.inner, self.branch, self.kept = inner, branch, torch.tensor(math.nan)
+        self.step_type = NO
+
+    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
+        if self.branch not in self.step_type.reuses:
+            self.kept = self.inner(hidden_states, *others, **named)
+        return self.kept
+
+
+def draw_with_replays(pipe: Any, **options: Any) -> Tensor:
+    """The method written around diffusers' own blocks, without any of ours."""
+    pipe = copy.deepcopy(pipe)
+    found: list[Replaying] = []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1, block.ff = Replaying(block.attn1, Branch.SELF_ATTN), Replaying(block.ff, Branch.MLP)
+        found += [block.attn1, block.ff]
+
+    def set_step(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        for each in found:
+            each.step_type = TYPES[TIMESTEPS.index(int(named["timestep"][0]))]
+
+    pipe.transformer.register_forward_pre_hook(set_step, with_kwargs=True)
+    return draw(pipe, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_order": True}], ids=["", "trust_order"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_uncached_it_is_the_pipeline_and_cached_the_method(
+    pipe: Any, guidance_scale: float, options: dict[str, bool]
+) -> None:
+    plain, replayed = (run(pipe, guidance_scale=guidance_scale) for run in (draw, draw_with_replays))
+    assert relative_error(replayed, plain) > 1e-3
+    assert enable(pipe, UNCACHED, **options) is pipe
+    assert relative_error(draw(pipe, guidance_scale=guidance_scale), plain) < 1e-5
+    enable(pipe, TABLE, **options)
+    for _ in range(2):
+        assert relative_error(draw(pipe, guidance_scale=guidance_scale), replayed) < 1e-5
+    counted = stats(pipe)
+    assert counted == stats(pipe.transformer)
+    assert counted.steps == {"NO_CACHE": 4, "ATTN_MLP": 2, "ATTENTION": 2, "MLP": 2}
+    assert not counted.originals
+    assert not counted.refreshed
+
+
+def test_disable_gives_the_pipeline_back(pipe: Any, tmp_path: Path) -> None:
+    plain, keys = draw(pipe), list(pipe.transformer.state_dict())
+    enable(pipe.transformer, TABLE)
+    draw(pipe)
+    assert list(pipe.transformer.state_dict()) == keys
+    assert disable(pipe) is pipe
+    assert "forward" not in vars(pipe.transformer)
+    assert torch.equal(draw(pipe), plain)
+    with enabled(pipe, TABLE) as inner:
+        assert inner is pipe
+        assert not torch.equal(draw(pipe), plain)
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_an_enabled_pipeline_is_saved_as_it_was(pipe: Any, tmp_path: Path) -> None:
+    plain = draw(pipe)
+    enable(pipe, TABLE).save_pretrained(tmp_path)
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again), plain)
+
+
+def test_a_copy_is_enabled_by_itself(pipe: Any) -> None:
+    plain = draw(pipe)
+    cached = draw(enable(pipe, TABLE))
+    other = copy.deepcopy(pipe)
+    disable(pipe)
+    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(draw(other), cached)
+
+
+def test_other_step_counts_compute_everything_and_are_counted(pipe: Any) -> None:
+    plain = draw(pipe, steps=3)
+    enable(pipe, TABLE)
+    assert relative_error(draw(pipe, steps=3), plain) < 1e-5
+    assert sum(stats(pipe).refreshed.values()) == 3
+    enable(pipe, TABLE, strict=True)
+    with pytest.raises(TrajectoryError, match="t=666 was not expected: a timestep is not in the plan"):
+        draw(pipe, steps=3)
+
+
+def test_a_run_after_one_that_was_cancelled_and_one_of_another_batch(pipe: Any) -> None:
+    class CancelledError(Exception):
+        pass
+
+    def cancel(*_: Any) -> Iterator[None]:
+        raise CancelledError
+
+    cached = draw(enable(pipe, TABLE))
+    step, pipe.scheduler.step = pipe.scheduler.step, cancel
+    with pytest.raises(CancelledError):
+        draw(pipe)
+    pipe.scheduler.step = step
+    draw(pipe, labels=(1,))
+    assert torch.equal(draw(pipe), cached)
+
+
+@torch.no_grad()
+def test_the_forward_returns_what_it_did(pipe: Any) -> None:
+    model, x, y = pipe.transformer, torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    t = torch.tensor([800, 800])
+    plain = model(x, t, y)
+    enable(model, TABLE)
+    for out in (model(x, timestep=t, class_labels=y), model(x, t, y)):
+        assert type(out) is type(plain)
+        assert relative_error(out.sample, plain.sample) < 1e-5
+    (alone,) = model(x, t, y, return_dict=False)
+    assert torch.equal(alone, model(x, t, y)[0])
+    assert type(model(x, t, y, cross_attention_kwargs={"scale": 1.0})) is type(plain)
+    assert stats(model).originals == {"arguments that the engine does not know": 1}
+    with pytest.raises(AttributeError):  # what it says itself
+        model(x)
+
+
+def test_what_is_neither_a_module_nor_a_pipeline() -> None:
+    for refused in (object(), "facebook/DiT-XL-2-256"):
+        with pytest.raises(InputError, match="is no module and has no transformer; pass a model or its pipeline"):
+            enable(refused, TABLE)
