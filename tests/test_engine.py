@@ -66,6 +66,19 @@ def run(trajectory: Run, xs: Tensor) -> list[Prediction]:
     return [trajectory.predict(i, x) for i, x in enumerate(xs)]
 
 
+@pytest.mark.parametrize("rows", [2, 10])
+@pytest.mark.parametrize("variance", [0, 4])
+def test_what_a_sampler_needs_of_an_output(rows: int, variance: int) -> None:
+    out = torch.arange(rows * (4 + variance) * 4).view(rows, 4 + variance, 2, 2)
+    found = split(out, rows // 2, 4)
+    assert torch.equal(found.eps, out[: rows // 2, :4])
+    if variance:
+        assert found.variance is not None
+        assert torch.equal(found.variance, out[: rows // 2, 4:])
+    else:
+        assert found.variance is None
+
+
 def assert_bitwise(ours: list[Prediction], theirs: list[Prediction]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert all(map(torch.equal, one, other))

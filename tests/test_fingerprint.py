@@ -57,6 +57,9 @@ PARTS: dict[str, Change] = {
     "a dict of parameters": lambda model: setattr(last(model), "_parameters", {}),
 }
 PYTHON: dict[str, Change] = {
+    "a hook on the first of all": lambda model: model.x_embedder.register_forward_hook(lambda *_: None),
+    "a hook before the first of all": lambda model: model.x_embedder.register_forward_pre_hook(lambda *_: None),
+    "a forward of the first of all": lambda model: setattr(model.x_embedder, "forward", lambda x: x),
     "a hook": lambda model: last(model).register_forward_hook(lambda *_: None),
     "a hook before": lambda model: last(model).register_forward_pre_hook(lambda *_: None),
     "a forward": lambda model: setattr(last(model), "forward", MethodType(lambda self, x: x, last(model))),
@@ -65,6 +68,7 @@ NOTHING: dict[str, Change] = {
     "nothing": lambda model: None,
     "a run": lambda model: model(torch.zeros(1, 4, 8, 8).double(), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
     "the model's own hook": lambda model: model.register_forward_hook(lambda *_: None),
+    "the model's own hook before": lambda model: model.register_forward_pre_hook(lambda *_: None),
     "the model's own forward": lambda model: setattr(model, "forward", MethodType(lambda self, x: x, model)),
     "gradients": lambda model: model.requires_grad_(True),
     "training": lambda model: model.train(),

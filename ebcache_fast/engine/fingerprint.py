@@ -32,12 +32,12 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._insides: list[dict[str, Any]] = []
-        self._seen: Fingerprint | None = None
+        self._insides = list(map(vars, _walk(model)))
+        self._seen = _look_at(self._insides)
 
     def look(self) -> Fingerprint:
         """What it is made of now; the very object of the last look where that is the same."""
-        if self._seen is None or _look_at(self._insides) != self._seen:
+        if _look_at(self._insides) != self._seen:
             self._insides = list(map(vars, _walk(self._model)))
             self._seen = _look_at(self._insides)
         return self._seen
@@ -74,4 +74,4 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # inference tensors have none
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [tensor._version for tensor in tensors if not tensor.is_inference()]
