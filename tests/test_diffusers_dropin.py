@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_tiny import tiny_pipeline
 from tiny import relative_error
 from torch import Tensor, nn
 
@@ -26,18 +27,7 @@ UNCACHED = CacheTable(TIMESTEPS, [NO] * len(TIMESTEPS))
 
 @pytest.fixture
 def pipe() -> Any:
-    """Tiny and random, in float32; its null label is 1000, as the pipeline has it."""
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=4,
-    )  # fmt: skip
-    for parameter in transformer.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
-    made = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler())
-    made.set_progress_bar_config(disable=True)
-    return made
+    return tiny_pipeline()
 
 
 def draw(pipe: Any, labels: tuple[int, ...] = (3, 7), steps: int = 5, **options: Any) -> Tensor:

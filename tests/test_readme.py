@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers_tiny import tiny_pipeline
 from tiny import tiny_dit
 from torch import nn
 
-from ebcache_fast import cli, models
+from ebcache_fast import cli, models, stats
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.sampling import sample
 
@@ -76,18 +77,22 @@ def test_the_other_code_runs(
     denoiser = models.as_denoiser(model)
     names: dict[str, object] = {"model": model, "shape": denoiser.shape, "latent_shape": denoiser.latent_shape}
     names["null_label"] = denoiser.num_classes
-    graphs, loop, tables = blocks("python")[1:]
+    names["pipe"] = tiny_pipeline()
+    graphs, loop, pipeline, tables = blocks("python")[1:]
     few = tables.replace("samples=1000, steps=50", "samples=4, steps=6")
     assert few != tables
     for block in (few, graphs, loop):
         exec(block, names)
     assert CacheTable.load("mine.json") == names["table"]
+    exec(pipeline, names)
+    assert len(names["images"]) == 2  # type: ignore[arg-type]
+    assert stats(names["pipe"]).steps == {"NO_CACHE": 34, "ATTN_MLP": 16}
     assert sum(names["engine"].stats.steps.values()) == 18  # type: ignore[attr-defined]
     assert capsys.readouterr().out.count("Stats(steps=") == 2
 
 
 def test_every_block_of_code_is_one_of_these() -> None:
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
 
 
 COMMAND_ROWS: Mapping[str, str] = dict(re.findall(r"^\| `ebcache-fast (\S+)(.*?)` \|", README, re.MULTILINE))

@@ -32,8 +32,8 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._insides = list(map(vars, _walk(model)))
-        self._seen = _look_at(self._insides)
+        self._insides: list[dict[str, Any]] = []  # until the first look: a model that is copied has nothing yet
+        self._seen: Fingerprint | None = None
 
     def look(self) -> Fingerprint:
         """What it is made of now; the very object of the last look where that is the same."""
