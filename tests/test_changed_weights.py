@@ -24,6 +24,7 @@ from dropin import (
 )
 from tiny import CLASSES, relative_error, tiny_dit
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ebcache_fast import enable, stats
@@ -252,7 +253,16 @@ def one_layer_more(model: DiT) -> None:
     model.blocks.append(copy.deepcopy(model.blocks[0]))
 
 
+def offload(model: DiT) -> None:
+    """As accelerate does: a layer fetches its weights when it is called."""
+    for block in model.blocks:
+        layer, held = block.attn.qkv, block.attn.qkv.weight.detach()
+        layer.weight = nn.Parameter(held.to("meta"), requires_grad=False)
+        layer.forward = partial(F.linear, weight=held, bias=layer.bias)
+
+
 FOREIGN: dict[str, Change] = {
+    "offloaded weights": offload,
     "attention of another kind": other_attention,
     "an adapter without the layer's attributes": bare_adapter,
     "one layer more": one_layer_more,

@@ -149,7 +149,9 @@ class CachedForward:
         self._misfit = None
         try:
             self._denoiser: Denoiser = as_denoiser(self.model)
-            self._device_type = self._denoiser.weight().device.type
+            if (weight := self._denoiser.weight()).is_meta:
+                raise InputError("its weights are on the meta device, as offloading leaves them")
+            self._device_type = weight.device.type
             if (modules := list(self.model.modules())) != self._modules:
                 self._probe_again()
                 self._modules = modules

@@ -33,8 +33,8 @@ def _probe(model: nn.Module, plan: Plan) -> int:
     asked = _Probe(model, plan)
     if not asked.is_answered(0, "forward"):
         raise InputError(
-            f"{type(model).__name__} has the original DiT's layout, but its forward computes something else, and the "
-            "engine would run the original's; pass a module that computes what its parts say"
+            f"{type(model).__name__} has the layout of a DiT, but its forward computes something else, and the engine "
+            "would run the usual one; pass a module that computes what its parts say, without another cache around it"
         )
     channels = as_denoiser(model).latent_shape[0]
     guesses = dict.fromkeys((min(GUIDED_CHANNELS, channels), channels)) if hasattr(model, "forward_with_cfg") else {}
