@@ -186,7 +186,7 @@ def test_layouts_are_told_apart_and_what_is_missing_is_named() -> None:
     del model.proj_out_1
     with pytest.raises(InputError, match="DiTTransformer2DModel has no 'proj_out_1', so it is not of the layout"):
         as_denoiser(model)
-    with pytest.raises(InputError, match=r"norm3' has parameters.*norm_elementwise_affine=False"):
+    with pytest.raises(InputError, match=r"norm3' has parameters.*elementwise_affine=False"):
         as_denoiser(tiny(norm_elementwise_affine=True))
 
 

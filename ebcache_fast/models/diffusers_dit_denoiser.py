@@ -7,11 +7,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Modulation, Scratch
 from ebcache_fast.models.dit import unpatchify
+from ebcache_fast.models.dit_layout import check_layout, shape_of
 from ebcache_fast.models.layers import (
-    has,
     is_plain,
     is_plain_patching,
     is_watched,
@@ -20,7 +19,7 @@ from ebcache_fast.models.layers import (
 )
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
-from ebcache_fast.plan import Branch, BranchShape, ModelShape
+from ebcache_fast.plan import Branch, ModelShape
 
 _NORMS = ("transformer_blocks.0.norm1.norm", "transformer_blocks.0.norm3", "norm_out")
 _EMB = "transformer_blocks.0.norm1.emb"
@@ -48,54 +47,25 @@ class DiffusersDiTDenoiser:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for path in _LAYOUT:
-            if not has(model, path):
-                raise InputError(
-                    f"{type(model).__name__} has no {path!r}, so it is not of the layout of diffusers' "
-                    "DiTTransformer2DModel; pass such a module"
-                )
-        for path in _NORMS:
-            if any(True for _ in attrgetter(path)(model).parameters()):
-                raise InputError(
-                    f"{type(model).__name__}'s {path!r} has parameters, which no fused operation applies; "
-                    "pass a module whose LayerNorms have none (norm_elementwise_affine=False)"
-                )
+        check_layout(model, _LAYOUT, _NORMS, "diffusers' DiTTransformer2DModel")
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(self._model.transformer_blocks)
 
     @cached_property
     def shape(self) -> ModelShape:
-        model, block = self._model, self._blocks[0]
-        _, tokens, width = model.pos_embed.pos_embed.shape
-        depth = len(self._blocks)
-        hidden, frequencies = block.ff.net[2].in_features, block.norm1.emb.time_proj.num_channels
-        attention = BranchShape(
-            Branch.SELF_ATTN,
-            macs=4 * width * width * tokens + 2 * tokens * tokens * width,
-            weights=4 * width * width,
-        )
-        mlp = BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
-        timestep = frequencies * width + width * width
-        modulation = depth * (timestep + 6 * width * width) + timestep + 2 * width * width
-        ends = self._patch_size**2 * (self.latent_shape[0] + self.out_channels) * width
-        return ModelShape(
+        block, depth = self._blocks[0], len(self._blocks)
+        _, tokens, width = self._model.pos_embed.pos_embed.shape
+        timestep = block.norm1.emb.time_proj.num_channels * width + width * width
+        return shape_of(
             depth=depth,
             width=width,
+            hidden=block.ff.net[2].in_features,
+            heads=block.attn1.heads,
             tokens=tokens,
-            branches=(attention, mlp),
-            fixed_macs=modulation + ends * tokens,
-            fixed_weights=modulation + ends,
-            fingerprint=(
-                ("depth", depth),
-                ("hidden_size", width),
-                ("mlp_hidden_size", hidden),
-                ("num_heads", block.attn1.heads),
-                ("tokens", tokens),
-                ("patch_size", self._patch_size),
-                ("in_channels", self.latent_shape[0]),
-                ("out_channels", self.out_channels),
-                ("num_classes", self.num_classes),
-            ),
+            patch_size=self._patch_size,
+            channels=(self.latent_shape[0], self.out_channels),
+            num_classes=self.num_classes,
+            conditioning=(depth + 1) * timestep + (6 * depth + 2) * width * width,
         )
 
     @cached_property

@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Modulation, Scratch
 from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
+from ebcache_fast.models.dit_layout import check_layout, shape_of
 from ebcache_fast.models.layers import (
     has,
     is_plain,
@@ -22,7 +22,7 @@ from ebcache_fast.models.layers import (
 )
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
-from ebcache_fast.plan import Branch, BranchShape, ModelShape
+from ebcache_fast.plan import Branch, ModelShape
 
 _NORMS = ("blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final")
 _LAYOUT = (
@@ -52,54 +52,25 @@ class DiTDenoiser:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for path in _LAYOUT:
-            if not has(model, path):
-                raise InputError(
-                    f"{type(model).__name__} has no {path!r}, so it is not of the original DiT's layout; "
-                    "pass such a module (ebcache_fast.models.dit.DiT, or facebookresearch/DiT's)"
-                )
-        for path in _NORMS:
-            if any(True for _ in attrgetter(path)(model).parameters()):
-                raise InputError(
-                    f"{type(model).__name__}'s {path!r} has parameters, which no fused operation applies; "
-                    "pass a module whose LayerNorms have none (elementwise_affine=False)"
-                )
+        check_layout(model, _LAYOUT, _NORMS, "the original DiT's (ebcache_fast.models.dit.DiT, facebookresearch/DiT's)")
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(self._model.blocks)
 
     @cached_property
     def shape(self) -> ModelShape:
-        model, block = self._model, self._blocks[0]
-        width, tokens = block.attn.qkv.in_features, model.pos_embed.shape[1]
-        hidden, patch_in = block.mlp.fc1.out_features, model.x_embedder.proj.weight[0].numel()
-        patch_out, depth = model.final_layer.linear.out_features, len(self._blocks)
-        attention = BranchShape(
-            Branch.SELF_ATTN,
-            macs=4 * width * width * tokens + 2 * tokens * tokens * width,
-            weights=4 * width * width,
-        )
-        mlp = BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
-        modulation = 6 * depth * width * width + 2 * width * width
+        model, block, depth = self._model, self._blocks[0], len(self._blocks)
+        width = block.attn.qkv.in_features
         timestep = FREQUENCY_SIZE * width + width * width
-        ends = (patch_in + patch_out) * width
-        return ModelShape(
+        return shape_of(
             depth=depth,
             width=width,
-            tokens=tokens,
-            branches=(attention, mlp),
-            fixed_macs=modulation + timestep + ends * tokens,
-            fixed_weights=modulation + timestep + ends,
-            fingerprint=(
-                ("depth", depth),
-                ("hidden_size", width),
-                ("mlp_hidden_size", hidden),
-                ("num_heads", block.attn.num_heads),
-                ("tokens", tokens),
-                ("patch_size", self._patch_size),
-                ("in_channels", self.latent_shape[0]),
-                ("out_channels", self.out_channels),
-                ("num_classes", self.num_classes),
-            ),
+            hidden=block.mlp.fc1.out_features,
+            heads=block.attn.num_heads,
+            tokens=model.pos_embed.shape[1],
+            patch_size=self._patch_size,
+            channels=(self.latent_shape[0], self.out_channels),
+            num_classes=self.num_classes,
+            conditioning=timestep + (6 * depth + 2) * width * width,
         )
 
     @cached_property

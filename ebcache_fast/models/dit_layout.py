@@ -1,0 +1,64 @@
+"""What the layouts of a DiT have in common: how they are recognised, and what their steps cost."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+from torch import nn
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.layers import has
+from ebcache_fast.plan import Branch, BranchShape, ModelShape
+
+
+def check_layout(model: nn.Module, paths: Sequence[str], norms: Sequence[str], whose: str) -> None:
+    """InputError, naming the attribute, for a module that lacks one, or whose LayerNorms ``norms`` have parameters."""
+    name = type(model).__name__
+    for path in paths:
+        if not has(model, path):
+            raise InputError(f"{name} has no {path!r}, so it is not of the layout of {whose}; pass such a module")
+    for path in norms:
+        if any(True for _ in attrgetter(path)(model).parameters()):
+            raise InputError(
+                f"{name}'s {path!r} has parameters, which no fused operation applies; pass a module whose LayerNorms "
+                "have none (elementwise_affine=False)"
+            )
+
+
+def shape_of(
+    depth: int,
+    width: int,
+    hidden: int,
+    heads: int,
+    tokens: int,
+    patch_size: int,
+    channels: tuple[int, int],
+    num_classes: int,
+    conditioning: int,
+) -> ModelShape:
+    """The shape of a DiT of these sizes; ``channels`` in and out, ``conditioning`` the weights that make modulation."""
+    attention = BranchShape(
+        Branch.SELF_ATTN,
+        macs=4 * width * width * tokens + 2 * tokens * tokens * width,
+        weights=4 * width * width,
+    )
+    mlp = BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
+    ends = patch_size**2 * sum(channels) * width
+    return ModelShape(
+        depth=depth,
+        width=width,
+        tokens=tokens,
+        branches=(attention, mlp),
+        fixed_macs=conditioning + ends * tokens,
+        fixed_weights=conditioning + ends,
+        fingerprint=(
+            ("depth", depth),
+            ("hidden_size", width),
+            ("mlp_hidden_size", hidden),
+            ("num_heads", heads),
+            ("tokens", tokens),
+            ("patch_size", patch_size),
+            ("in_channels", channels[0]),
+            ("out_channels", channels[1]),
+            ("num_classes", num_classes),
+        ),
+    )
