@@ -52,7 +52,7 @@ class DiTDenoiser:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        check_layout(model, _LAYOUT, _NORMS, "the original DiT's (ebcache_fast.models.dit.DiT, facebookresearch/DiT's)")
+        check_layout(model, _LAYOUT, _NORMS, "the original DiT (as ebcache_fast.models.dit.DiT)")
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(self._model.blocks)
 
