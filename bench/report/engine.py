@@ -49,13 +49,14 @@ def host_cost() -> str:
             (
                 name,
                 f"{known['median']:.0f} [{low:.0f}, {high:.0f}]",
+                f"{known['least']:.0f}",
                 f"{figures['step_us']['median']:.0f}",
                 f"{weights['median']:.0f}" if weights else "-",
             )
         )
     load = f"Load {report['load_average']['start'][0]:.1f} to {report['load_average']['end'][0]:.1f}"
     note = f"{report['layers']} layers, {report['rounds']} interleaved rounds, medians. {load}; {machine(report)}."
-    head = ("µs a step on the host", "fingerprint known before", "fingerprint subtracted", "the fingerprint")
+    head = ("µs a step on the host", "fingerprint known", "the least", "fingerprint subtracted", "the fingerprint")
     return f"{table(head, rows)}\n\n{note}"
 
 
