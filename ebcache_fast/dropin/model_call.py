@@ -85,7 +85,10 @@ class ModelCall(NamedTuple):
         InputError for a label that the model does not have, or latents that are not finite.
         """
         total = self.x.sum(dtype=torch.float64)  # not finite where any number is not
-        y, (x,), t = numbers_of(self.y, total, self.t)
+        if total.is_cpu:  # and so is all else
+            y, x, t = self.y.tolist(), total.item(), self.t.tolist() if self.t.ndim else (self.t.item(),)
+        else:
+            y, (x,), t = numbers_of(self.y, total, self.t)
         labels, timesteps = tuple(map(int, y)), frozenset(t)
         highest = denoiser.num_classes - 1 + denoiser.has_null_label
         if not 0 <= min(labels) <= max(labels) <= highest:
@@ -102,11 +105,7 @@ def numbers_of(*tensors: Tensor) -> list[list[float]]:
     """What tensors (n,) or () hold: of a GPU by one awaited copy of all, in float64, of the host as they are."""
     away = [tensor.double().flatten() for tensor in tensors if not tensor.is_cpu]
     copied = iter(torch.cat(away).tolist() if away else ())
-    return [_held(tensor) if tensor.is_cpu else list(islice(copied, tensor.numel())) for tensor in tensors]
-
-
-def _held(tensor: Tensor) -> list[float]:
-    return tensor.tolist() if tensor.ndim else [tensor.item()]
+    return [tensor.flatten().tolist() if tensor.is_cpu else list(islice(copied, tensor.numel())) for tensor in tensors]
 
 
 def _joined(sizes: Iterable[int]) -> str:
