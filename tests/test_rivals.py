@@ -19,7 +19,7 @@ from bench.report import tables
 from bench.rivals import __main__ as command
 from bench.rivals import plain, race
 from bench.rivals.case import Case
-from bench.rivals.loop import Run, sample, step_on
+from bench.rivals.loop import Run, sample, seconds_between, step_on
 from bench.rivals.rival import Rival
 from bench.rivals.roster import OURS, RIVALS
 from bench.rivals.switches import SWITCHES
@@ -133,6 +133,54 @@ def test_a_race_goes_on_without_whom_it_loses() -> None:
     assert good["rounds"] == len(entries[-1].loops) == 2
     assert list(good["step_ms"]) == ["NO_CACHE", "ATTN_MLP", "ATTENTION"]
     assert len(said) == 4
+
+
+def test_what_fails_later_or_finds_no_time_left_costs_nobody_else_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, turns = case_of(), list[None]()
+
+    def fails_later(case: Case) -> Any:
+        run = plain.eager(case)
+
+        def once() -> Run:
+            turns.append(None)
+            if len(turns) > 2:
+                raise RuntimeError("out of luck")
+            return run()
+
+        return once
+
+    late, good = race.race(case, [Rival("late", "", fails_later), ours("P1")], 3, lambda _: None)
+    assert (late.why, good.why) == ("RuntimeError: out of luck", None)
+    assert (len(turns), len(good.loops)) == (3, 3)
+    (unprepared,) = race.race(case, [ours("P1")], 3, lambda _: None, seconds=0)
+    assert unprepared.told()["why"] == "no time was left"
+    monkeypatch.setattr(race, "PREPARING", float("inf"))
+    (hurried,) = race.race(case, [ours("P1")], 5, lambda _: None, seconds=1e-9)
+    assert hurried.told()["rounds"] == race.LEAST_ROUNDS
+
+
+def test_what_is_prepared_for_a_run_counts_but_is_no_step() -> None:
+    entry = race.Entry(RIVALS[0])
+    race.note(entry, case_of(), Run(torch.zeros(1), [3.0, 10.0], 0.0, (6,), 1.0))
+    race.note(entry, case_of([NO]), Run(torch.zeros(1), [3.0, 10.0], 0.0, (), 0.0))
+    assert (entry.loops, entry.steps) == ([9, 10], {"NO_CACHE": [7.0]})
+    run = ours(OURS).make(case_of())()
+    assert run.began is not None
+    assert seconds_between(run.began, run.marks[0]) > 0
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_precision_is_set_for_a_while(precision: str) -> None:
+    def settings() -> tuple[str, ...]:
+        backends: Any = torch.backends
+        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+
+    before = settings()
+    with pytest.raises(ZeroDivisionError), plain.float32_products(precision):  # noqa: PT012
+        assert settings() == (precision, precision)
+        raise ZeroDivisionError
+    assert settings() == before
+    assert torch.backends.cuda.matmul.allow_tf32 is False  # raises where the two ways to ask disagree
 
 
 def test_steps_are_told_by_type_and_runs_apart() -> None:
@@ -257,6 +305,12 @@ def test_all_contenders_are_listed(roster: str, expected: Sequence[Rival], capsy
     assert len(capsys.readouterr().out.splitlines()) == len(expected) == len({rival.name for rival in expected})
 
 
+def test_of_one_round_there_are_no_quartiles(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--dry-run", "--rounds", "1"])
+    assert "--rounds 1 is below 2" in capsys.readouterr().err
+
+
 def test_who_does_not_compete_is_named() -> None:
-    with pytest.raises(SystemExit, match=r"--only 'P7' is none of .*P5; --list says who they are"):
+    with pytest.raises(SystemExit, match=r"--only 'P7' is none of .*P5.*; --list says who they are"):
         command.main(["--dry-run", "--only", "P7"])

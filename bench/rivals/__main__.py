@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import nn
 import bench.rivals
 from bench.ceilings import measure_ceilings, product_rates
 from bench.rivals.case import Case
-from bench.rivals.race import needed_bytes, race
+from bench.rivals.race import LEAST_ROUNDS, needed_bytes, race
 from bench.rivals.rival import Rival
 from bench.rivals.roof import floors, products
 from bench.rivals.roster import OURS, RIVALS
@@ -58,7 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", default="released", choices=TABLES)
     parser.add_argument("--roster", default="rivals", choices=ROSTERS, help="who competes: ourselves by switch, or all")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help=f"at least {LEAST_ROUNDS}")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="take so long, with fewer rounds or rivals")
     parser.add_argument(
         "--out",
         type=Path,
@@ -67,6 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--list", action="store_true", help="say who competes")
     args = parser.parse_args(argv)
+    if args.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds {args.rounds} is below {LEAST_ROUNDS}, of which no quartiles can be taken")
     if args.out is None:
         name = f"{machine(args)}-{args.roster}-{args.table}-{args.px}px-B{args.samples}.json"
         args.out = Path(os.environ.get("OUT") or RESULTS) / name
@@ -84,8 +88,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cpu" if args.dry_run else "cuda")
     model = tiny_model() if args.dry_run else model_of(args.px, device, torch.bfloat16)
     case = case_of(model, args.table, args.samples, DRY_STEPS if args.dry_run else None)
-    entries = race(case, chosen(ROSTERS[args.roster], args.only), args.rounds, lambda text: print(text, flush=True))
-    ceilings = measure_ceilings(device, 15)
+    rivals = chosen(ROSTERS[args.roster], args.only)
+    ceilings, rates = measure_ceilings(device, 15), product_rates(products(case), device, case.dtype, 15)
+    entries = race(case, rivals, args.rounds, lambda text: print(text, flush=True), 60 * args.minutes)
     return {
         "dry_run": args.dry_run, "model": "tiny" if args.dry_run else f"DiT-XL/2 {args.px} px",
         "samples": args.samples, "table": args.table, "steps": len(case.plan),
@@ -93,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "step_types": {kind.name: count for kind, count in case.plan.counts().items() if kind is not None},
         "mac_limit": case.plan.mac_limit(case.denoiser.shape), "needed_bytes": needed_bytes(case),
         "ceilings": vars(ceilings), "floor_ms": floors(case, ceilings),
-        "product_flops_per_second": product_rates(products(case), device, case.dtype, 15),
+        "product_flops_per_second": rates,
         "contenders": [entry.told() for entry in entries], "telemetry": {"start": start, "end": telemetry()},
     }  # fmt: skip
 

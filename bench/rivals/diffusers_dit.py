@@ -19,17 +19,18 @@ def transformer(case: Case) -> Any:
 
     sizes = dict(case.denoiser.shape.fingerprint)
     heads = case.model.num_heads
-    made: Any = DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=case.denoiser.shape.width // heads,
-        in_channels=sizes["in_channels"],
-        out_channels=sizes["out_channels"],
-        num_layers=case.plan.depth,
-        sample_size=case.denoiser.latent_shape[1],
-        patch_size=sizes["patch_size"],
-        num_embeds_ada_norm=case.denoiser.num_classes,
-        norm_eps=1e-6,
-    )
+    with case.device:  # it fills all weights with random numbers, which takes a CPU many seconds
+        made: Any = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=case.denoiser.shape.width // heads,
+            in_channels=sizes["in_channels"],
+            out_channels=sizes["out_channels"],
+            num_layers=case.plan.depth,
+            sample_size=case.denoiser.latent_shape[1],
+            patch_size=sizes["patch_size"],
+            num_embeds_ada_norm=case.denoiser.num_classes,
+            norm_eps=1e-6,
+        )
     made.load_state_dict(state_dict_of(case.model))
     made.pos_embed.pos_embed = case.model.pos_embed.detach().clone()
     for block in made.transformer_blocks:

@@ -21,6 +21,7 @@ class Run(NamedTuple):
     marks: list[Mark]
     host_seconds: float  # of the loop, where nobody waits for the device
     steps: tuple[int, ...] = ()  # of each dispatch; () for one each
+    began: Mark | None = None  # where it had to be prepared before the first dispatch, which counts as well
 
 
 def mark(device: torch.device) -> Mark:

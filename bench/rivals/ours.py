@@ -21,17 +21,18 @@ def own_loop(case: Case, *, whole: bool) -> Trajectory:
 
 
 def trajectory(case: Case, engine: Engine) -> Trajectory:
-    """Our own loop over an engine."""
+    """Our own loop over an engine. The modulation, which others compute at every step, is computed before the first."""
     guidance = Guidance(case.cfg_scale)
 
     def run() -> Run:
+        began = mark(case.device)
         with engine.sampling(case.plan, case.labels, guidance, case.rows, case.noise) as running:
             marks, steps = [mark(case.device)], list[int]()
             start = time.perf_counter()
             while done := running.advance():
                 marks.append(mark(case.device))
                 steps.append(done)
-            return Run(running.x.clone(), marks, time.perf_counter() - start, tuple(steps))
+            return Run(running.x.clone(), marks, time.perf_counter() - start, tuple(steps), began)
 
     return run
 

@@ -83,18 +83,22 @@ def original(case: Case) -> Trajectory:
     inner = module(Case(full, case.plan, case.samples, case.cfg_scale), full)
 
     def run() -> Run:
-        with tf32():
+        with float32_products("tf32"):
             return inner()
 
     return run
 
 
 @contextmanager
-def tf32() -> Iterator[None]:
-    """While this lasts, float32 products run in TF32."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+def float32_products(precision: str) -> Iterator[None]:
+    """While this lasts, a GPU multiplies and convolves float32 in "tf32" or "ieee"; by default it convolves in TF32."""
+    backends: Any = torch.backends
+    settings = backends.cuda.matmul, backends.cudnn.conv
+    before = [each.fp32_precision for each in settings]
     try:
+        for each in settings:
+            each.fp32_precision = precision
         yield
     finally:
-        matmul.fp32_precision = before
+        for each, was in zip(settings, before, strict=True):
+            each.fp32_precision = was

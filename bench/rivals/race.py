@@ -1,6 +1,7 @@
 """Contenders taking turns over one case, and what is told of each."""
 
 import gc
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -18,6 +19,8 @@ from bench.rivals.case import Case
 from bench.rivals.loop import Run, seconds_between
 from bench.rivals.rival import Rival, Trajectory
 
+PREPARING = 0.6  # of the time, after which nobody else is prepared
+LEAST_ROUNDS = 2  # of which quartiles can be taken
 ACTIVATIONS = 1 + 1 + 3 + 1 + 4  # h, a branch's input, packed projections, attention, the MLP's hidden: in widths
 
 
@@ -56,22 +59,42 @@ def summary(seconds: Sequence[float], unit: float) -> dict[str, Any]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def race(case: Case, rivals: Sequence[Rival], rounds: int, say: Callable[[str], None]) -> list[Entry]:
-    """Every rival prepared, then ``rounds`` trajectories of each in turn; one that fails is told so and left out."""
+def race(
+    case: Case, rivals: Sequence[Rival], rounds: int, say: Callable[[str], None], seconds: float = math.inf
+) -> list[Entry]:
+    """Every rival prepared, then ``rounds`` trajectories of each in turn; one that fails is told so and left out.
+
+    Where ``seconds`` do not suffice, there are fewer rounds, or fewer rivals: an end that is forced leaves nothing.
+    """
+    start = time.perf_counter()
     cases = {True: case, False: case.uncached()}
     truths = {cached: truth(one) for cached, one in cases.items()}
     entries, running = [Entry(rival) for rival in rivals], list[tuple[Entry, Trajectory]]()
     for entry in entries:
-        if (run := prepared(entry, cases[entry.rival.is_cached], truths[entry.rival.is_cached])) is not None:
+        if time.perf_counter() - start > PREPARING * seconds:
+            entry.why = "no time was left"
+        elif (run := prepared(entry, cases[entry.rival.is_cached], truths[entry.rival.is_cached])) is not None:
             running.append((entry, run))
         say(f"{entry.rival.name}: {entry.why or f'ready after {entry.setup_seconds:.0f} s, error {entry.error:.1e}'}")
-    for entry, run in running * (rounds + 1):  # the first round warms up
-        synchronize(case.device)
-        note(entry, case if entry.rival.is_cached else cases[False], run())
+    for done in range(-1, rounds):  # the first round warms up
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        for entry, run in running:
+            if entry.why is None:
+                take_turn(entry, cases[entry.rival.is_cached], run)
     for entry, _ in running:
-        for seconds in (entry.loops, entry.hosts, *entry.steps.values()):
-            del seconds[0]
+        for taken in (entry.loops, entry.hosts, *entry.steps.values()):
+            del taken[:1]
     return entries
+
+
+def take_turn(entry: Entry, case: Case, run: Trajectory) -> None:
+    """One trajectory of a contender, timed."""
+    try:
+        synchronize(case.device)
+        note(entry, case, run())
+    except Exception as error:  # whatever a rival or the memory may say; the others' times are not lost with it
+        entry.why = words(error)
 
 
 def prepared(entry: Entry, case: Case, expected: Tensor) -> Trajectory | None:
@@ -86,7 +109,9 @@ def prepared(entry: Entry, case: Case, expected: Tensor) -> Trajectory | None:
         latents = run().latents
         synchronize(case.device)
     except Exception as error:  # whatever a rival, its compiler or the memory may say
-        entry.why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        entry.why = words(error)
+        if case.device.type == "cuda":  # a capture that failed leaves its stream the current one
+            torch.cuda.set_stream(torch.cuda.default_stream())
         gc.collect()
         return None
     entry.setup_seconds = time.perf_counter() - start
@@ -94,6 +119,11 @@ def prepared(entry: Entry, case: Case, expected: Tensor) -> Trajectory | None:
     if case.device.type == "cuda":
         entry.peak_bytes = torch.cuda.max_memory_allocated() - allocated + weight_bytes(case.model)
     return run
+
+
+def words(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def allocated_bytes(device: torch.device) -> int:
@@ -123,7 +153,8 @@ def needed_bytes(case: Case) -> int:
 def truth(case: Case) -> Tensor:
     """The latents by the method's definition, in float32 or better, without TF32."""
     model = case.model if case.dtype == torch.float64 else deepcopy(case.model).float()
-    return plain.eager(Case(model, case.plan, case.samples, case.cfg_scale))().latents
+    with plain.float32_products("ieee"):
+        return plain.eager(Case(model, case.plan, case.samples, case.cfg_scale))().latents
 
 
 def relative_rms(ours: Tensor, theirs: Tensor) -> float:
@@ -133,7 +164,8 @@ def relative_rms(ours: Tensor, theirs: Tensor) -> float:
 
 def note(entry: Entry, case: Case, run: Run) -> None:
     """Keep a trajectory's time, and the medians of its steps by type."""
-    entry.loops.append(seconds_between(run.marks[0], run.marks[-1]))
+    began = run.marks[0] if run.began is None else run.began
+    entry.loops.append(seconds_between(began, run.marks[-1]))
     entry.hosts.append(run.host_seconds / len(case.plan))
     by_type: Mapping[str, list[float]] = defaultdict(list)
     done = 0

@@ -20,6 +20,7 @@ RIVALS: tuple[Rival, ...] = (
     Rival("P1, uncached", "the original's model, eager, uncached", plain.eager, False),
     Rival("P2", "diffusers' DiT, eager, uncached", diffusers_dit.eager, False, needs=DIFFUSERS),
     Rival("P3", "torch.compile(max-autotune), uncached", partial(compiled.whole_model, mode="max-autotune"), False),
+    Rival("P5", "torch.compile(max-autotune) of a step a type, graphs captured by hand", compiled.ByStepType),
     Rival(
         "P3, reduce-overhead",
         "torch.compile(reduce-overhead), uncached",
@@ -53,5 +54,4 @@ RIVALS: tuple[Rival, ...] = (
         True,
         DIFFUSERS,
     ),
-    Rival("P5", "torch.compile(max-autotune) of a step a type, graphs captured by hand", compiled.ByStepType),
 )

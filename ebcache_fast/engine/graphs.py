@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -49,9 +49,20 @@ class CudaGraphs:
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             capturing = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-            with capturing, _no_garbage_collection():
-                body()
+            try:
+                with capturing, _no_garbage_collection():
+                    body()
+            except BaseException:
+                self._recover(current)
+                raise
         return graph
+
+    def _recover(self, stream: torch.cuda.Stream) -> None:
+        """Leave a capture that failed: torch, whose own end of it fails too, stays on its stream and in its pool."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):  # where it did end
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()  # the old one can't be captured into again
 
 
 @contextmanager
