@@ -109,8 +109,9 @@ CHANGES: dict[str, Change] = {
     "an adapter around the patches": wrap("pos_embed.proj"),
     **{
         f"a hook on {path}": doubled(f"{FIRST}.{path}")
-        for path in ("attn1", "attn1.to_k", "ff", "ff.net.0", "ff.net.1", "ff.net.2", "norm1.emb", "norm1.silu")
+        for path in ("attn1", "attn1.to_k", "attn1.to_out.0", "attn1.to_out.1", "norm1.emb", "norm1.silu")
     },
+    **{f"a hook on {path}": doubled(f"{FIRST}.{path}") for path in ("ff", "ff.net.0", "ff.net.1", "ff.net.2")},
     "a hook on the embedding": doubled("pos_embed"),
 }
 
@@ -186,7 +187,19 @@ def test_layouts_are_told_apart_and_what_is_missing_is_named() -> None:
     del model.proj_out_1
     with pytest.raises(InputError, match="DiTTransformer2DModel has no 'proj_out_1', so it is not of the layout"):
         as_denoiser(model)
-    with pytest.raises(InputError, match=r"norm3' has parameters.*elementwise_affine=False"):
+    model = tiny()
+    model.transformer_blocks[0].ff.net[2] = nn.Identity()
+    with pytest.raises(InputError, match=r"has no 'transformer_blocks.0.ff.net.2.in_features'"):
+        as_denoiser(model)
+    model = tiny()
+    model.pos_embed.pos_embed = None
+    with pytest.raises(InputError, match=r"has no 'pos_embed.pos_embed.shape'"):
+        as_denoiser(model)
+    model = tiny()
+    model.transformer_blocks[1].norm3 = nn.LayerNorm(16)
+    with pytest.raises(InputError, match=r"'transformer_blocks.1.norm3' has parameters"):
+        as_denoiser(model)
+    with pytest.raises(InputError, match=r"has parameters.*elementwise_affine=False"):
         as_denoiser(tiny(norm_elementwise_affine=True))
 
 

@@ -160,6 +160,79 @@ def test_the_forward_returns_what_it_did(pipe: Any) -> None:
         model(x)
 
 
+def broadcast_attention(model: Any) -> None:
+    config = diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    diffusers.hooks.apply_pyramid_attention_broadcast(model, config)
+
+
+def cast_layerwise(model: Any) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("apply", "what"),
+    [
+        (broadcast_attention, "transformer_blocks.0.attn1 has diffusers' hook 'pyramid_attention_broadcast'"),
+        (cast_layerwise, "transformer_blocks.0.attn1.to_q has diffusers' hook 'layerwise_casting'"),
+    ],
+)
+def test_what_diffusers_does_by_hooks_is_refused_and_later_left_to_it(pipe: Any, apply: Any, what: str) -> None:
+    other = copy.deepcopy(pipe)
+    enable(pipe, TABLE)
+    for transformer in (pipe.transformer, other.transformer):
+        apply(transformer)
+    with pytest.raises(InputError, match=what):
+        enable(other, TABLE)
+    assert torch.equal(draw(pipe), draw(other))
+    ((why, calls),) = stats(pipe).originals.items()
+    assert what in why
+    assert calls == 5
+
+
+def of_another_class(model: Any) -> None:
+    """As token merging does it."""
+    block = model.transformer_blocks[0]
+
+    class Doubled(type(block)):  # type: ignore[misc]
+        def forward(self, *args: Any, **named: Any) -> Tensor:
+            return 2 * super().forward(*args, **named)
+
+    block.__class__ = Doubled
+
+
+def with_a_layer_twice(model: Any) -> None:
+    model.transformer_blocks.append(model.transformer_blocks[0])
+
+
+def without_projections(model: Any) -> None:
+    class Flipped(nn.Module):
+        def forward(self, hidden_states: Tensor, **named: Any) -> Tensor:
+            return hidden_states.flip(1)
+
+    model.transformer_blocks[0].attn1 = Flipped()
+
+
+@pytest.mark.parametrize("change", [of_another_class, with_a_layer_twice, without_projections])
+def test_a_model_that_became_another_answers_itself(pipe: Any, change: Any) -> None:
+    other = copy.deepcopy(pipe)
+    draw(enable(pipe, TABLE))
+    for each in (pipe, other):
+        change(each.transformer)
+    assert torch.equal(draw(pipe), draw(other))
+    assert [*stats(pipe).originals.values()] == [5]
+
+
+def test_whoever_compiles_it_gets_the_same(pipe: Any) -> None:
+    plain, cached = draw(pipe), draw(enable(pipe, TABLE))
+    pipe.transformer.compile(backend="eager")
+    assert torch.equal(draw(pipe), cached)
+    assert not stats(pipe).originals
+    disable(pipe)
+    assert relative_error(draw(pipe), plain) < 1e-5
+
+
 def test_what_is_neither_a_module_nor_a_pipeline() -> None:
     for refused in (object(), "facebook/DiT-XL-2-256"):
         with pytest.raises(InputError, match="is no module and has no transformer; pass a model or its pipeline"):

@@ -42,6 +42,10 @@ def swap_children(model: DiT) -> None:
     model.blocks[0], model.blocks[1] = model.blocks[1], model.blocks[0]
 
 
+class Other(nn.Linear):
+    """A layer of the same attributes, and of another forward."""
+
+
 PARTS: dict[str, Change] = {
     "a parameter": lambda model: setattr(last(model), "weight", nn.Parameter(last(model).weight.detach())),
     "its memory": other_data,
@@ -54,6 +58,8 @@ PARTS: dict[str, Change] = {
     "layers in each other's place": swap_children,
     "a container": lambda model: setattr(model, "blocks", nn.ModuleList(model.blocks)),
     "a buffer": lambda model: last(model).register_buffer("more", torch.zeros(1)),
+    "a class": lambda model: setattr(last(model), "__class__", Other),
+    "a processor": lambda model: setattr(model.blocks[-1].attn, "processor", object()),
     "a dict of parameters": lambda model: setattr(last(model), "_parameters", {}),
 }
 PYTHON: dict[str, Change] = {
@@ -143,6 +149,17 @@ def test_a_look_keeps_no_weights() -> None:
     Watch(layer).look()
     layer.weight = nn.Parameter(torch.zeros(2, 2))
     assert freed
+
+
+def test_a_layer_made_where_another_lay_is_another() -> None:
+    """Python gives a new object the address of one that is gone."""
+    model = tiny_dit()
+    watch = Watch(model)
+    for _ in range(10):
+        before = watch.look()
+        del model.blocks[-1].attn.proj
+        model.blocks[-1].attn.proj = nn.Linear(16, 16)
+        assert watch.look() is not before
 
 
 def test_shared_layers_are_looked_at_in_each_place() -> None:

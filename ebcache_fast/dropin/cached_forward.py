@@ -28,6 +28,7 @@ from ebcache_fast.sampling import plan_for
 
 OFF_SWITCH = "EBCACHE_DISABLE"
 ATTRIBUTE = "_cached_forward"  # by which a model knows what is in the place of its forward
+Probed = list[tuple[nn.Module, type]]  # the modules that a probe ran, in each of their places, as what they were
 
 
 class DeclinedError(Exception):
@@ -53,7 +54,7 @@ class CachedForward:
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
         self.calls = calls_class(model)(self)
         self.forget()
-        self._modules += model.modules()
+        self._probed = _modules_of(model)
 
     def forget(self) -> None:
         """Drop all that is in progress, and the memory for it."""
@@ -64,7 +65,7 @@ class CachedForward:
         self._lock = RLock()
         self._watch = Watch(self.model)
         self._parts: Columns | None = None  # those of the fingerprint that was looked at last
-        self._modules = list[nn.Module]()  # that were probed
+        self._probed = Probed()
         self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
         self._misfit: str | None = None  # why the model can't be answered for as it is now
 
@@ -105,6 +106,11 @@ class CachedForward:
 
         ``call`` is None where the arguments mean something that the engine does not know.
         """
+        if torch.compiler.is_compiling():  # of whoever compiles the model, none of it can be traced
+            return torch.compiler.disable(self._answer)(call, name, *args)  # type: ignore[no-untyped-call]
+        return self._answer(call, name, *args)
+
+    def _answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
         if self.own.is_asked:
             return self.own.answer(name, *args)
         with self._lock:
@@ -152,11 +158,11 @@ class CachedForward:
             if (weight := self._denoiser.weight()).is_meta:
                 raise InputError("its weights are on the meta device, as offloading leaves them")
             self._device_type = weight.device.type
-            if (modules := list(self.model.modules())) != self._modules:
+            if (modules := _modules_of(self.model)) != self._probed:
                 self._probe_again()
-                self._modules = modules
+                self._probed = modules
         except EBCacheError as error:
-            self._modules, self._misfit = [], f"the model was changed: {error}"
+            self._probed, self._misfit = Probed(), f"the model was changed: {error}"
         else:
             if module := self._denoiser.passed_over_hooks():
                 self._misfit = f"{module} has hooks, and no part of the engine calls it"
@@ -217,6 +223,10 @@ class CachedForward:
         if lane.expected == len(self.plan):
             self._end(key)
         return out
+
+
+def _modules_of(model: nn.Module) -> Probed:
+    return [(module, type(module)) for _, module in model.named_modules(remove_duplicate=False)]
 
 
 def _count(counter: Counter[str], why: str, what: str) -> None:

@@ -86,7 +86,7 @@ class Engine:
         self._operations, self._make_graphs, self._make_denoiser = operations, make_graphs, make_denoiser
         self._watch = Watch(model)
         self._made_of = self._watch.look()
-        self.denoiser = make_denoiser(model)
+        self._see()
         self._idle: list[BufferSet] = []  # the one used last at the end
         self._leased: list[BufferSet] = []
         self._lock = Lock()
@@ -159,10 +159,7 @@ class Engine:
     @property
     def operations(self) -> ops.Operations:
         """What runs the fused operations."""
-        weight = self.denoiser.weight()
-        return self._operations or ops.select(
-            weight.device, weight.dtype, dependent_launch=self.options.dependent_launch
-        )
+        return self._operations or ops.select(*self._kind, dependent_launch=self.options.dependent_launch)
 
     def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
         with self._lock:
@@ -193,10 +190,15 @@ class Engine:
         with self._lock:
             made_of = self._watch.look()
             if made_of.parts != self._made_of.parts:
-                self.denoiser = self._make_denoiser(self.model)
+                self._see()
                 self._idle.clear()
                 self._leased.clear()
             self._made_of = made_of
+
+    def _see(self) -> None:
+        self.denoiser = self._make_denoiser(self.model)
+        weight = self.denoiser.weight()
+        self._kind = weight.device, weight.dtype  # kept: a model that is changed later may have no such weight
 
     def _make_room(self) -> None:
         limit = self.options.max_trajectories

@@ -1,7 +1,7 @@
 """What a model is made of right now, so that a graph or a table made from it can tell whether it still holds."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -27,19 +27,22 @@ class Watch:
     """Looks at one model time and again: its modules, their hooks and the memory of their parameters and buffers.
 
     The drop-in looks at every call, so it is done by whole columns, in loops that Python does not interpret, and the
-    tree of modules is walked only when one of them has others below it than it had.
+    tree of modules is walked only when one of them has others below it than it had. Those seen last are kept, so that
+    no other module can come to lie where one of them did.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._insides: list[dict[str, Any]] = []  # until the first look: a model that is copied has nothing yet
+        self._modules: list[nn.Module] = []  # until the first look: a model that is copied has nothing yet
+        self._insides: list[dict[str, Any]] = []
         self._seen: Fingerprint | None = None
 
     def look(self) -> Fingerprint:
         """What it is made of now; the very object of the last look where that is the same."""
-        if _look_at(self._insides) != self._seen:
-            self._insides = list(map(vars, _walk(self._model)))
-            self._seen = _look_at(self._insides)
+        if _look_at(self._modules, self._insides) != self._seen:
+            self._modules = _walk(self._model)
+            self._insides = list(map(vars, self._modules))
+            self._seen = _look_at(self._modules, self._insides)
         return self._seen
 
 
@@ -52,8 +55,8 @@ def _walk(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def _look_at(insides: Sequence[dict[str, Any]]) -> Fingerprint:
-    """The fingerprint of modules of these attributes, the whole model's first."""
+def _look_at(modules: Sequence[nn.Module], insides: Sequence[dict[str, Any]]) -> Fingerprint:
+    """The fingerprint of modules and their attributes, the whole model's first."""
     children, parameters, buffers, hooks, pre_hooks = (list(map(get, insides)) for get in INSIDE)
     tensors = [one for one in chain(_values(parameters), _values(buffers)) if one is not None]
     # The model's own hooks run around a graph, and its own forward may be the one that asks.
@@ -61,8 +64,10 @@ def _look_at(insides: Sequence[dict[str, Any]]) -> Fingerprint:
     python = list(map(len, hooks[1:])), list(map(len, pre_hooks[1:])), forwards
     strides = chain.from_iterable(map(Tensor.stride, tensors))
     memory = map(Tensor.data_ptr, tensors), strides, map(attrgetter("dtype"), tensors)
-    columns = map(id, _values(children)), *python, map(id, tensors), *memory
-    parts = tuple(map(list[Any], columns))
+    processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
+    kinds = map(type, modules), processors
+    columns = *kinds, map(id, _values(children)), *python, map(id, tensors), *memory
+    parts = tuple(list[Any](column) for column in columns)
     return Fingerprint(parts, _versions(tensors), any(chain(*python)))
 
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Modulation, Scratch
 from ebcache_fast.models.dit import unpatchify
-from ebcache_fast.models.dit_layout import check_layout, shape_of
+from ebcache_fast.models.dit_layout import check_layout, check_norms, shape_of
 from ebcache_fast.models.layers import (
     is_plain,
     is_plain_patching,
@@ -21,19 +22,20 @@ from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, ModelShape
 
-_NORMS = ("transformer_blocks.0.norm1.norm", "transformer_blocks.0.norm3", "norm_out")
 _EMB = "transformer_blocks.0.norm1.emb"
 _LAYOUT = (
-    *(f"{norm}.eps" for norm in _NORMS),
+    "transformer_blocks.0.norm1.norm.eps",
+    "transformer_blocks.0.norm3.eps",
+    "norm_out.eps",
     "pos_embed.proj.kernel_size",
-    "pos_embed.pos_embed",
+    "pos_embed.pos_embed.shape",
     f"{_EMB}.time_proj.num_channels",
     f"{_EMB}.timestep_embedder",
     f"{_EMB}.class_embedder.embedding_table.num_embeddings",
     "transformer_blocks.0.norm1.linear",
     "transformer_blocks.0.attn1.to_q",
     "transformer_blocks.0.attn1.heads",
-    "transformer_blocks.0.ff.net",
+    "transformer_blocks.0.ff.net.2.in_features",
     "proj_out_1",
     "proj_out_2.out_features",
 )
@@ -43,13 +45,19 @@ class DiffusersDiTDenoiser:
     """The parts of a DiTTransformer2DModel, read from the live module: every block embeds timestep and label itself.
 
     Frequencies and epsilons are the module's own; diffusers' defaults are not the original's. Raises InputError,
-    naming the attribute, for a module that lacks one or whose LayerNorms have parameters.
+    naming the attribute, for a module that lacks one or whose LayerNorms have parameters, and for one that diffusers
+    itself caches or casts layer by layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        check_layout(model, _LAYOUT, _NORMS, "diffusers' DiTTransformer2DModel")
+        check_layout(model, _LAYOUT, "diffusers' DiTTransformer2DModel")
+        _refuse_other_ways(model)
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(self._model.transformer_blocks)
+        of_layers = (
+            f"transformer_blocks.{i}.{norm}" for i in range(len(self._blocks)) for norm in ("norm1.norm", "norm3")
+        )
+        check_norms(model, (*of_layers, "norm_out"))
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -168,6 +176,19 @@ class DiffusersDiTDenoiser:
         return cast(int, self._model.pos_embed.proj.kernel_size[0])
 
 
+def _refuse_other_ways(model: nn.Module) -> None:
+    """InputError where hooks of diffusers keep features from call to call, or weights in a dtype of their own."""
+    for path, module in model.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            if hook._is_stateful or name == "layerwise_casting":
+                whose = type(model).__name__ + (path and f".{path}")
+                raise InputError(
+                    f"{whose} has diffusers' hook {name!r}, and what it computes or keeps is not what its parts say; "
+                    "remove diffusers' own caches and layerwise casting first"
+                )
+
+
 def _is_known(part: Any) -> bool:
     """Whether it is torch's or diffusers' own: their Python holds nothing that changes from call to call."""
     return type(part).__module__.startswith(("torch.nn.modules", "diffusers.models."))
@@ -181,7 +202,7 @@ def _is_usual_attention(attention: Any) -> bool:
         and _is_known(attention.processor)
         and not any(getattr(attention, name, None) for name in additions)
         and attention.rescale_output_factor == 1
-        and not is_watched(attention)
+        and not any(map(is_watched, (attention, attention.to_out[1])))
     )
 
 

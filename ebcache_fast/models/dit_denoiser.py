@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ebcache_fast.models.denoiser import Modulation, Scratch
 from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
-from ebcache_fast.models.dit_layout import check_layout, shape_of
+from ebcache_fast.models.dit_layout import check_layout, check_norms, shape_of
 from ebcache_fast.models.layers import (
     has,
     is_plain,
@@ -24,9 +24,10 @@ from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, ModelShape
 
-_NORMS = ("blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final")
 _LAYOUT = (
-    *(f"{norm}.eps" for norm in _NORMS),
+    "blocks.0.norm1.eps",
+    "blocks.0.norm2.eps",
+    "final_layer.norm_final.eps",
     "x_embedder.proj.weight",
     "x_embedder.proj.in_channels",
     "x_embedder.proj.kernel_size",
@@ -52,9 +53,11 @@ class DiTDenoiser:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        check_layout(model, _LAYOUT, _NORMS, "the original DiT (as ebcache_fast.models.dit.DiT)")
+        check_layout(model, _LAYOUT, "the original DiT (as ebcache_fast.models.dit.DiT)")
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(self._model.blocks)
+        of_layers = (f"blocks.{i}.{norm}" for i in range(len(self._blocks)) for norm in ("norm1", "norm2"))
+        check_norms(model, (*of_layers, "final_layer.norm_final"))
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -1,6 +1,6 @@
 """What the layouts of a DiT have in common: how they are recognised, and what their steps cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 
 from torch import nn
@@ -10,17 +10,21 @@ from ebcache_fast.models.layers import has
 from ebcache_fast.plan import Branch, BranchShape, ModelShape
 
 
-def check_layout(model: nn.Module, paths: Sequence[str], norms: Sequence[str], whose: str) -> None:
-    """InputError, naming the attribute, for a module that lacks one, or whose LayerNorms ``norms`` have parameters."""
-    name = type(model).__name__
+def check_layout(model: nn.Module, paths: Iterable[str], whose: str) -> None:
+    """InputError, naming the attribute, for a module that lacks one of these."""
     for path in paths:
         if not has(model, path):
+            name = type(model).__name__
             raise InputError(f"{name} has no {path!r}, so it is not of the layout of {whose}; pass such a module")
-    for path in norms:
+
+
+def check_norms(model: nn.Module, paths: Iterable[str]) -> None:
+    """InputError, naming it, where one of these LayerNorms has parameters."""
+    for path in paths:
         if any(True for _ in attrgetter(path)(model).parameters()):
             raise InputError(
-                f"{name}'s {path!r} has parameters, which no fused operation applies; pass a module whose LayerNorms "
-                "have none (elementwise_affine=False)"
+                f"{type(model).__name__}'s {path!r} has parameters, which no fused operation applies; pass a module "
+                "whose LayerNorms have none (elementwise_affine=False)"
             )
 
 
