@@ -64,7 +64,7 @@ class Buffers:
     @property
     def tensors(self) -> Iterator[Tensor]:
         """All of it that is allocated by now."""
-        yield from (self.x, self.out, self.guide.settings, self.update.rows, *self.guard)
+        yield from (self.x, self.out, self.guide.settings, self.update.rows, *self.guard.tensors)
         if self.update.noise is not None:
             yield self.update.noise
         for part in (self.modulation, self.cache, self.workspace):
