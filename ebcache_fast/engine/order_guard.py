@@ -40,6 +40,6 @@ class OrderGuard(NamedTuple):
 
     def check(self, step: Tensor, out: Tensor) -> None:
         """Fill ``out`` with NaN unless this call is that of ``step`` (1,)."""
-        wrong = (self.given != self.planned.index_select(0, step)[0]).any()
+        wrong = (self.given != self.planned.index_select(0, step)).any()
         self.broken.logical_or_(wrong)
         out.masked_fill_(wrong, float("nan"))
