@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -14,6 +13,7 @@ from torch import nn
 
 from bench.ceilings import Ceilings
 from bench.kernel_contenders import Work
+from bench.marks import mark, seconds_between
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.engine import Engine, EngineOptions, cuda_graphs, no_graphs
@@ -67,7 +67,11 @@ def model_of(px: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
 @cache
 def plan_of(table: str, shape: ModelShape) -> Plan:
     """A table of `TABLES` for a model."""
-    types = TABLES[table]
+    return plan_from(TABLES[table], shape)
+
+
+def plan_from(types: Sequence[StepType], shape: ModelShape) -> Plan:
+    """Steps of these types, over as many of DDPM's timesteps."""
     branches = tuple(cost.branch for cost in shape.branches)
     return Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, shape.depth, branches)
 
@@ -118,30 +122,13 @@ class Contender:
         shape = steps + 1, self.samples, *denoiser.latent_shape
         noise = torch.randn(shape, dtype=latent_dtype(denoiser), device=device)
         rows = torch.tensor(make_sampler("ddpm", steps).rows)
-        mark = _event if device.type == "cuda" else time.perf_counter
-        start = mark()
+        start = mark(device)
         with self.engine.sampling(self.plan, labels, Guidance(CFG_SCALE), rows, noise) as trajectory:
-            marks = [mark()]
+            marks = [mark(device)]
             while trajectory.advance():
-                marks.append(mark())
-        between = _seconds if device.type == "cuda" else _difference
-        dispatches = tuple(between(a, b) for a, b in pairwise(marks))
-        return Times(dispatches, between(marks[0], marks[-1]), between(start, marks[-1]))
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _difference(start: float, end: float) -> float:
-    return end - start
+                marks.append(mark(device))
+        dispatches = tuple(seconds_between(a, b) for a, b in pairwise(marks))
+        return Times(dispatches, seconds_between(marks[0], marks[-1]), seconds_between(start, marks[-1]))
 
 
 @dataclass(frozen=True)

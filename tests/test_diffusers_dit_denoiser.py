@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_tiny import tiny_transformer
 from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
 
@@ -18,21 +19,14 @@ from ebcache_fast.models import DiffusersDiTDenoiser, DiTDenoiser, as_denoiser
 from ebcache_fast.models.layers import linear_into
 from ebcache_fast.plan import Branch, Plan, StepType
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 BRANCHES = Branch.SELF_ATTN, Branch.MLP
 Change = Callable[[Any], object]
 
 
 def tiny(dtype: torch.dtype = torch.float64, **sizes: Any) -> Any:
-    """Its own defaults, but for the size; nothing in it is zero."""
-    defaults = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2)
-    defaults |= dict(sample_size=8, patch_size=4, num_embeds_ada_norm=5)
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(**(defaults | sizes))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval().requires_grad_(False).to(dtype)
+    return tiny_transformer(**(dict(num_embeds_ada_norm=5) | sizes)).requires_grad_(False).to(dtype)
 
 
 def inputs(model: Any) -> tuple[Tensor, Tensor, Tensor]:

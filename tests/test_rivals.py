@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import targets
+from bench.marks import seconds_between
 from bench.report import rivals as told
 from bench.report import tables
 from bench.rivals import __main__ as command
 from bench.rivals import plain, race
 from bench.rivals.case import Case
-from bench.rivals.loop import Run, sample, seconds_between, step_on
+from bench.rivals.loop import Run, sample, step_on
 from bench.rivals.rival import Rival
 from bench.rivals.roster import OURS, RIVALS
 from bench.rivals.switches import SWITCHES

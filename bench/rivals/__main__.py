@@ -20,11 +20,9 @@ from bench.rivals.rival import Rival
 from bench.rivals.roof import floors, products
 from bench.rivals.roster import OURS, RIVALS
 from bench.rivals.switches import SWITCHES
-from bench.step_cases import MIXED, RELEASED, model_of
+from bench.step_cases import MIXED, RELEASED, model_of, plan_from
 from bench.telemetry import telemetry
 from ebcache_fast.models import DIT_MODELS, as_denoiser
-from ebcache_fast.plan import Plan
-from ebcache_fast.samplers import make_sampler
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROSTERS = {"rivals": RIVALS, "switches": SWITCHES}
@@ -105,11 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def case_of(model: nn.Module, table: str, samples: int, steps: int | None) -> Case:
     """A table over a model, or its first ``steps`` steps."""
-    types, shape = TABLES[table][:steps], as_denoiser(model).shape
-    branches = tuple(cost.branch for cost in shape.branches)
-    return Case(
-        model, Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, shape.depth, branches), samples
-    )
+    return Case(model, plan_from(TABLES[table][:steps], as_denoiser(model).shape), samples)
 
 
 def tiny_model() -> nn.Module:

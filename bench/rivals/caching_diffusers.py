@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.rivals.case import Case
+from bench.rivals.compiled import compiler
 from bench.rivals.diffusers_dit import trajectory, transformer
 from bench.rivals.loop import Run, sample
 from bench.rivals.plain import timesteps_of
@@ -50,10 +51,8 @@ def cache_dit_compiled(case: Case) -> Trajectory:
     that change. Without CUDA graphs: what is kept between steps would lie in memory that the next replay overwrites.
     """
     model = _with_cache_dit(case)
-    is_cuda = case.device.type == "cuda"
-    how = {"mode": "max-autotune-no-cudagraphs"} if is_cuda else {"backend": "aot_eager"}
-    compiled: Any = torch.compile(model, dynamic=False, **how)  # type: ignore[call-overload]
-    return _refreshed(model, trajectory(case, compiled))
+    compile_it = compiler(case, "max-autotune-no-cudagraphs", fullgraph=False)
+    return _refreshed(model, trajectory(case, compile_it(model)))
 
 
 def _with_cache_dit(case: Case) -> Any:

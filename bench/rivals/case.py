@@ -1,6 +1,6 @@
 """What all contenders are given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -73,4 +73,4 @@ class Case:
     def uncached(self) -> "Case":
         """The same with every step computed."""
         plan = Plan.uncached(self.plan.timesteps, self.plan.depth, self.plan.branches, self.plan.eps_scale)
-        return Case(self.model, plan, self.samples, self.cfg_scale)
+        return replace(self, plan=plan)

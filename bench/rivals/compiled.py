@@ -3,24 +3,26 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.marks import mark
 from bench.rivals.case import Case
-from bench.rivals.loop import Run, mark, step_on
+from bench.rivals.loop import Run, step_on
 from bench.rivals.plain import forward, module, timesteps_of
 from bench.rivals.rival import Trajectory
 from ebcache_fast.plan import StepType
 
-Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def compiler(case: Case, mode: str) -> Compile:
+def compiler(case: Case, mode: str, *, fullgraph: bool = True) -> Compile:
     """torch.compile in a mode; on a CPU, where nothing is measured, all of it but the code generation."""
     if case.device.type == "cuda":
-        return partial(torch.compile, mode=mode, dynamic=False, fullgraph=True)
-    return partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)
+        return partial(torch.compile, mode=mode, dynamic=False, fullgraph=fullgraph)
+    return partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=fullgraph)
 
 
 def whole_model(case: Case, mode: str) -> Trajectory:

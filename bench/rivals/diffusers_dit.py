@@ -1,8 +1,9 @@
 """diffusers' own DiT, with the weights of a model of the original layout."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.rivals.case import Case
 from bench.rivals.plain import module
@@ -63,7 +64,7 @@ def state_dict_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-def trajectory(case: Case, model: nn.Module) -> Trajectory:
+def trajectory(case: Case, model: Callable[..., Any]) -> Trajectory:
     """The transformer at every step, as DiTPipeline calls it."""
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

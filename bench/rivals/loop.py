@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.marks import Mark, mark
 from bench.rivals.case import Case
 
 GUIDED = 3  # channels, as the original guides them
 Predict = Callable[[Tensor, int], Tensor]  # rows' latents (2N, C, H, W) and the step -> raw output (2N, Cout, H, W)
-Mark = torch.cuda.Event | float
 
 
 class Run(NamedTuple):
@@ -22,23 +22,6 @@ class Run(NamedTuple):
     host_seconds: float  # of the loop, where nobody waits for the device
     steps: tuple[int, ...] = ()  # of each dispatch; () for one each
     began: Mark | None = None  # where it had to be prepared before the first dispatch, which counts as well
-
-
-def mark(device: torch.device) -> Mark:
-    """Now, as the device's stream sees it."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start: Mark, end: Mark) -> float:
-    """Between two marks of one device."""
-    if isinstance(start, torch.cuda.Event):
-        end.synchronize()  # type: ignore[union-attr]
-        return start.elapsed_time(end) / 1e3  # type: ignore[arg-type]
-    return end - start  # type: ignore[operator]
 
 
 def step_on(case: Case, x: Tensor, out: Tensor, row: Tensor, noise: Tensor) -> Tensor:

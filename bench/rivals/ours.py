@@ -2,11 +2,13 @@
 
 import time
 from copy import copy
+from dataclasses import replace
 
 import torch
 
+from bench.marks import mark
 from bench.rivals.case import Case
-from bench.rivals.loop import Run, mark, sample
+from bench.rivals.loop import Run, sample
 from bench.rivals.plain import timesteps_of
 from bench.rivals.rival import Trajectory
 from ebcache_fast import enable
@@ -41,7 +43,7 @@ def drop_in(case: Case, *, trust_order: bool) -> Trajectory:
     """The model's own forward, answered by us. eps is scaled there, so the loop must not do it again."""
     model, t = share_weights(case.model), timesteps_of(case)
     enable(model, case.plan, trust_order=trust_order, strict=case.device.type == "cuda")
-    unscaled = Case(case.model, type(case.plan)(case.plan.steps, case.plan.timesteps), case.samples, case.cfg_scale)
+    unscaled = replace(case, plan=replace(case.plan, eps_scale=1.0))
     return lambda: sample(unscaled, lambda x, i: model(x, t[i], case.row_labels))
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.rivals.case import Case
 from bench.rivals.loop import Run, sample
@@ -79,8 +80,8 @@ def module(case: Case, call: Callable[..., Tensor]) -> Trajectory:
 
 def original(case: Case) -> Trajectory:
     """The model itself in float32, products in TF32, as the original's sampling script sets it."""
-    full: nn.Module = deepcopy(case.model).float()
-    inner = module(Case(full, case.plan, case.samples, case.cfg_scale), full)
+    full = deepcopy(case.model).float()
+    inner = module(replace(case, model=full), full)
 
     def run() -> Run:
         with float32_products("tf32"):

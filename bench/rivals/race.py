@@ -7,16 +7,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.marks import seconds_between
 from bench.rivals import plain
 from bench.rivals.case import Case
-from bench.rivals.loop import Run, seconds_between
+from bench.rivals.loop import Run
 from bench.rivals.rival import Rival, Trajectory
 
 PREPARING = 0.6  # of the time, after which nobody else is prepared
@@ -154,7 +155,7 @@ def truth(case: Case) -> Tensor:
     """The latents by the method's definition, in float32 or better, without TF32."""
     model = case.model if case.dtype == torch.float64 else deepcopy(case.model).float()
     with plain.float32_products("ieee"):
-        return plain.eager(Case(model, case.plan, case.samples, case.cfg_scale))().latents
+        return plain.eager(replace(case, model=model))().latents
 
 
 def relative_rms(ours: Tensor, theirs: Tensor) -> float:

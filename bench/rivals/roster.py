@@ -2,12 +2,14 @@
 
 from functools import partial
 
-from bench.rivals import caching_diffusers, compiled, diffusers_dit, ours, plain
+from bench.rivals import caching_diffusers as others
+from bench.rivals import compiled, diffusers_dit, ours, plain
 from bench.rivals.rival import Rival
 
 OURS = "ebcache_fast"
 DIFFUSERS = ("diffusers",)
-CACHE_DIT = ("diffusers", "cache_dit")
+by_diffusers = partial(Rival, is_another=True, needs=DIFFUSERS)
+by_cache_dit = partial(Rival, is_another=True, needs=(*DIFFUSERS, "cache_dit"))
 
 RIVALS: tuple[Rival, ...] = (
     Rival(OURS, "our own loop, a graph a step type", partial(ours.own_loop, whole=False)),
@@ -27,31 +29,12 @@ RIVALS: tuple[Rival, ...] = (
         partial(compiled.whole_model, mode="reduce-overhead"),
         False,
     ),
-    Rival("P4", "cache-dit, the table as its static mask", caching_diffusers.cache_dit, True, True, CACHE_DIT),
-    Rival("P4, compiled", "the same under torch.compile", caching_diffusers.cache_dit_compiled, True, True, CACHE_DIT),
-    Rival("P4, MagCache", "diffusers' MagCache, told the table", caching_diffusers.mag_cache, True, True, DIFFUSERS),
-    Rival(
-        "P4, FirstBlockCache",
-        "diffusers' FirstBlockCache, about as many steps",
-        caching_diffusers.first_block_cache,
-        True,
-        True,
-        DIFFUSERS,
+    by_cache_dit("P4", "cache-dit, the table as its static mask", others.cache_dit),
+    by_cache_dit("P4, compiled", "the same under torch.compile", others.cache_dit_compiled),
+    by_diffusers("P4, MagCache", "diffusers' MagCache, told the table", others.mag_cache),
+    by_diffusers("P4, FirstBlockCache", "diffusers' FirstBlockCache, about as many steps", others.first_block_cache),
+    by_diffusers(
+        "P4, PAB", "diffusers' Pyramid Attention Broadcast, as many steps", others.pyramid_attention_broadcast
     ),
-    Rival(
-        "P4, PAB",
-        "diffusers' Pyramid Attention Broadcast, as many steps",
-        caching_diffusers.pyramid_attention_broadcast,
-        True,
-        True,
-        DIFFUSERS,
-    ),
-    Rival(
-        "P4, TaylorSeer",
-        "diffusers' TaylorSeer, as many steps",
-        caching_diffusers.taylorseer_cache,
-        True,
-        True,
-        DIFFUSERS,
-    ),
+    by_diffusers("P4, TaylorSeer", "diffusers' TaylorSeer, as many steps", others.taylorseer_cache),
 )
