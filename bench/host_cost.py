@@ -8,7 +8,7 @@ steps but the first and the last, which begin and end the run, and what is told 
 rounds. The drop-in's tensor operations (reading x, t and y, copying x in and the output out) are part of its figure: on
 a CPU they run at once, where a GPU's host would only launch them.
 
-The fingerprint is timed within each call and subtracted. It takes far longer than the step, and steps that follow it are
+The fingerprint is timed within each call and subtracted. It takes far longer than the step, and steps after it are
 slower than the same steps back to back with a fingerprint that was made before, which are told beside it.
 
 It writes bench/results/host-cost.json.

@@ -1,4 +1,4 @@
-"""Moments of a device: CUDA events on a GPU, which the stream records and nobody waits for, the host's clock elsewhere."""
+"""Moments of a device: CUDA events on a GPU, which its stream records as it goes, the host's clock elsewhere."""
 
 import time
 
