@@ -210,7 +210,7 @@ class Guided:
         self.modulation = ModulationTable.of(denoiser, plan.timesteps, rows)
         guide = guidance.guide(denoiser, plan.eps_scale, torch.float32)
         workspace = Workspace(torch.bfloat16, torch.device("cpu"))
-        self._runner = StepRunner(denoiser, ops.TORCH, self.modulation, guide, workspace)
+        self._runner = StepRunner(denoiser, ops.TORCH, self.modulation, guide, workspace, constants=workspace)
 
     @torch.no_grad()
     def predict(self, i: int, x: Tensor, cache: FeatureCache) -> Prediction:

@@ -23,7 +23,7 @@ from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import Denoiser
+from ebcache_fast.models import Context, Denoiser
 from ebcache_fast.plan import StepPlan, StepType
 from ebcache_fast.reference import sampler_update
 from ebcache_fast.samplers import Sampler
@@ -135,6 +135,7 @@ def tally_batch(
     eps_scale: float,
     algorithm: Algorithm1,
     on_step: Callable[[int], None] | None = None,
+    context: Context = (),
 ) -> Tally:
     """Sample one batch, advanced by the original output times b; count what each sample would have cached.
 
@@ -144,7 +145,7 @@ def tally_batch(
     steps = sampler.steps
     tally = Tally.empty(steps)
     tally.samples = len(labels)
-    search = _Search(denoiser, labels, sampler.timesteps, guidance)
+    search = _Search(denoiser, labels, sampler.timesteps, guidance, context)
     rows = torch.as_tensor(sampler.rows.copy(), dtype=noise.dtype, device=noise.device)
     run = torch.zeros_like(labels)  # (N,) cached steps since each sample's last full one
     x = noise[0]
@@ -171,15 +172,20 @@ def tally_batch(
 class _Search:
     """The candidate steps on one batch, and its caches: every sample's own, kept, and two to try in."""
 
-    def __init__(self, denoiser: Denoiser, labels: Tensor, timesteps: tuple[int, ...], guidance: Guidance) -> None:
+    def __init__(
+        self, denoiser: Denoiser, labels: Tensor, timesteps: tuple[int, ...], guidance: Guidance, context: Context
+    ) -> None:
         shape, weight = denoiser.shape, denoiser.weight()
         row_labels = guidance.row_labels(denoiser, labels)
+        constants = Workspace(weight.dtype, weight.device)
+        denoiser.prepare(context, constants)
         self._runner = StepRunner(
             denoiser,
             ops.select(weight.device, weight.dtype),
-            ModulationTable.of(denoiser, timesteps, row_labels),
+            ModulationTable.of(denoiser, timesteps, row_labels, context),
             guidance.guide(denoiser, 1.0, latent_dtype(denoiser)),
             Workspace(weight.dtype, weight.device),
+            constants,
         )
         self._rows, self._out_channels = len(row_labels), denoiser.out_channels
         self._copies = len(row_labels) // len(labels)

@@ -21,7 +21,7 @@ from ebcache_fast.engine.engine import Engine, EngineOptions, cuda_graphs
 from ebcache_fast.engine.graphs import Graphs
 from ebcache_fast.files import replacing
 from ebcache_fast.models import Denoiser, as_denoiser
-from ebcache_fast.models.denoiser import Modulation, Scratch
+from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch
 from ebcache_fast.timeline import Span
@@ -114,23 +114,24 @@ class _AnnotatedDenoiser:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
 
-    def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
-        with self._around("modulation"):
-            self._denoiser.modulation(t, y, out)
+    def sized(self, latents: tuple[int, ...], context: Context) -> "_AnnotatedDenoiser":
+        return _AnnotatedDenoiser(self._denoiser.sized(latents, context), self._around)
 
-    def embed(self, x: Tensor) -> Tensor:
+    def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
+        with self._around("modulation"):
+            self._denoiser.modulation(t, y, context, out)
+
+    def embed(self, x: Tensor, constants: Scratch) -> Tensor:
         with self._around("embedding"):
-            return self._denoiser.embed(x)
+            return self._denoiser.embed(x, constants)
 
     def head(self, u: Tensor) -> Tensor:
         with self._around("head"):
             return self._denoiser.head(u)
 
-    def run_branch(
-        self, layer: int, branch: Branch, u: Tensor, out: Tensor, operations: Operations, scratch: Scratch
-    ) -> None:
+    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         with self._around(f"layer {layer} {BRANCHES[branch]}"):
-            self._denoiser.run_branch(layer, branch, u, out, operations, scratch)
+            self._denoiser.run_branch(layer, branch, u, out, means)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Modulation
+from ebcache_fast.models.denoiser import Means, Modulation
 from ebcache_fast.models.dit import DIT_MODELS, DiT, timestep_embedding
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
 from ebcache_fast.ops import TORCH
@@ -152,18 +152,23 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     rows = torch.arange(len(x))
     table = ModulationTable(denoiser, len(t), len(y), rows=1)
     modulation = Modulation(table.layers, table.head)
-    denoiser.modulation(t, y, modulation)
+    denoiser.modulation(t, y, (), modulation)
     layers = modulation.layers[rows, :, :, :, rows]  # (N, L, branches, 3, D)
-    h = denoiser.embed(x)
+    h = denoiser.embed(x, means(x).constants)
     for layer in range(denoiser.shape.depth):
         for b, branch in enumerate((Branch.SELF_ATTN, Branch.MLP)):
             shift, scale, gate = layers[:, layer, b].unbind(1)
             u = normed(h, shift, scale, denoiser.norm_eps(layer, branch))
             out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
-            denoiser.run_branch(layer, branch, u, out, TORCH, Workspace(h.dtype, h.device))
+            denoiser.run_branch(layer, branch, u, out, means(h))
             h = h + gate.unsqueeze(1) * out
     shift, scale = modulation.head[rows, :, rows].unbind(1)
     return denoiser.head(normed(h, shift, scale, denoiser.head_eps))
+
+
+def means(like: Tensor) -> Means:
+    memory = Workspace(like.dtype, like.device)
+    return Means(TORCH, scratch=memory, constants=memory)
 
 
 def normed(h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -233,7 +238,7 @@ def test_a_branch_writes_into_the_memory_it_is_given(branch: Branch, strides: tu
     u = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     out = torch.empty(2 * 9 * WIDTH, dtype=torch.float64).as_strided(u.shape, strides)
     with torch.no_grad():
-        DiTDenoiser(model).run_branch(1, branch, u, out, TORCH, Workspace(u.dtype, u.device))
+        DiTDenoiser(model).run_branch(1, branch, u, out, means(u))
         expected = block.attn(u) if branch is Branch.SELF_ATTN else block.mlp(u)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
@@ -244,7 +249,7 @@ def test_modulation_is_of_every_pair_of_timestep_and_label() -> None:
     with torch.no_grad():
         table = ModulationTable(DiTDenoiser(model), len(t), len(y), rows=1)
         layers, head = table.layers, table.head
-        DiTDenoiser(model).modulation(t, y, Modulation(layers, head))
+        DiTDenoiser(model).modulation(t, y, (), Modulation(layers, head))
         c = model.t_embedder(t[1:]) + model.y_embedder(y[2:])
         vectors = model.blocks[1].adaLN_modulation(c).view(2, 3, WIDTH)
         ends = model.final_layer.adaLN_modulation(c).view(2, WIDTH)
@@ -261,7 +266,7 @@ def test_autocast() -> None:
     for branch, module in ((Branch.SELF_ATTN, model.blocks[0].attn), (Branch.MLP, model.blocks[0].mlp)):
         out = torch.empty_like(u)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            DiTDenoiser(model).run_branch(0, branch, u, out, TORCH, Workspace(u.dtype, u.device))
+            DiTDenoiser(model).run_branch(0, branch, u, out, means(u))
             assert torch.equal(out, module(u).float())
 
 

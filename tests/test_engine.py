@@ -47,7 +47,9 @@ class Run:
 
     def __init__(self, plan: Plan, labels: Tensor, cfg_scale: float, engine: Engine) -> None:
         guidance = Guidance(cfg_scale)
-        batch = Batch(guidance.row_labels(engine.denoiser, labels), len(labels), guidance.channels)
+        batch = Batch(
+            guidance.row_labels(engine.denoiser, labels), len(labels), guidance.channels, engine.denoiser.latent_shape
+        )
         self._run = engine.forward_run(plan, batch, Ending.PREDICT)
         self._run.guide(cfg_scale)
         self.nbytes = self._run.place.buffers.nbytes

@@ -190,11 +190,13 @@ def test_a_step_after_a_capture_is_its_own_wherever_the_run_before_had_come_to()
 
     def second_step(engine: Engine, others: list[tuple[StepType, ...]]) -> Tensor:
         for types in others:
-            run = engine.forward_run(plan_of(types), Batch(labels, 2, 0), Ending.PREDICT)
+            run = engine.forward_run(plan_of(types), Batch(labels, 2, 0, engine.denoiser.latent_shape), Ending.PREDICT)
             run.predict(0, x)
             run.predict(1, x)
             engine.release(run.place)
-        run = engine.forward_run(plan_of((NO, ATTENTION, ATTN_MLP, NO)), Batch(labels, 2, 0), Ending.PREDICT)
+        run = engine.forward_run(
+            plan_of((NO, ATTENTION, ATTN_MLP, NO)), Batch(labels, 2, 0, engine.denoiser.latent_shape), Ending.PREDICT
+        )
         return run.refresh(2, x)
 
     ours = second_step(quick_engine(FakeGraphs()), [(NO, ATTN_MLP, ATTN_MLP, NO)])

@@ -123,7 +123,9 @@ def predictions(model: DiT, operations: ops.Operations, device: torch.device) ->
     xs = torch.randn(len(MIXED), len(LABELS), 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     engine, guidance = Engine(model, operations=operations), Guidance(1.5)
     rows = guidance.row_labels(engine.denoiser, LABELS.to(device))
-    run = engine.forward_run(plan_of(MIXED), Batch(rows, len(LABELS), guidance.channels), Ending.PREDICT)
+    run = engine.forward_run(
+        plan_of(MIXED), Batch(rows, len(LABELS), guidance.channels, engine.denoiser.latent_shape), Ending.PREDICT
+    )
     run.guide(1.5)
     return [split(run.predict(i, x), len(x), x.shape[1]) for i, x in enumerate(xs)]
 

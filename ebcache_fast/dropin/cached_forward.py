@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.calls import calls_class
+from ebcache_fast.dropin.contexts import Contexts
+from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
@@ -61,6 +62,7 @@ class CachedForward:
         self._scheduler = StepScheduler(self.plan)
         self._engine: Engine | None = None
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the one called last at the end
+        self._contexts = Contexts(self.options.max_trajectories)
         self._originals, self._refreshed = Counter[str](), Counter[str]()
         self._lock = RLock()
         self._watch = Watch(self.model)
@@ -179,7 +181,7 @@ class CachedForward:
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
-        key = facts.labels, call.guided_channels
+        key = facts.labels, *self._kind_of(call)
         lane = self._lanes.get(key)
         arrival = self._scheduler.arrive(t, lane.expected if lane else 0)
         if lane is not None:
@@ -194,6 +196,10 @@ class CachedForward:
             lane = self._begin(key, call, weights, began_anew=lane is not None and lane.is_begun_anew(arrival))
         self._lanes.move_to_end(key)
         return self._run(lane, key, arrival, t, call)
+
+    def _kind_of(self, call: ModelCall) -> tuple[Hashable, ...]:
+        """What sets the runs apart that a call could be of, besides labels."""
+        return call.guided_channels, call.x.shape, self._contexts.number_of(call.context)
 
     def _begin(self, key: Hashable, call: ModelCall, weights: Fingerprint, *, began_anew: bool = False) -> Lane:
         if key in self._lanes:

@@ -1,14 +1,12 @@
 """How models are called: the arguments of the methods that are replaced, and what they return."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import Method
-from ebcache_fast.models import DiffusersDiTDenoiser, DiTDenoiser, as_denoiser
 
 
 class Answering(Protocol):
@@ -32,8 +30,8 @@ class Calls(Protocol):
         ...
 
     @staticmethod
-    def read(result: Any) -> Any:
-        """The tensor in what the model's own forward returns."""
+    def ask(model: Any, call: ModelCall) -> Any:
+        """The tensor that the model's own method returns for a call."""
         ...
 
 
@@ -49,8 +47,10 @@ class OriginalCalls:
         return {"forward": self.forward} | (guided if self._answering.guided_channels else {})
 
     @staticmethod
-    def read(result: Any) -> Any:
-        return result
+    def ask(model: Any, call: ModelCall) -> Any:
+        if call.guided_channels:
+            return model.forward_with_cfg(call.x, call.t, call.y, call.cfg_scale)
+        return model(call.x, call.t, call.y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """As the model's: latents x (R, C, H, W), timesteps t (R,), labels y (R,) -> (R, out_channels, H, W)."""
@@ -62,51 +62,3 @@ class OriginalCalls:
         call = ModelCall(x, t, y, cfg_scale, self._answering.guided_channels)
         out: Tensor = self._answering.answer(call, "forward_with_cfg", x, t, y, cfg_scale)
         return out
-
-
-class DiffusersDiTCalls:
-    """Of diffusers' DiTTransformer2DModel; its pipeline guides by itself."""
-
-    def __init__(self, answering: Answering) -> None:
-        self._answering = answering
-
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        return {"forward": self.forward}
-
-    @staticmethod
-    def read(result: Any) -> Any:
-        return result.sample
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """As the model's: latents (R, C, H, W), timesteps and labels (R,) -> Transformer2DModelOutput, or a tuple."""
-        call = None
-        if timestep is not None and class_labels is not None and not cross_attention_kwargs:
-            call = ModelCall(hidden_states, timestep, class_labels)
-        out = self._answering.answer(
-            call, "forward", hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict
-        )
-        if not isinstance(out, Tensor):  # the model's own
-            return out
-        if not return_dict:
-            return (out,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=out)
-
-
-_CALLS: Final[Mapping[type, type[Calls]]] = MappingProxyType(
-    {DiTDenoiser: OriginalCalls, DiffusersDiTDenoiser: DiffusersDiTCalls}
-)
-
-
-def calls_class(model: nn.Module) -> type[Calls]:
-    """How models of this layout are called."""
-    return _CALLS[type(as_denoiser(model))]

@@ -1,7 +1,7 @@
 """One call of a model's forward, as its caller made it."""
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from itertools import islice
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebcache_fast.engine.engine import Batch
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import Denoiser
+from ebcache_fast.models import Context, Denoiser
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -30,6 +30,7 @@ class ModelCall(NamedTuple):
     y: Tensor  # (R,) integers
     cfg_scale: float | Tensor = 1.0  # one number
     guided_channels: int = 0
+    context: Context = ()  # of R rows
 
     @property
     def samples(self) -> int:
@@ -39,7 +40,7 @@ class ModelCall(NamedTuple):
     @property
     def batch(self) -> Batch:
         """The rows as the engine sees them."""
-        return Batch(self.y.long(), self.samples, self.guided_channels)
+        return Batch(self.y.long(), self.samples, self.guided_channels, tuple(self.x.shape[1:]), self.context)
 
     @property
     def form(self) -> Hashable:
@@ -48,12 +49,14 @@ class ModelCall(NamedTuple):
         return (
             *(x.shape, x.dtype, x.device), *(t.shape, t.dtype, t.device), *(y.shape, y.dtype, y.device),
             self.guided_channels,
+            *(None if one is None else (one.shape, one.dtype, one.device) for one in self.context),
         )  # fmt: skip
 
     @property
     def numbers(self) -> tuple[Tensor, ...]:
         """What a gradient could be asked of."""
-        return (self.x, self.t, *((self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()))
+        given = (one for one in self.context if one is not None)
+        return (self.x, self.t, *given, *((self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()))
 
     @property
     def is_guided_by_row(self) -> bool:
@@ -63,13 +66,13 @@ class ModelCall(NamedTuple):
     def check(self, denoiser: Denoiser) -> None:
         """InputError unless shapes, dtypes and devices are the model's; what the tensors hold is not looked at."""
         x, t, y, weight = self.x, self.t, self.y, denoiser.weight()
-        if x.ndim != 4 or tuple(x.shape[1:]) != denoiser.latent_shape or not len(x):
-            raise InputError(
-                f"x of shape {tuple(x.shape)} does not fit; this model takes (rows, {_joined(denoiser.latent_shape)})"
-            )
+        if not x.ndim or not len(x):
+            raise InputError(f"x of shape {tuple(x.shape)} holds no row; pass one latent or more")
+        denoiser.sized(tuple(x.shape[1:]), self.context)
         if x.dtype != weight.dtype:
             raise InputError(f"x is {x.dtype}, but the model {weight.dtype}; convert one of them")
-        for name, tensor, also in (("x", x, ()), ("y", y, ()), ("t", t, (torch.device("cpu"),))):
+        context = (("the context", one, ()) for one in self.context if one is not None)
+        for name, tensor, also in (("x", x, ()), ("y", y, ()), ("t", t, (torch.device("cpu"),)), *context):
             if tensor.device not in (weight.device, *also):
                 raise InputError(f"{name} is on {tensor.device}, but the model on {weight.device}; move one of them")
         if y.shape != x.shape[:1] or y.dtype not in INTEGERS:
@@ -106,7 +109,3 @@ def numbers_of(*tensors: Tensor) -> list[list[float]]:
     away = [tensor.double().flatten() for tensor in tensors if not tensor.is_cpu]
     copied = iter(torch.cat(away).tolist() if away else ())
     return [tensor.flatten().tolist() if tensor.is_cpu else list(islice(copied, tensor.numel())) for tensor in tensors]
-
-
-def _joined(sizes: Iterable[int]) -> str:
-    return ", ".join(map(str, sizes))

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.calls import calls_class
+from ebcache_fast.dropin.diffusers_calls import calls_class
+from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Batch, Engine, no_graphs
+from ebcache_fast.engine.engine import Engine, no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
@@ -31,14 +32,14 @@ def probe(model: nn.Module, plan: Plan) -> int:
 
 def _probe(model: nn.Module, plan: Plan) -> int:
     asked = _Probe(model, plan)
-    if not asked.is_answered(0, "forward"):
+    if not asked.is_answered(0):
         raise InputError(
             f"{type(model).__name__} has the layout of a DiT, but its forward computes something else, and the engine "
             "would run the usual one; pass a module that computes what its parts say, without another cache around it"
         )
     channels = as_denoiser(model).latent_shape[0]
     guesses = dict.fromkeys((min(GUIDED_CHANNELS, channels), channels)) if hasattr(model, "forward_with_cfg") else {}
-    return next((n for n in guesses if asked.is_answered(n, "forward_with_cfg", CFG_SCALE)), 0)
+    return next((n for n in guesses if asked.is_answered(n)), 0)
 
 
 class _Probe:
@@ -48,22 +49,25 @@ class _Probe:
         self._model, self._engine = model, Engine(model, make_graphs=no_graphs)
         denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
         generator = torch.Generator("cpu").manual_seed(0)
-        noise = torch.randn(2, *denoiser.latent_shape, generator=generator, device="cpu")
-        labels = 0, denoiser.num_classes - 1 + denoiser.has_null_label
-        self._read = calls_class(model).read
-        self._x, self._y = noise.to(weight), torch.tensor(labels, device=weight.device)
-        self._t = torch.full((2,), plan.timesteps[0], device=weight.device)
+        latents, context = denoiser.example(rows=2)
+        self._call = ModelCall(
+            x=torch.randn(2, *latents, generator=generator, device="cpu").to(weight),
+            t=torch.full((2,), plan.timesteps[0], device=weight.device),
+            y=torch.tensor((0, denoiser.num_classes - 1 + denoiser.has_null_label), device=weight.device),
+            cfg_scale=CFG_SCALE,
+            context=context,
+        )
         self._plan = Plan.uncached(plan.timesteps[:1], plan.depth, plan.branches)
 
-    def is_answered(self, guided_channels: int, name: str, *cfg_scale: float) -> bool:
-        """Whether the engine computes what the model's own method does."""
-        batch = Batch(self._y, 1 if guided_channels else 2, guided_channels)
-        run = self._engine.forward_run(self._plan, batch, Ending.PREDICT)
+    def is_answered(self, guided_channels: int) -> bool:
+        """Whether the engine computes what the model's own method does, which guides if channels are guided."""
+        call = self._call._replace(guided_channels=guided_channels)
+        run = self._engine.forward_run(self._plan, call.batch, Ending.PREDICT)
         run.guide(CFG_SCALE)
-        ours = run.predict(0, self._x)
+        ours = run.predict(0, call.x)
         self._engine.release(run.place)
         try:
-            own = self._read(getattr(self._model, name)(self._x, self._t, self._y, *cfg_scale))
+            own = calls_class(self._model).ask(self._model, call)
         except Exception:  # whatever a method of another meaning may raise
             return False
         if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:

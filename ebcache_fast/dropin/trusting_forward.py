@@ -20,7 +20,7 @@ class TrustingForward(CachedForward):
     _ending = Ending.PREDICT_GUARDED
 
     def _step(self, call: ModelCall, weights: Fingerprint) -> Tensor:
-        key = len(call.y), call.guided_channels
+        key = self._kind_of(call)
         if (lane := self._lanes.get(key)) is None:
             if call.read(self._denoiser).timesteps != {self.plan.timesteps[0]}:
                 raise DeclinedError("a run did not begin with the first step")

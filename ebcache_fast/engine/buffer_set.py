@@ -15,7 +15,7 @@ from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError
-from ebcache_fast.models.denoiser import Denoiser
+from ebcache_fast.models.denoiser import Context, Denoiser
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Plan
 
@@ -50,8 +50,11 @@ class BufferSet:
     ) -> None:
         self.spec = spec
         self.buffers = buffers = allocate(spec, denoiser)
-        self._runner = StepRunner(denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace)
-        self._model, self._backend, self._why_no_graphs, self._counts = model, graphs, why_no_graphs, counts
+        self._runner = StepRunner(
+            denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace, buffers.constants
+        )
+        self._model, self._denoiser, self._counts = model, denoiser, counts
+        self._backend, self._why_no_graphs = graphs, why_no_graphs
         self._graphs: dict[Work, Graph] = {}
         self._refused: dict[Work, str] = {}
         self.streams = StreamOrder(buffers.x.device)
@@ -74,10 +77,16 @@ class BufferSet:
                 room -= work in self._graphs
         return [self._ready(work) for work in works]
 
-    def load(self, plan: Plan, row_labels: Tensor, scale: float) -> None:
+    @torch.no_grad()
+    def set_context(self, context: Context) -> None:
+        """Make ready for runs in this context; before anything is captured that reads what it says."""
+        self.streams.join()
+        self._denoiser.prepare(context, self.buffers.constants)
+
+    def load(self, plan: Plan, row_labels: Tensor, context: Context, scale: float) -> None:
         """Make ready for a run under ``plan`` over rows of these labels (R,), guided by ``scale``."""
         buffers = self.buffers
-        buffers.modulation.load(plan.timesteps, row_labels)
+        buffers.modulation.load(plan.timesteps, row_labels, context)
         settings = buffers.guide.settings
         settings.copy_(torch.tensor([scale, plan.eps_scale], dtype=settings.dtype, device="cpu"))
         if self.spec.ending is Ending.PREDICT_GUARDED:

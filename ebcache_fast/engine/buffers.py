@@ -37,10 +37,12 @@ class BufferSpec:
     samples: int
     copies: int  # 2 under guidance: the unconditional rows follow the conditional ones
     guided_channels: int
-    conditions: int  # distinct labels that there is room for
+    conditions: int  # distinct ones that there is room for
     steps: int  # of the plan
     live: frozenset[Slot]
     numerics: Numerics
+    latents: tuple[int, ...]  # one of them, as the caller has it
+    context: tuple[tuple[torch.Size, torch.dtype] | None, ...]  # what each tensor of it is like
 
     @property
     def rows(self) -> int:
@@ -59,6 +61,7 @@ class Buffers:
     guide: Guide
     modulation: ModulationTable
     cache: FeatureCache
+    constants: Workspace  # what `Denoiser.prepare` wrote
     workspace: Workspace
 
     @property
@@ -67,7 +70,7 @@ class Buffers:
         yield from (self.x, self.out, self.guide.settings, self.update.rows, *self.guard.tensors)
         if self.update.noise is not None:
             yield self.update.noise
-        for part in (self.modulation, self.cache, self.workspace):
+        for part in (self.modulation, self.cache, self.constants, self.workspace):
             yield from part.tensors
 
     @property
@@ -77,12 +80,12 @@ class Buffers:
 
 
 def room_for(distinct: int, rows: int) -> int:
-    """For how many distinct labels to make room, given so many now: one of two numbers, so that memory is reused.
+    """For how many distinct conditions to make room, given so many now: of few numbers, so that memory is reused.
 
     Under guidance half of the rows have the null label, so that half and one suffice.
     """
     usual = rows // 2 + 1
-    return usual if distinct <= usual else rows
+    return usual if distinct <= usual else max(distinct, rows)
 
 
 def latent_dtype(denoiser: Denoiser) -> torch.dtype:
@@ -92,7 +95,8 @@ def latent_dtype(denoiser: Denoiser) -> torch.dtype:
 
 def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
     """Memory for trajectories of ``spec``; InputError, with the size, where the device has too little."""
-    weight, channels = denoiser.weight(), denoiser.latent_shape[0]
+    weight, channels = denoiser.weight(), min(denoiser.latent_shape[0], denoiser.out_channels)
+    stream_rows = spec.rows * (denoiser.shape.tokens if denoiser.text_tokens else 1)
     latents = spec.samples, *denoiser.latent_shape
 
     def empty(*shape: int) -> Tensor:
@@ -106,8 +110,9 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
             out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
             update=Update(empty(spec.steps, 6), empty(spec.steps, *latents) if noisy else None),
             guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
-            modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, spec.rows),
+            modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, stream_rows),
             cache=FeatureCache(denoiser.shape, spec.live, spec.rows, weight.dtype, weight.device),
+            constants=Workspace(weight.dtype, weight.device),
             workspace=Workspace(weight.dtype, weight.device),
         )
     except torch.OutOfMemoryError as error:

@@ -1,7 +1,8 @@
-"""The two ends of a step, where latents become tokens and tokens become noise, in two forms of one interface.
+"""The two ends of a step, where latents become tokens and tokens become noise, in three forms of one interface.
 
-`FusedEnds` reads the model's live weights into the fused operations. `ModuleEnds` runs the model's own layers, for
-models that changed them (adapters, hooks, parametrizations): the same result, on torch alone.
+`FusedEnds` reads the model's live weights into the fused operations; `JointEnds` does so where text tokens stand before
+those of the latents. `ModuleEnds` runs the model's own layers, for models that changed them (adapters, hooks,
+parametrizations): the same result, on torch alone.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast import reference
-from ebcache_fast.models.denoiser import Denoiser
+from ebcache_fast.models.denoiser import TEXT, Denoiser, Scratch
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 from ebcache_fast.ops import Operations
 
@@ -20,15 +21,18 @@ from ebcache_fast.ops import Operations
 class Pending:
     """Branches not yet added to the residual stream, with their gates; whoever reads the stream next adds them."""
 
-    branches: list[Tensor] = field(default_factory=list)  # (R, T, D) each
+    branches: list[Tensor] = field(default_factory=list)  # as the stream, each
     gates: list[Tensor] = field(default_factory=list)  # (S, U, D) each
 
 
 class Ends(Protocol):
-    """What a step begins and ends with; see the operations of the same names in `ebcache_fast.reference`."""
+    """What a step begins and ends with; see the operations of the same names in `ebcache_fast.reference`.
+
+    The stream h, and u and sums alike, is (R, T, D), or (R * T, 1, D) where each token has a condition of its own.
+    """
 
     def embed(self, x: Tensor, h: Tensor) -> None:
-        """Tokens of x (B, C, H, W) into h (R, T, D)."""
+        """Tokens of x (B, C, H, W) into h."""
         ...
 
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
@@ -44,15 +48,15 @@ class Ends(Protocol):
         ...
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
-        """As many whole ATTN_MLP steps on x in place as there are gated sums (n, R, T, D)."""
+        """As many whole ATTN_MLP steps on x in place as there are gated sums, each of h's shape."""
         ...
 
 
 class FusedEnds:
     """The ends through the fused operations."""
 
-    def __init__(self, denoiser: Denoiser, operations: Operations) -> None:
-        self._denoiser, self._operations = denoiser, operations
+    def __init__(self, denoiser: Denoiser, operations: Operations, constants: Scratch) -> None:
+        self._denoiser, self._operations, self._constants = denoiser, operations, constants
 
     def embed(self, x: Tensor, h: Tensor) -> None:
         self._operations.embed(x, self._patches, h)
@@ -71,22 +75,58 @@ class FusedEnds:
 
     @property
     def _patches(self) -> Patches:
-        return self._denoiser.patches()
+        return self._denoiser.patches(self._constants)
 
     @property
     def _linear(self) -> Linear:
         return self._denoiser.head_linear()
 
 
+class JointEnds(FusedEnds):
+    """The same where text tokens stand before those of the latents, and only these have a head."""
+
+    def embed(self, x: Tensor, h: Tensor) -> None:
+        rows = self._rows(h)  # (R, T, D)
+        text = self._denoiser.text_tokens
+        rows[:, :text] = self._constants.buffer(TEXT, len(rows), text, rows.shape[2])
+        for i, row in enumerate(rows):
+            super().embed(x[i % len(x)][None], row[None, text:])
+
+    def embed_norm_modulate(self, x: Tensor, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
+        self.embed(x, h)
+        self._operations.gated_residual_norm_modulate(h, (), (), norm, at, u)
+
+    def predict(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
+        tokens, at = self._finished(h, pending, at)
+        super().predict(tokens, Pending(), norm, at, guide, out)
+
+    def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
+        tokens, at = self._finished(h, pending, at)
+        super().update(x, tokens, Pending(), norm, at, guide, update)
+
+    def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
+        _run_one_by_one(self, x, sums, norm, at, guide, update)
+
+    def _finished(self, h: Tensor, pending: Pending, at: At) -> tuple[Tensor, At]:
+        """What the head takes (R, T - text, D), and where each of its rows reads."""
+        if pending.branches:
+            self._operations.gated_residual(h, pending.branches, pending.gates, At(at.step, at.row_of))
+        rows = self._rows(h)
+        return self._denoiser.final(rows), at._replace(row_of=_of_the_head(at, len(rows)))
+
+    def _rows(self, h: Tensor) -> Tensor:
+        return h.view(-1, self._denoiser.shape.tokens, h.shape[2])
+
+
 class ModuleEnds:
     """The ends through the model's own layers."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, constants: Scratch) -> None:
+        self._denoiser, self._constants = denoiser, constants
 
     def embed(self, x: Tensor, h: Tensor) -> None:
-        tokens = self._denoiser.embed(x.to(h.dtype))  # (B, T, D)
-        h.view(-1, *tokens.shape).copy_(tokens.expand(len(h) // len(x), *tokens.shape))
+        tokens = self._denoiser.embed(x.to(h.dtype), self._constants)  # (R or B, T, D)
+        h.view(-1, *tokens.shape).copy_(tokens.expand(h.numel() // tokens.numel(), *tokens.shape))
 
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
         self.embed(x, h)
@@ -98,25 +138,39 @@ class ModuleEnds:
         reference.advance(at)
 
     def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
-        out = x.new_empty(len(h), self._denoiser.out_channels, *x.shape[2:])
+        out = x.new_empty(len(x) * guide.copies, self._denoiser.out_channels, *x.shape[2:])
         self._head(h, pending, norm, at, guide, out)
         reference.step_on(x, out, guide, at, update)
         reference.advance(at)
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
-        h = torch.empty_like(sums[0])
-        for j, total in enumerate(sums):
-            self.embed(x, h)
-            self.update(x, h.add_(total), Pending(), norm, At(at.step + j, at.row_of), guide, update)
-        reference.advance(at)
+        _run_one_by_one(self, x, sums, norm, at, guide, update)
 
     def _head(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
         h = h.clone()
         reference.add_gated(h, pending.branches, pending.gates, at)
-        out.copy_(self._denoiser.head(reference.norm_modulate(h, norm, at)))
+        tokens = self._denoiser.final(h.view(len(out), -1, h.shape[2]))
+        u = reference.norm_modulate(tokens, norm, At(at.step, _of_the_head(at, len(out))))
+        out.copy_(self._denoiser.head(u))
         reference.guide_and_scale(out, guide)
 
 
-def ends_of(denoiser: Denoiser, operations: Operations) -> Ends:
+def ends_of(denoiser: Denoiser, operations: Operations, constants: Scratch) -> Ends:
     """The fused ends wherever the model's are plain layers, as they are now: a hook may come at any step."""
-    return FusedEnds(denoiser, operations) if denoiser.has_plain_ends else ModuleEnds(denoiser)
+    if not denoiser.has_plain_ends:
+        return ModuleEnds(denoiser, constants)
+    return (JointEnds if denoiser.text_tokens else FusedEnds)(denoiser, operations, constants)
+
+
+def _run_one_by_one(ends: Ends, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
+    """`Ends.run_update` as so many updates."""
+    h = torch.empty_like(sums[0])
+    for j, total in enumerate(sums):
+        ends.embed(x, h)
+        ends.update(x, h.add_(total), Pending(), norm, At(at.step + j, at.row_of), guide, update)
+    reference.advance(at)
+
+
+def _of_the_head(at: At, rows: int) -> Tensor:
+    """The condition of each row's last token, which the head is for."""
+    return at.row_of.view(rows, -1)[:, -1].contiguous()

@@ -22,7 +22,7 @@ from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
-from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.models import Context, Denoiser, as_denoiser
 from ebcache_fast.plan import Plan
 
 
@@ -55,6 +55,8 @@ class Batch(NamedTuple):
     row_labels: Tensor  # (R,) int64
     samples: int  # R, or R / 2 under guidance
     guided_channels: int
+    latents: tuple[int, ...]  # the shape of one, as the caller has it
+    context: Context = ()  # of R rows
 
 
 def cuda_graphs(device: torch.device) -> Graphs | None:
@@ -104,12 +106,13 @@ class Engine:
     @contextmanager
     @torch.no_grad()
     def sampling(
-        self, plan: Plan, labels: Tensor, guidance: Guidance, rows: Tensor, noise: Tensor
+        self, plan: Plan, labels: Tensor, guidance: Guidance, rows: Tensor, noise: Tensor, context: Context = ()
     ) -> Iterator[Trajectory]:
         """A run of our own loop over a batch.
 
         labels: (N,) int64. rows: (S, 6), the sampler's coefficients. noise: (S + 1, N, C, H, W), of which the first
         are the initial latents; (1, N, C, H, W) for samplers that draw none. On any device, in any float dtype.
+        context: what else the model is given, of all batch rows.
         Raises TrajectoryError at the limit of trajectories, InputError for too little memory.
         """
         dispatches = StepScheduler(plan).dispatches()
@@ -118,11 +121,13 @@ class Engine:
         if module := self.denoiser.passed_over_hooks():
             raise InputError(f"{module} has hooks, and no part of the engine calls it; remove them, or hook its layers")
         ending = Ending.UPDATE_WITH_NOISE if len(noise) > 1 else Ending.UPDATE
-        batch = Batch(guidance.row_labels(self.denoiser, labels), len(labels), guidance.channels)
+        row_labels = guidance.row_labels(self.denoiser, labels)
+        batch = Batch(row_labels, len(labels), guidance.channels, tuple(noise.shape[2:]), context)
         place = self._lease(plan, batch, ending)
         try:
+            place.set_context(context)
             ready = self._prepare(place, works)
-            place.load(plan, batch.row_labels, guidance.scale)
+            place.load(plan, row_labels, context, guidance.scale)
             place.buffers.x.copy_(noise[0])
             update = place.buffers.update
             update.rows.copy_(rows)
@@ -142,8 +147,9 @@ class Engine:
         self._follow_the_weights()
         place = self._lease(plan, batch, ending)
         try:
+            place.set_context(batch.context)
             ready = self._prepare(place, [(Dispatch(step, 1),) for step in plan.steps])
-            place.load(plan, batch.row_labels, scale=1.0)
+            place.load(plan, batch.row_labels, batch.context, scale=1.0)
         except BaseException:
             self.release(place)
             raise
@@ -162,6 +168,7 @@ class Engine:
         return self._operations or ops.select(*self._kind, dependent_launch=self.options.dependent_launch)
 
     def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
+        denoiser = self.denoiser.sized(batch.latents, batch.context)
         with self._lock:
             rows = len(batch.row_labels)
             spec = BufferSpec(
@@ -169,15 +176,17 @@ class Engine:
                 samples=batch.samples,
                 copies=rows // batch.samples,
                 guided_channels=batch.guided_channels,
-                conditions=room_for(count_distinct(batch.row_labels), rows),
+                conditions=room_for(count_distinct(denoiser.conditions(batch.row_labels)), rows),
                 steps=len(plan),
                 live=plan.live_slots,
                 numerics=Numerics.now(batch.row_labels.device),
+                latents=batch.latents,
+                context=tuple(None if one is None else (one.shape, one.dtype) for one in batch.context),
             )
             place = next((one for one in reversed(self._idle) if one.spec == spec), None)
             if place is None:
                 self._make_room()
-                place = self._new_place(spec)
+                place = self._new_place(spec, denoiser)
             else:
                 self._idle.remove(place)
             place.streams.join()
@@ -210,14 +219,14 @@ class Engine:
         if len(self._leased) + len(self._idle) >= limit:
             del self._idle[0]  # used longest ago
 
-    def _new_place(self, spec: BufferSpec) -> BufferSet:
-        device = self.denoiser.weight().device
+    def _new_place(self, spec: BufferSpec, denoiser: Denoiser) -> BufferSet:
+        device = denoiser.weight().device
         graphs, why = self._make_graphs(device), f"no CUDA graphs on a {device.type} device"
         if graphs is not None and (python := self._python_in_the_way(spec)) is not None:
             if self.options.strict:
                 raise CaptureError(f"no step can be a CUDA graph: {python}; do without, or pass strict=False")
             graphs, why = None, python
-        make = partial(BufferSet, spec, self.model, self.denoiser, self.operations, graphs, why, self.counts)
+        make = partial(BufferSet, spec, self.model, denoiser, self.operations, graphs, why, self.counts)
         with torch.inference_mode(mode=False):  # else only that mode could write to its memory
             try:
                 return make()

@@ -5,17 +5,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ebcache_fast.models.denoiser import Denoiser, Modulation
+from ebcache_fast.models.denoiser import Context, Denoiser, Modulation
 from ebcache_fast.operands import Norm
 
 
-def count_distinct(labels: Tensor) -> int:
-    """How many different labels (R,) there are."""
-    return len(torch.unique(labels))
+def count_distinct(conditions: Tensor) -> int:
+    """How many different numbers (N,) there are."""
+    return len(torch.unique(conditions))
 
 
 class ModulationTable:
-    """Static memory for the modulation of ``steps`` steps and ``conditions`` distinct labels, read by ``rows`` rows.
+    """Static memory for the modulation of ``steps`` steps and ``conditions`` distinct ones, read by ``rows`` rows.
+
+    A row is one of the batch, or a single token of one where tokens of a row differ in their conditions.
 
     Timesteps and labels are known before sampling, so no step runs the conditioning MLPs. What it holds belongs to
     one trajectory: no product of a weight outlives that.
@@ -28,12 +30,14 @@ class ModulationTable:
         self.head = weight.new_empty(steps, 2, conditions, shape.width)
         self.row_of = torch.zeros(rows, dtype=torch.int32, device=weight.device)
         self._distinct = self.row_of.new_zeros(1, dtype=torch.int64)
+        self._context: Context = ()
 
     @classmethod
-    def of(cls, denoiser: Denoiser, timesteps: tuple[int, ...], labels: Tensor) -> Self:
-        """A table of the very size that these steps and labels (R,) need, filled."""
-        table = cls(denoiser, len(timesteps), count_distinct(labels), len(labels))
-        table.load(timesteps, labels)
+    def of(cls, denoiser: Denoiser, timesteps: tuple[int, ...], labels: Tensor, context: Context = ()) -> Self:
+        """A table of the very size that these steps, labels (R,) and their context need, filled."""
+        conditions = denoiser.conditions(labels)
+        table = cls(denoiser, len(timesteps), count_distinct(conditions), len(conditions))
+        table.load(timesteps, labels, context)
         return table
 
     @property
@@ -41,9 +45,10 @@ class ModulationTable:
         """What it consists of."""
         return self.layers, self.head, self.row_of
 
-    def load(self, timesteps: tuple[int, ...], labels: Tensor) -> None:
+    def load(self, timesteps: tuple[int, ...], labels: Tensor, context: Context = ()) -> None:
         """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once."""
-        self._distinct, row_of = torch.unique(labels, return_inverse=True)
+        self._distinct, row_of = torch.unique(self._denoiser.conditions(labels), return_inverse=True)
+        self._context = context
         self.row_of.copy_(row_of)
         self._fill(0, timesteps)
 
@@ -71,4 +76,4 @@ class ModulationTable:
         steps, conditions = slice(first, first + len(timesteps)), len(self._distinct)
         out = Modulation(self.layers[steps, ..., :conditions, :], self.head[steps, :, :conditions])
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.row_of.device)
-        self._denoiser.modulation(t, self._distinct, out)
+        self._denoiser.modulation(t, self._distinct, self._context, out)

@@ -9,7 +9,7 @@ from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.step_clock import StepClock
 from ebcache_fast.engine.workspace import Workspace
-from ebcache_fast.models.denoiser import Denoiser
+from ebcache_fast.models.denoiser import Denoiser, Means
 from ebcache_fast.operands import At, Guide, Norm, Update
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import StepPlan
@@ -32,20 +32,24 @@ class StepRunner:
         modulation: ModulationTable,
         guide: Guide,
         workspace: Workspace,
+        constants: Workspace,
     ) -> None:
         self._denoiser, self._operations = denoiser, operations
         self._modulation, self._guide, self._workspace = modulation, guide, workspace
+        self._constants, self._means = constants, Means(operations, workspace, constants)
         self.clock = StepClock(modulation.row_of.device)
-        self._stream_shape = len(modulation.row_of), denoiser.shape.tokens, denoiser.shape.width
+        # To the fused operations a row is what has one condition: a single token where the text among them has its own.
+        tokens = 1 if denoiser.text_tokens else denoiser.shape.tokens
+        self._stream_shape = len(modulation.row_of), tokens, denoiser.shape.width
 
     def predict(self, x: Tensor, plan: StepPlan, cache: FeatureCache, out: Tensor) -> None:
         """Guided and scaled output for latents x (B, C, H, W) -> out (R, Cout, H, W), in x's dtype."""
         reads = self._reads()
         if plan.computes_nothing:
-            h, (total,) = self._buffer("h"), self._sums(1)
+            h, sums = self._buffer("h"), self._sums(1)
             self._ends.embed(x, h)
-            self._operations.gated_sum(cache.every_slot(), self._modulation.gates(), next(reads), h, total[None])
-            h, pending = total, Pending()
+            self._operations.gated_sum(self._every_slot(cache), self._modulation.gates(), next(reads), h, sums)
+            h, pending = sums[0], Pending()
         else:
             h, pending = self._run_branches(x, plan, cache, reads)
         self._ends.predict(h, pending, self._head_norm(), self._last(), self._guide, out)
@@ -61,38 +65,51 @@ class StepRunner:
         Their sums over the cache do not depend on x: one pass makes them all.
         """
         sums = self._sums(steps)
-        self._operations.gated_sum(cache.every_slot(), self._modulation.gates(), next(self._reads()), None, sums)
+        self._operations.gated_sum(self._every_slot(cache), self._modulation.gates(), next(self._reads()), None, sums)
         self._ends.run_update(x, sums, self._head_norm(), self._last(steps), self._guide, update)
 
     def _run_branches(
         self, x: Tensor, plan: StepPlan, cache: FeatureCache, reads: Iterator[At]
     ) -> tuple[Tensor, Pending]:
-        """All layers; the residual stream h (R, T, D), and what the step's end still has to add to it.
+        """All layers; the residual stream h, and what the step's end still has to add to it.
 
         Branches are pending until the next one that computes needs the stream.
         """
         computed = frozenset(plan.computed)
-        h, u = self._buffer("h"), self._buffer("u")
+        h = self._buffer("h")
         started, pending = False, Pending()  # started: h holds the tokens
         for layer in range(plan.depth):
             for b, branch in enumerate(plan.branches):
                 slot = cache.slot(layer, branch)
                 if (layer, branch) in computed:
-                    norm = self._modulation.norm(layer, b, self._denoiser.norm_eps(layer, branch))
-                    if not pending.branches:
-                        self._ends.embed_norm_modulate(x, norm, next(reads), h, u)
-                    else:
-                        if not started:
-                            self._ends.embed(x, h)
-                        last = self._add_all_but_the_last(h, pending, reads)
-                        self._operations.gated_residual_norm_modulate(
-                            h, last.branches, last.gates, norm, next(reads), u
-                        )
+                    eps = self._denoiser.norm_eps(layer, branch)
+                    norm = None if eps is None else self._modulation.norm(layer, b, eps)
+                    if not started and (pending.branches or norm is None):
+                        self._ends.embed(x, h)
+                        started = True
+                    u = self._input_of_branch(x, h, pending, norm, reads)
                     started, pending = True, Pending()
-                    self._denoiser.run_branch(layer, branch, u, slot, self._operations, self._workspace)
-                pending.branches.append(slot)
+                    self._denoiser.run_branch(layer, branch, u.view(slot.shape), slot, self._means)
+                pending.branches.append(slot.view(h.shape))
                 pending.gates.append(self._modulation.gate(layer, b))
         return h, self._add_all_but_the_last(h, pending, reads)
+
+    def _input_of_branch(
+        self, x: Tensor, h: Tensor, pending: Pending, norm: Norm | None, reads: Iterator[At]
+    ) -> Tensor:
+        """Bring the stream up to date, of which the tokens are there if anything is pending, and normalize it."""
+        if norm is None:
+            last = self._add_all_but_the_last(h, pending, reads)
+            if last.branches:
+                self._operations.gated_residual(h, last.branches, last.gates, next(reads))
+            return h
+        u = self._buffer("u")
+        if not pending.branches:
+            self._ends.embed_norm_modulate(x, norm, next(reads), h, u)
+        else:
+            last = self._add_all_but_the_last(h, pending, reads)
+            self._operations.gated_residual_norm_modulate(h, last.branches, last.gates, norm, next(reads), u)
+        return u
 
     def _add_all_but_the_last(self, h: Tensor, pending: Pending, reads: Iterator[At]) -> Pending:
         """Add branches to h until one operation can take what remains; returns that."""
@@ -104,7 +121,7 @@ class StepRunner:
 
     @property
     def _ends(self) -> Ends:
-        return ends_of(self._denoiser, self._operations)
+        return ends_of(self._denoiser, self._operations, self._constants)
 
     def _reads(self) -> Iterator[At]:
         return self.clock.reads(self._modulation.row_of)
@@ -114,6 +131,10 @@ class StepRunner:
 
     def _head_norm(self) -> Norm:
         return self._modulation.head_norm(self._denoiser.head_eps)
+
+    def _every_slot(self, cache: FeatureCache) -> Tensor:
+        slots = cache.every_slot()
+        return slots.view(len(slots), *self._stream_shape)
 
     def _buffer(self, name: str) -> Tensor:
         return self._workspace.buffer(name, *self._stream_shape)

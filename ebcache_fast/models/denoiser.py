@@ -1,12 +1,17 @@
 """What the engine asks of a model: the ``Denoiser`` protocol, and the modulation that drives it."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, ModelShape
+
+TEXT = "text"  # among the constants: the text tokens (N, text, D) of a model that has them in its stream
+
+# What a caller gives besides latents, timesteps and labels, the same in every step: each adapter names its own.
+Context = tuple[Tensor | None, ...]
 
 
 class Modulation(NamedTuple):
@@ -27,6 +32,14 @@ class Scratch(Protocol):
         ...
 
 
+class Means(NamedTuple):
+    """What a branch runs with."""
+
+    operations: Operations
+    scratch: Scratch
+    constants: Scratch  # what `Denoiser.prepare` wrote
+
+
 class Denoiser(Protocol):
     """A diffusion transformer as the engine sees it: its parts, not its forward.
 
@@ -41,7 +54,20 @@ class Denoiser(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """One latent's (C, H, W)."""
+        """One latent's (C, H, W); frames of a video stand below each other."""
+        ...
+
+    @property
+    def text_tokens(self) -> int:
+        """How many of the T tokens, the first ones, are text that has no latents."""
+        ...
+
+    def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+        """The same model for latents of this shape (of one row) and such a context; InputError where it takes none."""
+        ...
+
+    def example(self, rows: int) -> tuple[tuple[int, ...], Context]:
+        """The shape of latents to try the model with, small if they may be, and a context for so many rows."""
         ...
 
     @property
@@ -58,8 +84,16 @@ class Denoiser(Protocol):
         """Any parameter, for the model's dtype and device."""
         ...
 
-    def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
-        """Write the modulation of every pair of timesteps t (S,) and labels y (U,) int64 into ``out``."""
+    def conditions(self, labels: Tensor) -> Tensor:
+        """What modulation depends on besides timesteps, as numbers: of each row (N,), or of each token (N * T,)."""
+        ...
+
+    def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
+        """Write the modulation of every pair of timesteps t (S,) and conditions y (U,) int64 into ``out``."""
+        ...
+
+    def prepare(self, context: Context, constants: Scratch) -> None:
+        """Write all that a step needs of the context into ``constants``, in the same buffers for the same sizes."""
         ...
 
     def passed_over_hooks(self) -> str | None:
@@ -80,7 +114,7 @@ class Denoiser(Protocol):
         """Whether embedding and head are bare layers, so that their weights say all; else their modules must run."""
         ...
 
-    def patches(self) -> Patches:
+    def patches(self, constants: Scratch) -> Patches:
         """The embedding's weights; only of plain ends."""
         ...
 
@@ -93,20 +127,22 @@ class Denoiser(Protocol):
         """The epsilon of the last LayerNorm."""
         ...
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Latents (N, C, H, W) -> tokens (N, T, D), through the model's own layers."""
+    def embed(self, x: Tensor, constants: Scratch) -> Tensor:
+        """Latents (B, C, H, W) -> tokens (N or B, T, D), text included, through the model's own layers."""
+        ...
+
+    def final(self, h: Tensor) -> Tensor:
+        """What the head takes of the stream (N, T, D), before its own LayerNorm: (N, T - text, D), contiguous."""
         ...
 
     def head(self, u: Tensor) -> Tensor:
-        """The head's modulated input (N, T, D) -> (N, C or 2C, H, W), through the model's own layers."""
+        """The head's modulated input (N, T - text, D) -> (N, C or 2C, H, W), through the model's own layers."""
         ...
 
-    def norm_eps(self, layer: int, branch: Branch) -> float:
-        """The epsilon of the LayerNorm before a branch."""
+    def norm_eps(self, layer: int, branch: Branch) -> float | None:
+        """The epsilon of the LayerNorm before a branch; None where the branch takes the stream as it is."""
         ...
 
-    def run_branch(
-        self, layer: int, branch: Branch, u: Tensor, out: Tensor, operations: Operations, scratch: Scratch
-    ) -> None:
-        """Write a branch's ungated output for its modulated input u (N, T, D) into ``out``, of the same shape."""
+    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
+        """Write a branch's ungated output for its input u (N, T, D) into ``out``, of the same shape."""
         ...

@@ -7,19 +7,17 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Modulation, Scratch
-from ebcache_fast.models.dit import unpatchify
-from ebcache_fast.models.dit_layout import check_layout, check_norms, shape_of
-from ebcache_fast.models.layers import (
-    is_plain,
-    is_plain_patching,
-    is_watched,
-    linear_gelu,
-    linear_into,
+from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
+from ebcache_fast.models.diffusers_layers import (
+    feed_forward_into,
+    first_foreign,
+    refuse_other_ways,
+    self_attention_into,
 )
+from ebcache_fast.models.dit import unpatchify
+from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
+from ebcache_fast.models.layers import is_plain, is_plain_patching, is_watched
 from ebcache_fast.operands import Linear, Patches
-from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, ModelShape
 
 _EMB = "transformer_blocks.0.norm1.emb"
@@ -41,7 +39,7 @@ _LAYOUT = (
 )
 
 
-class DiffusersDiTDenoiser:
+class DiffusersDiTDenoiser(LabelConditioned):
     """The parts of a DiTTransformer2DModel, read from the live module: every block embeds timestep and label itself.
 
     Frequencies and epsilons are the module's own; diffusers' defaults are not the original's. Raises InputError,
@@ -51,7 +49,7 @@ class DiffusersDiTDenoiser:
 
     def __init__(self, model: nn.Module) -> None:
         check_layout(model, _LAYOUT, "diffusers' DiTTransformer2DModel")
-        _refuse_other_ways(model)
+        refuse_other_ways(model)
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(self._model.transformer_blocks)
         of_layers = (
@@ -92,7 +90,7 @@ class DiffusersDiTDenoiser:
     def weight(self) -> Tensor:
         return cast(Tensor, next(self._blocks[0].attn1.to_q.parameters()))
 
-    def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
+    def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
         steps, labels = len(t), len(y)
         pairs = t.repeat_interleave(labels), y.repeat(steps)  # (S * U,) each
         first = self._embedded(0, *pairs)  # the head has no embedders of its own
@@ -106,25 +104,19 @@ class DiffusersDiTDenoiser:
     def _embedded(self, layer: int, t: Tensor, y: Tensor) -> Tensor:
         return cast(Tensor, self._blocks[layer].norm1.emb(t, y, hidden_dtype=self.weight().dtype))
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, constants: Scratch) -> Tensor:
         return cast(Tensor, self._model.pos_embed(x))
 
     def norm_eps(self, layer: int, branch: Branch) -> float:
         block = self._blocks[layer]
         return cast(float, (block.norm1.norm if branch is Branch.SELF_ATTN else block.norm3).eps)
 
-    def run_branch(
-        self, layer: int, branch: Branch, u: Tensor, out: Tensor, operations: Operations, scratch: Scratch
-    ) -> None:
+    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         block = self._blocks[layer]
-        if branch is Branch.SELF_ATTN and _is_usual_attention(block.attn1):
-            linear_into(block.attn1.to_out[0], _attend(block.attn1, u, operations, scratch), out)
-        elif branch is Branch.MLP and _is_usual_feed_forward(block.ff):
-            gelu, _, linear = block.ff.net
-            widened = linear_gelu(gelu.proj, u, operations, scratch)
-            linear_into(linear, gelu(u) if widened is None else widened, out)
+        if branch is Branch.SELF_ATTN:
+            self_attention_into(block.attn1, u, out, means)
         else:
-            out.copy_((block.attn1 if branch is Branch.SELF_ATTN else block.ff)(u))
+            feed_forward_into(block.ff, u, out, means)
 
     def passed_over_hooks(self) -> str | None:
         of_a_layer = ("", ".norm1", ".norm1.norm", ".norm3")
@@ -135,11 +127,7 @@ class DiffusersDiTDenoiser:
     def foreign_layer(self) -> str | None:
         ends = () if self.has_plain_ends else ("pos_embed", "proj_out_2")
         called = (f"transformer_blocks.{i}.{name}" for i in range(len(self._blocks)) for name in ("attn1", "ff"))
-        for path in (*ends, *called):
-            for name, module in attrgetter(path)(self._model).named_modules(prefix=path):
-                if not _is_known(module) or not _is_known(getattr(module, "processor", module)):
-                    return cast(str, name)
-        return None
+        return first_foreign((path, attrgetter(path)(self._model)) for path in (*ends, *called))
 
     @property
     def has_plain_ends(self) -> bool:
@@ -149,7 +137,7 @@ class DiffusersDiTDenoiser:
         weights = self.weight(), embed.proj.weight, embed.pos_embed, linear.weight
         return len({weight.dtype for weight in weights}) == 1
 
-    def patches(self) -> Patches:
+    def patches(self, constants: Scratch) -> Patches:
         embed = self._model.pos_embed
         return Patches(embed.proj.weight, embed.proj.bias, embed.pos_embed[0])
 
@@ -174,59 +162,3 @@ class DiffusersDiTDenoiser:
     @property
     def _patch_size(self) -> int:
         return cast(int, self._model.pos_embed.proj.kernel_size[0])
-
-
-def _refuse_other_ways(model: nn.Module) -> None:
-    """InputError where hooks of diffusers keep features from call to call, or weights in a dtype of their own."""
-    for path, module in model.named_modules():
-        registry = vars(module).get("_diffusers_hook")
-        for name, hook in registry.hooks.items() if registry is not None else ():
-            if hook._is_stateful or name == "layerwise_casting":
-                whose = type(model).__name__ + (path and f".{path}")
-                raise InputError(
-                    f"{whose} has diffusers' hook {name!r}, and what it computes or keeps is not what its parts say; "
-                    "remove diffusers' own caches and layerwise casting first"
-                )
-
-
-def _is_known(part: Any) -> bool:
-    """Whether it is torch's or diffusers' own: their Python holds nothing that changes from call to call."""
-    return type(part).__module__.startswith(("torch.nn.modules", "diffusers.models."))
-
-
-def _is_usual_attention(attention: Any) -> bool:
-    """Whether it is three projections, torch's attention and a projection; all else runs as the module it is."""
-    additions = "group_norm", "spatial_norm", "norm_q", "norm_k", "residual_connection", "fused_projections"
-    return (
-        type(attention.processor).__name__ == "AttnProcessor2_0"
-        and _is_known(attention.processor)
-        and not any(getattr(attention, name, None) for name in additions)
-        and attention.rescale_output_factor == 1
-        and not any(map(is_watched, (attention, attention.to_out[1])))
-    )
-
-
-def _is_usual_feed_forward(feed_forward: Any) -> bool:
-    """Whether it is a linear map, a tanh-GELU and a linear map."""
-    net = feed_forward.net
-    return (
-        len(net) == 3
-        and type(net[0]).__name__ == "GELU"
-        and net[0].approximate == "tanh"
-        and not any(map(is_watched, (feed_forward, *net[:2])))
-    )
-
-
-def _attend(attention: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
-    """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
-    n, tokens, width = u.shape
-    projections = attention.to_q, attention.to_k, attention.to_v
-    if operations.attention is None:
-        q, k, v = (each(u).view(n, tokens, attention.heads, -1).transpose(1, 2) for each in projections)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
-    packed = scratch.buffer("qkv", n, tokens, 3 * width)
-    for each, part in zip(projections, packed.chunk(3, dim=2), strict=True):
-        linear_into(each, u, part)
-    out = scratch.buffer("attention", n, tokens, width)
-    operations.attention(packed, attention.heads, out)
-    return out

@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebcache_fast.models.denoiser import Modulation, Scratch
+from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
-from ebcache_fast.models.dit_layout import check_layout, check_norms, shape_of
+from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
 from ebcache_fast.models.layers import (
     has,
     is_plain,
@@ -21,7 +21,6 @@ from ebcache_fast.models.layers import (
     linear_into,
 )
 from ebcache_fast.operands import Linear, Patches
-from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Branch, ModelShape
 
 _LAYOUT = (
@@ -46,7 +45,7 @@ _LAYOUT = (
 )
 
 
-class DiTDenoiser:
+class DiTDenoiser(LabelConditioned):
     """The parts of a DiT (``ebcache_fast.models.dit.DiT``, or the original's), read from the live module.
 
     Raises InputError, naming the attribute, for a module that lacks one or whose LayerNorms have parameters.
@@ -94,7 +93,7 @@ class DiTDenoiser:
     def weight(self) -> Tensor:
         return cast(Tensor, next(self._blocks[0].attn.qkv.parameters()))  # an adapter around it need not have a weight
 
-    def modulation(self, t: Tensor, y: Tensor, out: Modulation) -> None:
+    def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
         model, steps, labels = self._model, len(t), len(y)
         weight = self.weight()
         timesteps = model.t_embedder.mlp(timestep_embedding(t, dtype=weight.dtype))  # (S, D)
@@ -106,21 +105,19 @@ class DiTDenoiser:
         head = model.final_layer.adaLN_modulation(c).view(steps, labels, 2, -1)
         out.head.copy_(head.transpose(1, 2))
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, constants: Scratch) -> Tensor:
         return cast(Tensor, self._model.x_embedder(x) + self._model.pos_embed)
 
     def norm_eps(self, layer: int, branch: Branch) -> float:
         block = self._blocks[layer]
         return cast(float, (block.norm1 if branch is Branch.SELF_ATTN else block.norm2).eps)
 
-    def run_branch(
-        self, layer: int, branch: Branch, u: Tensor, out: Tensor, operations: Operations, scratch: Scratch
-    ) -> None:
+    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         block = self._blocks[layer]
         if branch is Branch.SELF_ATTN:
-            linear_into(block.attn.proj, _attend(block.attn, u, operations, scratch), out)
+            linear_into(block.attn.proj, _attend(block.attn, u, means), out)
         else:
-            linear_into(block.mlp.fc2, _widen(block.mlp, u, operations, scratch), out)
+            linear_into(block.mlp.fc2, _widen(block.mlp, u, means), out)
 
     def passed_over_hooks(self) -> str | None:
         of_the_whole = ("t_embedder", "y_embedder", "blocks", "final_layer", "final_layer.norm_final")
@@ -143,7 +140,7 @@ class DiTDenoiser:
         weights = self.weight(), embedder.proj.weight, self._model.pos_embed, final.linear.weight
         return len({weight.dtype for weight in weights}) == 1
 
-    def patches(self) -> Patches:
+    def patches(self, constants: Scratch) -> Patches:
         proj = self._model.x_embedder.proj
         return Patches(proj.weight, proj.bias, self._model.pos_embed[0])
 
@@ -171,15 +168,15 @@ class DiTDenoiser:
         return cast(int, self._model.x_embedder.proj.kernel_size[0])
 
 
-def _attend(attention: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
+def _attend(attention: Any, u: Tensor, means: Means) -> Tensor:
     """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
     n, tokens, width = u.shape
     heads = attention.num_heads
     qkv = attention.qkv(u)  # (N, T, 3 * D)
     has_norms = hasattr(attention, "q_norm")  # timm's: identities in the original
-    if operations.attention is not None and not has_norms:
-        out = scratch.buffer("attention", n, tokens, width)
-        operations.attention(qkv, heads, out)
+    if means.operations.attention is not None and not has_norms:
+        out = means.scratch.buffer("attention", n, tokens, width)
+        means.operations.attention(qkv, heads, out)
         return out
     q, k, v = qkv.view(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     if has_norms:
@@ -187,8 +184,8 @@ def _attend(attention: Any, u: Tensor, operations: Operations, scratch: Scratch)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
 
 
-def _widen(mlp: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor:
+def _widen(mlp: Any, u: Tensor, means: Means) -> Tensor:
     """The MLP up to its last linear layer, (N, T, D) -> (N, T, F)."""
     is_tanh_gelu = type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh" and not is_watched(mlp.act)
-    fused = linear_gelu(mlp.fc1, u, operations, scratch) if is_tanh_gelu else None
+    fused = linear_gelu(mlp.fc1, u, means) if is_tanh_gelu else None
     return cast(Tensor, mlp.act(mlp.fc1(u))) if fused is None else fused

@@ -1,11 +1,14 @@
 """What the layouts of a DiT have in common: how they are recognised, and what their steps cost."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
+from ebcache_fast.models.denoiser import Context, Scratch
 from ebcache_fast.models.layers import has
 from ebcache_fast.plan import Branch, BranchShape, ModelShape
 
@@ -66,3 +69,31 @@ def shape_of(
             ("num_classes", num_classes),
         ),
     )
+
+
+class LabelConditioned(ABC):
+    """What adapters have in common whose latents have one size, and whose only condition is a label."""
+
+    text_tokens: int = 0
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+        if tuple(latents) != self.latent_shape:
+            given, wanted = (", ".join(map(str, shape)) for shape in (latents, self.latent_shape))
+            raise InputError(f"x of shape (rows, {given}) does not fit; this model takes (rows, {wanted})")
+        return self
+
+    def example(self, rows: int) -> tuple[tuple[int, ...], Context]:
+        return self.latent_shape, ()
+
+    def conditions(self, labels: Tensor) -> Tensor:
+        return labels
+
+    def prepare(self, context: Context, constants: Scratch) -> None:
+        return  # there is nothing besides labels
+
+    def final(self, h: Tensor) -> Tensor:
+        return h

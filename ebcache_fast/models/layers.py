@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.models.denoiser import Scratch
+from ebcache_fast.models.denoiser import Means
 from ebcache_fast.operands import Linear
-from ebcache_fast.ops import Operations
 
 
 def is_torchs_own(module: nn.Module) -> bool:
@@ -35,11 +34,12 @@ def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
         out.copy_(linear(u))
 
 
-def linear_gelu(linear: Any, u: Tensor, operations: Operations, scratch: Scratch) -> Tensor | None:
+def linear_gelu(linear: Any, u: Tensor, means: Means) -> Tensor | None:
     """``gelu_tanh(linear(u))``, (N, T, D) -> (N, T, F), in one operation; None where there is none for this layer."""
+    operations = means.operations
     if operations.linear_gelu is None or not (is_plain(linear) and u.dtype == linear.weight.dtype):
         return None
-    out = scratch.buffer("mlp", *u.shape[:2], linear.out_features)
+    out = means.scratch.buffer("mlp", *u.shape[:2], linear.out_features)
     operations.linear_gelu(u.flatten(0, 1), Linear(linear.weight, linear.bias), out.flatten(0, 1))
     return out
 

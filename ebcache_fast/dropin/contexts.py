@@ -1,0 +1,63 @@
+"""Which of the prompts that were seen lately a call has: runs of different ones are different runs."""
+
+from collections import OrderedDict
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from ebcache_fast.models import Context
+
+
+class _Seen:
+    """One context, as it was when it was first seen."""
+
+    def __init__(self, context: Context) -> None:
+        self._given, self._versions = context, _versions(context)
+        self._kept = tuple(None if one is None else one.detach().clone() for one in context)
+
+    def is_same(self, context: Context) -> bool:
+        """Whether these are the very tensors, unchanged: that costs no look at what they hold."""
+        alike = len(context) == len(self._given) and all(map(_is, context, self._given))
+        return alike and None not in self._versions and _versions(context) == self._versions
+
+    def is_equal(self, context: Context) -> bool:
+        """Whether they hold the same; that may wait for the device."""
+        return len(context) == len(self._kept) and all(map(_equal, context, self._kept))
+
+
+class Contexts:
+    """Numbers for contexts, the same for equal ones; of as many as ``limit``, those used last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._seen: OrderedDict[int, _Seen] = OrderedDict()
+        self._numbers = count()
+
+    def number_of(self, context: Context) -> int:
+        """The number of this context, a new one for one that is not known."""
+        known = reversed(self._seen.items())
+        found = next((number for number, seen in known if seen.is_same(context)), None)
+        if found is None:
+            known = reversed(self._seen.items())
+            found = next((number for number, seen in known if seen.is_equal(context)), next(self._numbers))
+            self._seen[found] = _Seen(context)
+        self._seen.move_to_end(found)
+        while len(self._seen) > self._limit:
+            self._seen.popitem(last=False)
+        return found
+
+
+def _is(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and torch.equal(one, other)
+
+
+def _versions(context: Context) -> list[int | None]:
+    """How often each was written to; None where torch does not count."""
+    return [-1 if one is None else None if one.is_inference() else one._version for one in context]

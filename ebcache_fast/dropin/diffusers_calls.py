@@ -1,0 +1,119 @@
+"""How diffusers' transformers are called; their pipelines guide by themselves."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from ebcache_fast.dropin.calls import Answering, Calls, OriginalCalls
+from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.own_forward import Method
+from ebcache_fast.models import DiffusersDiTDenoiser, DiTDenoiser, PixArtContext, PixArtDenoiser, as_denoiser
+
+
+class _DiffusersCalls:
+    """What they have in common: one method, and what it returns."""
+
+    forward: ClassVar[Any]
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        return {"forward": self.forward}
+
+    def _answer(self, call: ModelCall | None, *args: Any) -> Any:
+        """What a call with these arguments returns, of which the last says in which form."""
+        out = self._answering.answer(call, "forward", *args)
+        if not isinstance(out, Tensor):  # the model's own
+            return out
+        *_, return_dict = args
+        if not return_dict:
+            return (out,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=out)
+
+
+class DiffusersDiTCalls(_DiffusersCalls):
+    """Of DiTTransformer2DModel."""
+
+    @staticmethod
+    def ask(model: Any, call: ModelCall) -> Any:
+        return model(call.x, call.t, call.y).sample
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As the model's: latents (R, C, H, W), timesteps and labels (R,) -> Transformer2DModelOutput, or a tuple."""
+        call = None
+        if timestep is not None and class_labels is not None and not cross_attention_kwargs:
+            call = ModelCall(hidden_states, timestep, class_labels)
+        return self._answer(call, hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
+
+
+class PixArtCalls(_DiffusersCalls):
+    """Of PixArtTransformer2DModel."""
+
+    @staticmethod
+    def ask(model: Any, call: ModelCall) -> Any:
+        text, mask, resolution, aspect_ratio = call.context
+        sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        return model(call.x, text, call.t, sizes, encoder_attention_mask=mask).sample
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor | None] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As the model's: latents (R, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
+        sizes = added_cond_kwargs or {}
+        known = not cross_attention_kwargs and attention_mask is None and sizes.keys() <= {"resolution", "aspect_ratio"}
+        call = None
+        if known and encoder_hidden_states is not None and timestep is not None:
+            context = PixArtContext(
+                encoder_hidden_states, encoder_attention_mask, sizes.get("resolution"), sizes.get("aspect_ratio")
+            )
+            call = _call_in(context, hidden_states, timestep)
+        return self._answer(
+            call,
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            added_cond_kwargs,
+            cross_attention_kwargs,
+            attention_mask,
+            encoder_attention_mask,
+            return_dict,
+        )
+
+
+def _call_in(context: PixArtContext, x: Tensor, t: Tensor) -> ModelCall | None:
+    """The call of a model whose rows differ by their context alone; None unless that has as many rows as x."""
+    if any(one is not None and one.shape[:1] != x.shape[:1] for one in context):
+        return None
+    return ModelCall(x, t, torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), context=context)
+
+
+_CALLS: Final[Mapping[type, type[Calls]]] = MappingProxyType(
+    {DiTDenoiser: OriginalCalls, DiffusersDiTDenoiser: DiffusersDiTCalls, PixArtDenoiser: PixArtCalls}
+)
+
+
+def calls_class(model: nn.Module) -> type[Calls]:
+    """How models of this layout are called."""
+    return _CALLS[type(as_denoiser(model))]

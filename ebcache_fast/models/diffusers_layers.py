@@ -1,0 +1,109 @@
+"""What the adapters of diffusers' models share: what is known of its parts, and the two usual branches."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.denoiser import Means
+from ebcache_fast.models.layers import is_watched, linear_gelu, linear_into
+
+
+def refuse_other_ways(model: nn.Module) -> None:
+    """InputError where hooks of diffusers keep features from call to call, or weights in a dtype of their own."""
+    for path, module in model.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            if hook._is_stateful or name == "layerwise_casting":
+                whose = type(model).__name__ + (path and f".{path}")
+                raise InputError(
+                    f"{whose} has diffusers' hook {name!r}, and what it computes or keeps is not what its parts say; "
+                    "remove diffusers' own caches and layerwise casting first"
+                )
+
+
+def is_known(part: Any) -> bool:
+    """Whether it is torch's or diffusers' own: their Python holds nothing that changes from call to call."""
+    return type(part).__module__.startswith(("torch.nn.modules", "diffusers.models."))
+
+
+def first_foreign(named: Any) -> str | None:
+    """The path of the first of these (path, module) whose class, or attention processor, is neither's own."""
+    for path, module in named:
+        for name, part in module.named_modules(prefix=path):
+            if not is_known(part) or not is_known(getattr(part, "processor", part)):
+                return str(name)
+    return None
+
+
+def is_usual_attention(attention: Any, processor: str = "AttnProcessor2_0", also: tuple[str, ...] = ()) -> bool:
+    """Whether it is three projections, torch's attention and a projection; all else runs as the module it is.
+
+    also: additions that the caller takes care of.
+    """
+    additions = {"group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection"}
+    additions |= {"fused_projections", "to_add_out"}
+    return (
+        type(attention.processor).__name__ == processor
+        and is_known(attention.processor)
+        and not any(getattr(attention, name, None) for name in additions.difference(also))
+        and attention.rescale_output_factor == 1
+        and not any(map(is_watched, (attention, attention.to_out[1])))
+    )
+
+
+def is_usual_feed_forward(feed_forward: Any) -> bool:
+    """Whether it is a linear map, a tanh-GELU and a linear map, and perhaps a dropout, which does nothing here."""
+    net = feed_forward.net
+    return (
+        len(net) in (3, 4)
+        and type(net[0]).__name__ == "GELU"
+        and net[0].approximate == "tanh"
+        and all(isinstance(each, nn.Dropout) for each in (net[1], *net[3:]))
+        and not any(map(is_watched, (feed_forward, *net[:2], *net[3:])))
+    )
+
+
+def feed_forward_into(feed_forward: Any, u: Tensor, out: Tensor, means: Means) -> None:
+    """Write ``feed_forward(u)``, (N, T, D), into ``out``; of the usual kind through the fused operations."""
+    if not is_usual_feed_forward(feed_forward):
+        out.copy_(feed_forward(u))
+        return
+    gelu, linear = feed_forward.net[0], feed_forward.net[2]
+    widened = linear_gelu(gelu.proj, u, means)
+    linear_into(linear, gelu(u) if widened is None else widened, out)
+
+
+def self_attention_into(attention: Any, u: Tensor, out: Tensor, means: Means) -> None:
+    """Write ``attention(u)``, (N, T, D), into ``out``; of the usual kind through the fused operations."""
+    if not is_usual_attention(attention):
+        out.copy_(attention(u))
+        return
+    linear_into(attention.to_out[0], _attend(attention, u, means), out)
+
+
+def heads_of(attention: Any, projected: Tensor) -> Tensor:
+    """(N, T, D) as heads, (N, heads, T, D / heads)."""
+    rows, tokens, _ = projected.shape
+    return projected.view(rows, tokens, attention.heads, -1).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of heads (N, heads, T, D / heads) -> (N, T, D); bias (N, 1, 1, keys) is added to the scores."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def _attend(attention: Any, u: Tensor, means: Means) -> Tensor:
+    """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
+    n, tokens, width = u.shape
+    projections = attention.to_q, attention.to_k, attention.to_v
+    if means.operations.attention is None:
+        q, k, v = (heads_of(attention, each(u)) for each in projections)
+        return attend(q, k, v)
+    packed = means.scratch.buffer("qkv", n, tokens, 3 * width)
+    for each, part in zip(projections, packed.chunk(3, dim=2), strict=True):
+        linear_into(each, u, part)
+    out = means.scratch.buffer("attention", n, tokens, width)
+    means.operations.attention(packed, attention.heads, out)
+    return out
