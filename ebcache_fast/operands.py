@@ -29,11 +29,13 @@ class At(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm without affine and the modulation of its output: ``LN(h) * (1 + scale) + shift``."""
+    """A LayerNorm and the modulation of its output: ``(LN(h) * weight + bias) * (1 + scale) + shift``."""
 
     shift: Tensor  # (S, U, D)
     scale: Tensor  # (S, U, D)
     eps: float
+    weight: Tensor | None = None  # (D,), of LayerNorms that have them
+    bias: Tensor | None = None  # (D,)
 
 
 class Patches(NamedTuple):

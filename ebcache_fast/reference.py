@@ -34,7 +34,7 @@ def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tens
 
 def norm_modulate(h: Tensor, norm: Norm, at: At, u: Tensor | None = None) -> Tensor:
     """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h -> (R, T, D), in u's memory if it is given."""
-    normed = F.layer_norm(h, h.shape[-1:], eps=norm.eps)
+    normed = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, norm.eps)
     modulated: Tensor = torch.addcmul(_rows(norm.shift, at), normed, 1 + _rows(norm.scale, at), out=u)
     return modulated
 

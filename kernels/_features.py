@@ -40,7 +40,7 @@ def features(
         keep = (col < D)[None, :]
         tile = tile_of(source, col, D)
         normed = tl.where(keep, (tile - mean[:, None]) * scale[:, None], 0.0)
-        inputs = modulate(normed, norm, norm_start + col[None, :], keep).to(linear.weight.dtype.element_ty)
+        inputs = modulate(normed, norm, norm_start, col[None, :], keep).to(linear.weight.dtype.element_ty)
         where = row[:, None] * D + col[None, :]
         keep = keep_element[:, None] & keep
         eps = _add_products(eps, inputs, tl.load(linear.weight + where, mask=keep, other=0.0))

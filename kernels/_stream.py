@@ -31,8 +31,13 @@ def residual(h, branches, gates, stream_offsets, gate_offsets, keep):
 
 
 @triton.jit
-def modulate(normed, norm, offsets, keep):
-    """``normed * (1 + scale) + shift``."""
+def modulate(normed, norm, start, col, keep):
+    """``normed * (1 + scale) + shift``, after the norm's own weight and bias; vectors start at ``start``."""
+    if norm.weight is not None:
+        normed *= load(norm.weight, tl.broadcast_to(col, keep.shape), keep)
+    if norm.bias is not None:
+        normed += load(norm.bias, tl.broadcast_to(col, keep.shape), keep)
+    offsets = start + col
     return normed * (1.0 + load(norm.scale, offsets, keep)) + load(norm.shift, offsets, keep)
 
 

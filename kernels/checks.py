@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.operands import At, Guide, Linear, Patches, Update
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,6 +57,14 @@ def vectors(h: Tensor, *tables: Tensor) -> tuple[int, int]:
         raise InputError(f"modulation tables have strides {sorted(strides)}; pass views of one table")
     step, condition = strides.pop()
     return step, condition
+
+
+def norm(h: Tensor, what: Norm, *gates: Tensor) -> tuple[int, int]:
+    """The strides of a norm's modulation, and of gates; its own weight and bias (D,), if it has them."""
+    for vector in (what.weight, what.bias):
+        if vector is not None:
+            alike(vector, h, h.shape[2:])
+    return vectors(h, what.shift, what.scale, *gates)
 
 
 def at(h: Tensor, where: At) -> None:

@@ -66,9 +66,9 @@ def _embed_norm_kernel(
         for copy in tl.static_range(COPIES):
             row = (sample + copy * B).to(tl.int64) * T + token
             where = row[:, None] * D + col[None, :]
-            vectors = vector_offsets(sample + copy * B, True, at, strides) + col[None, :]
+            vectors = vector_offsets(sample + copy * B, True, at, strides)
             tl.store(h + where, tile, mask=keep)
-            tl.store(u + where, modulate(normed, norm, vectors, keep_col), mask=keep)
+            tl.store(u + where, modulate(normed, norm, vectors, col[None, :], keep_col), mask=keep)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def embed_norm_modulate(
     """
     rows, tokens, width = checks.stream(h, u)
     patch, copies = _fit(x, patches, h)
-    strides = checks.vectors(h, norm.shift, norm.scale)
+    strides = checks.norm(h, norm)
     checks.at(h, at)
     chosen = launch.parameters("embed", rows * tokens, h.device)
     elements = launch.elements_of(x.shape[1], patch)

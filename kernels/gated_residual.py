@@ -73,10 +73,10 @@ def _norm_kernel(
         variance += tl.sum(rest * rest, axis=1)
     scale = tl.rsqrt(variance / D + norm.eps)[:, None]
 
-    main = modulate(main * scale, norm, vectors + col, keep)
+    main = modulate(main * scale, norm, vectors, col, keep)
     tl.store(u + start + col, main, mask=keep)
     if REST > 0:
-        rest = modulate(rest * scale, norm, vectors + rest_col, rest_keep)
+        rest = modulate(rest * scale, norm, vectors, rest_col, rest_keep)
         tl.store(u + start + rest_col, rest, mask=rest_keep)
 
 
@@ -129,7 +129,7 @@ def gated_residual_norm_modulate(
     """
     rows, tokens, width = checks.stream(h, u, *branches)
     checks.branch_count(branches, gates, MAX_BRANCHES)
-    strides = checks.vectors(h, norm.shift, norm.scale, *gates)
+    strides = checks.norm(h, norm, *gates)
     checks.at(h, at)
     chosen = launch.parameters("gated_residual", rows * tokens, h.device)
     main = max(16, 1 << (width.bit_length() - 1))

@@ -237,5 +237,5 @@ def _strides(
     """Strides of a step and of a condition in the gates' table and in the norm's; both checked."""
     checks.branch_count(branches, gates, MAX_BRANCHES)
     checks.at(h, at)
-    norm_strides = checks.vectors(h, norm.shift, norm.scale)
+    norm_strides = checks.norm(h, norm)
     return checks.vectors(h, *gates) if gates else norm_strides, norm_strides

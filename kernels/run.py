@@ -93,7 +93,7 @@ def run_update(
     checks.latents(x, sums, (samples, guide.eps_channels, *x.shape[2:]))
     patch, channels = checks.head(sums[0], linear, guide, x)
     checks.patches(sums[0], patches, x)
-    strides = checks.vectors(sums[0], norm.shift, norm.scale)
+    strides = checks.norm(sums[0], norm)
     checks.at(sums[0], at)
     checks.update(update, x)
     chosen = launch.parameters("run", rows * tokens, x.device)

@@ -120,6 +120,11 @@ class StepOperands:
         """The same numbers in float64."""
         return self.map(in_float64)
 
+    def with_norm_parameters(self) -> "StepOperands":
+        """The same with a weight and a bias of the norm itself."""
+        weight, bias = (draw(self.sizes.width, dtype=self.h.dtype, seed=seed) for seed in (31, 32))
+        return dataclasses.replace(self, norm=self.norm._replace(weight=weight, bias=bias))
+
     def clone(self) -> "StepOperands":
         """The same in memory of their own."""
         return self.map(partial(_with_tensors, Tensor.clone))
@@ -145,6 +150,13 @@ def assert_advanced(at: At) -> None:
     step = int(at.step)
     assert at.advance.to._base is not None
     assert at.advance.to._base.tolist() == [7, step + 2, 7]
+
+
+Change = Callable[[StepOperands], StepOperands]
+NORMS: dict[str, Change] = {
+    "a norm without parameters": StepOperands.clone,
+    "a norm with parameters": StepOperands.with_norm_parameters,
+}
 
 
 def _with_tensors(change: Callable[[Tensor], Tensor], value: object) -> object:

@@ -158,12 +158,12 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     for layer in range(denoiser.shape.depth):
         for b, branch in enumerate((Branch.SELF_ATTN, Branch.MLP)):
             shift, scale, gate = layers[:, layer, b].unbind(1)
-            u = normed(h, shift, scale, denoiser.norm_eps(layer, branch))
+            u = normed(h, shift, scale, denoiser.norm(layer, branch))
             out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
             denoiser.run_branch(layer, branch, u, out, means(h))
             h = h + gate.unsqueeze(1) * out
     shift, scale = modulation.head[rows, :, rows].unbind(1)
-    return denoiser.head(normed(h, shift, scale, denoiser.head_eps))
+    return denoiser.head(normed(h, shift, scale, denoiser.head_norm))
 
 
 def means(like: Tensor) -> Means:
@@ -171,9 +171,10 @@ def means(like: Tensor) -> Means:
     return Means(TORCH, scratch=memory, constants=memory)
 
 
-def normed(h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def normed(h: Tensor, shift: Tensor, scale: Tensor, norm: nn.LayerNorm) -> Tensor:
     """A modulated LayerNorm of h (N, T, D) by vectors (N, D)."""
-    return F.layer_norm(h, h.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    normal: Tensor = norm(h)
+    return normal * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +211,7 @@ def test_epsilons_are_read_per_layer_and_branch() -> None:
     model = Foreign(eps=1e-3)
     model.blocks[1].norm2.eps = 0.5
     denoiser = DiTDenoiser(model)
-    eps = [denoiser.norm_eps(layer, b) for layer in range(2) for b in (Branch.SELF_ATTN, Branch.MLP)]
+    eps = [denoiser.norm(layer, b).eps for layer in range(2) for b in (Branch.SELF_ATTN, Branch.MLP)]
     assert eps == [1e-3, 3 * 1e-3, 1e-3, 0.5]
 
 
@@ -326,13 +327,26 @@ def test_foreign_layout(build: Callable[[], nn.Module]) -> None:
         DiTDenoiser(build())
 
 
-@pytest.mark.parametrize("path", ["blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final"])
-def test_layer_norm_with_parameters_is_refused(path: str) -> None:
+NORMS = ["blocks.0.norm1", "blocks.0.norm2", "final_layer.norm_final"]
+
+
+def with_norms(build: Callable[[], nn.Module], *paths: str) -> nn.Module:
     model = native()
-    owner, _, name = path.rpartition(".")
-    setattr(attrgetter(owner)(model), name, nn.LayerNorm(WIDTH))
-    with pytest.raises(InputError, match=f"{path}' has parameters"):
-        DiTDenoiser(model)
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        setattr(attrgetter(owner)(model), name, build())
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norms_with_parameters(bias: bool) -> None:
+    assert_parts_equal_forward(randomised(with_norms(lambda: nn.LayerNorm(WIDTH, bias=bias), *NORMS)))
+
+
+@pytest.mark.parametrize("path", NORMS)
+def test_other_norms_are_refused(path: str) -> None:
+    with pytest.raises(InputError, match=f"{path}' is a RMSNorm.*LayerNorm there"):
+        DiTDenoiser(with_norms(lambda: nn.RMSNorm(WIDTH), path))
 
 
 # --- Adapters, hooks and parametrizations: the result is always the live module's

@@ -10,7 +10,7 @@ from fake_graphs import FakeGraphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebcache_fast.engine.buffers import Ending, latent_dtype
 from ebcache_fast.engine.engine import Batch, Engine, EngineOptions
@@ -185,12 +185,12 @@ def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
             c = MODEL.t_embedder(torch.tensor([t])) + MODEL.y_embedder(torch.tensor([label]))
             here = i, int(table.row_of[row])
             for layer, block in enumerate(MODEL.blocks):
-                norms = [table.norm(layer, b, 0.0) for b in (0, 1)]
+                norms = [table.norm(layer, b, nn.LayerNorm(16)) for b in (0, 1)]
                 vectors = [v for b in (0, 1) for v in (norms[b].shift, norms[b].scale, table.gate(layer, b))]
                 ours = torch.cat([vector[here] for vector in vectors])
                 assert relative_error(ours, block.adaLN_modulation(c)[0]) <= 1e-12
                 assert torch.equal(table.gates()[here[0], 2 * layer + 1, here[1]], vectors[5][here])
-            head = table.head_norm(0.0)
+            head = table.head_norm(nn.LayerNorm(16))
             ours = torch.cat([head.shift[here], head.scale[here]])
             assert relative_error(ours, MODEL.final_layer.adaLN_modulation(c)[0]) <= 1e-12
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
 from interpreter import only_program
-from step_operands import RAGGED, SIZES, Sizes, StepOperands, advancing, assert_advanced
+from step_operands import NORMS, RAGGED, SIZES, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
@@ -26,8 +26,11 @@ def embedded(case: StepOperands) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
-def test_what_lies_beside_the_operands_counts_for_nothing(sizes: Sizes) -> None:
-    case = StepOperands.of(sizes, torch.float32)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_what_lies_beside_the_operands_counts_for_nothing(
+    sizes: Sizes, norm: Callable[[StepOperands], StepOperands]
+) -> None:
+    case = norm(StepOperands.of(sizes, torch.float32))
     alone, h, u = case.amid_nan(), torch.empty_like(case.h), torch.empty_like(case.h)
     embed_norm_modulate(alone.x, alone.patches, alone.norm, alone.at, h, u)
     embed(alone.x, alone.patches, alone.h)

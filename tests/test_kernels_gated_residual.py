@@ -59,6 +59,17 @@ def test_residual_and_norm(shape: tuple[int, int, int], count: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vectors", [("weight", "bias"), ("weight",)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 19), (7, 1, 96)], ids=str)
+def test_a_norm_with_parameters(shape: tuple[int, int, int], vectors: tuple[str, ...], dtype: torch.dtype) -> None:
+    case = Case(shape, 1, dtype)
+    case.norm = case.norm._replace(**{name: draw(shape[2], dtype=dtype, seed=3) for name in vectors})
+    h, u = Guarded(shape, dtype, case.h), Guarded(shape, dtype)
+    gated_residual_norm_modulate(h.tensor, case.branches, case.gates, case.norm, case.at, u.tensor)
+    assert_accurate(u.written(), run_reference(case)[1], run_reference(case.exact())[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 1031)], ids=str)
 def test_residual(shape: tuple[int, int, int], count: int, dtype: torch.dtype) -> None:

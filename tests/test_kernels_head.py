@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
 from interpreter import only_program
-from step_operands import RAGGED, SIZES, STEPS, Sizes, StepOperands, advancing, assert_advanced
+from step_operands import NORMS, RAGGED, SIZES, STEPS, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
@@ -35,8 +35,11 @@ def update_with_reference(case: StepOperands) -> Tensor:
 
 
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
-def test_what_lies_beside_the_operands_counts_for_nothing(sizes: Sizes) -> None:
-    case = StepOperands.of(sizes, torch.float32)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_what_lies_beside_the_operands_counts_for_nothing(
+    sizes: Sizes, norm: Callable[[StepOperands], StepOperands]
+) -> None:
+    case = norm(StepOperands.of(sizes, torch.float32))
     exact, alone = case.exact(), case.amid_nan()
     out = Guarded((sizes.rows, sizes.out_channels, *sizes.image), torch.float32)
     head_predict(alone.h, alone.branches, alone.gates, alone.norm, alone.at, alone.linear, alone.guide, out.tensor)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
 from interpreter import only_program
-from step_operands import RAGGED, SIZES, STEP, Sizes, StepOperands, advancing, assert_advanced
+from step_operands import NORMS, RAGGED, SIZES, STEP, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
 from ebcache_fast import reference
@@ -23,8 +23,11 @@ def run_reference(case: StepOperands, sums: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
-def test_what_lies_beside_the_operands_counts_for_nothing(sizes: Sizes) -> None:
-    case = StepOperands.of(sizes, torch.float32)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_what_lies_beside_the_operands_counts_for_nothing(
+    sizes: Sizes, norm: Callable[[StepOperands], StepOperands]
+) -> None:
+    case = norm(StepOperands.of(sizes, torch.float32))
     alone, exact = case.amid_nan(), case.exact()
     run_update(alone.x, alone.sums, alone.patches, alone.norm, alone.at, alone.linear, alone.guide, alone.update)
     assert_accurate(alone.x, run_reference(case, case.sums), run_reference(exact, exact.sums))

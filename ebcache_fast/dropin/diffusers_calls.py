@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from ebcache_fast.dropin.calls import Answering, Calls, OriginalCalls
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import Method
-from ebcache_fast.models import DiffusersDiTDenoiser, DiTDenoiser, PixArtContext, PixArtDenoiser, as_denoiser
+from ebcache_fast.models import (
+    CogVideoXContext,
+    CogVideoXDenoiser,
+    Context,
+    DiffusersDiTDenoiser,
+    DiTDenoiser,
+    PixArtContext,
+    PixArtDenoiser,
+    as_denoiser,
+)
 
 
 class _DiffusersCalls:
@@ -32,10 +41,14 @@ class _DiffusersCalls:
             return out
         *_, return_dict = args
         if not return_dict:
-            return (out,)
+            return (self._ours(out),)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=out)
+        return Transformer2DModelOutput(sample=self._ours(out))
+
+    def _ours(self, out: Tensor) -> Tensor:
+        """The engine's output in the model's layout."""
+        return out
 
 
 class DiffusersDiTCalls(_DiffusersCalls):
@@ -88,7 +101,8 @@ class PixArtCalls(_DiffusersCalls):
             context = PixArtContext(
                 encoder_hidden_states, encoder_attention_mask, sizes.get("resolution"), sizes.get("aspect_ratio")
             )
-            call = _call_in(context, hidden_states, timestep)
+            if all(one is None or one.shape[:1] == hidden_states.shape[:1] for one in context):
+                call = _of_label_0(hidden_states, timestep, context)
         return self._answer(
             call,
             hidden_states,
@@ -102,15 +116,63 @@ class PixArtCalls(_DiffusersCalls):
         )
 
 
-def _call_in(context: PixArtContext, x: Tensor, t: Tensor) -> ModelCall | None:
-    """The call of a model whose rows differ by their context alone; None unless that has as many rows as x."""
-    if any(one is not None and one.shape[:1] != x.shape[:1] for one in context):
-        return None
+class CogVideoXCalls(_DiffusersCalls):
+    """Of CogVideoXTransformer3DModel."""
+
+    @staticmethod
+    def ask(model: Any, call: ModelCall) -> Any:
+        text, cos, sin, ofs = call.context
+        rotary = None if cos is None else (cos, sin)
+        out = model(call.x.transpose(1, 2), text, call.t, ofs=ofs, image_rotary_emb=rotary, return_dict=False)
+        return out[0].transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: int | float | Tensor,
+        timestep_cond: Tensor | None = None,
+        ofs: int | float | Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As the model's: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
+        call = None
+        if timestep_cond is None and not attention_kwargs and hidden_states.ndim == 5:
+            cos, sin = image_rotary_emb or (None, None)
+            shift = None if ofs is None else torch.as_tensor(ofs, device=hidden_states.device)
+            context = CogVideoXContext(encoder_hidden_states, cos, sin, shift)
+            if encoder_hidden_states.shape[:1] == hidden_states.shape[:1]:
+                call = _of_label_0(hidden_states.transpose(1, 2), torch.as_tensor(timestep), context)
+        return self._answer(
+            call,
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            timestep_cond,
+            ofs,
+            image_rotary_emb,
+            attention_kwargs,
+            return_dict,
+        )
+
+    def _ours(self, out: Tensor) -> Tensor:
+        return out.transpose(1, 2).contiguous()
+
+
+def _of_label_0(x: Tensor, t: Tensor, context: Context) -> ModelCall:
+    """The call of a model whose rows differ by their context alone."""
     return ModelCall(x, t, torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), context=context)
 
 
 _CALLS: Final[Mapping[type, type[Calls]]] = MappingProxyType(
-    {DiTDenoiser: OriginalCalls, DiffusersDiTDenoiser: DiffusersDiTCalls, PixArtDenoiser: PixArtCalls}
+    {
+        DiTDenoiser: OriginalCalls,
+        DiffusersDiTDenoiser: DiffusersDiTCalls,
+        PixArtDenoiser: PixArtCalls,
+        CogVideoXDenoiser: CogVideoXCalls,
+    }
 )
 
 

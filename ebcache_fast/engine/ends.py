@@ -90,7 +90,7 @@ class JointEnds(FusedEnds):
         text = self._denoiser.text_tokens
         rows[:, :text] = self._constants.buffer(TEXT, len(rows), text, rows.shape[2])
         for i, row in enumerate(rows):
-            super().embed(x[i % len(x)][None], row[None, text:])
+            super().embed(_as_images(x)[i % len(x)][None], row[None, text:])
 
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: At, h: Tensor, u: Tensor) -> None:
         self.embed(x, h)
@@ -98,11 +98,13 @@ class JointEnds(FusedEnds):
 
     def predict(self, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, out: Tensor) -> None:
         tokens, at = self._finished(h, pending, at)
-        super().predict(tokens, Pending(), norm, at, guide, out)
+        super().predict(tokens, Pending(), norm, at, guide, _as_images(out))
 
     def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         tokens, at = self._finished(h, pending, at)
-        super().update(x, tokens, Pending(), norm, at, guide, update)
+        if update.noise is not None:
+            update = update._replace(noise=update.noise.view(-1, *_as_images(x).shape))
+        super().update(_as_images(x), tokens, Pending(), norm, at, guide, update)
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         _run_one_by_one(self, x, sums, norm, at, guide, update)
@@ -169,6 +171,11 @@ def _run_one_by_one(ends: Ends, x: Tensor, sums: Tensor, norm: Norm, at: At, gui
         ends.embed(x, h)
         ends.update(x, h.add_(total), Pending(), norm, At(at.step + j, at.row_of), guide, update)
     reference.advance(at)
+
+
+def _as_images(videos: Tensor) -> Tensor:
+    """Frames below each other, (N, C, F, H, W) -> (N, C, F * H, W), in the same memory."""
+    return videos.view(*videos.shape[:2], -1, videos.shape[-1])
 
 
 def _of_the_head(at: At, rows: int) -> Tensor:

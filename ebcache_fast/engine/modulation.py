@@ -3,7 +3,7 @@
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebcache_fast.models.denoiser import Context, Denoiser, Modulation
 from ebcache_fast.operands import Norm
@@ -56,13 +56,13 @@ class ModulationTable:
         """Fill one row for a timestep that nobody planned, and the labels of the last `load`."""
         self._fill(step, (t,))
 
-    def norm(self, layer: int, branch: int, eps: float) -> Norm:
-        """The LayerNorm before a branch, counted within its layer."""
-        return Norm(self.layers[:, layer, branch, 0], self.layers[:, layer, branch, 1], eps)
+    def norm(self, layer: int, branch: int, norm: nn.LayerNorm) -> Norm:
+        """The LayerNorm before a branch, counted within its layer, with its modulation."""
+        return _modulated(norm, self.layers[:, layer, branch])
 
-    def head_norm(self, eps: float) -> Norm:
-        """The LayerNorm before the last linear map."""
-        return Norm(self.head[:, 0], self.head[:, 1], eps)
+    def head_norm(self, norm: nn.LayerNorm) -> Norm:
+        """The LayerNorm before the last linear map, with its modulation."""
+        return _modulated(norm, self.head)
 
     def gate(self, layer: int, branch: int) -> Tensor:
         """The gate of a branch's output, (S, U, D)."""
@@ -77,3 +77,8 @@ class ModulationTable:
         out = Modulation(self.layers[steps, ..., :conditions, :], self.head[steps, :, :conditions])
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.row_of.device)
         self._denoiser.modulation(t, self._distinct, self._context, out)
+
+
+def _modulated(norm: nn.LayerNorm, vectors: Tensor) -> Norm:
+    """The norm with shift and scale, the first two of its vectors (S, 2 or 3, U, D)."""
+    return Norm(vectors[:, 0], vectors[:, 1], norm.eps, norm.weight, norm.bias)

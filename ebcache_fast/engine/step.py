@@ -82,8 +82,8 @@ class StepRunner:
             for b, branch in enumerate(plan.branches):
                 slot = cache.slot(layer, branch)
                 if (layer, branch) in computed:
-                    eps = self._denoiser.norm_eps(layer, branch)
-                    norm = None if eps is None else self._modulation.norm(layer, b, eps)
+                    layer_norm = self._denoiser.norm(layer, branch)
+                    norm = None if layer_norm is None else self._modulation.norm(layer, b, layer_norm)
                     if not started and (pending.branches or norm is None):
                         self._ends.embed(x, h)
                         started = True
@@ -130,7 +130,7 @@ class StepRunner:
         return self.clock.last(self._modulation.row_of, steps)
 
     def _head_norm(self) -> Norm:
-        return self._modulation.head_norm(self._denoiser.head_eps)
+        return self._modulation.head_norm(self._denoiser.head_norm)
 
     def _every_slot(self, cache: FeatureCache) -> Tensor:
         slots = cache.every_slot()

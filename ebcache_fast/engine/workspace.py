@@ -9,17 +9,18 @@ class Workspace:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What there is so far."""
         return tuple(self._buffers.values())
 
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """The buffer of this name and shape, in the model's dtype."""
-        key = name, shape
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The buffer of this name and shape, in this dtype or the model's."""
+        dtype = dtype or self._dtype
+        key = name, shape, dtype
         if key not in self._buffers:
             with torch.inference_mode(mode=False):  # else only that mode could write to it
-                self._buffers[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
+                self._buffers[key] = torch.empty(shape, dtype=dtype, device=self._device)
         return self._buffers[key]

@@ -1,8 +1,13 @@
 """Models: the ``Denoiser`` protocol, its adapters, the original's DiT and checkpoint loading."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
 from torch import nn
 
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit, save_weights
+from ebcache_fast.models.cogvideox_denoiser import CogVideoXContext, CogVideoXDenoiser
 from ebcache_fast.models.denoiser import Context, Denoiser, Modulation
 from ebcache_fast.models.diffusers_dit_denoiser import DiffusersDiTDenoiser
 from ebcache_fast.models.dit import DIT_MODELS, DiT
@@ -11,6 +16,8 @@ from ebcache_fast.models.pixart_denoiser import PixArtContext, PixArtDenoiser
 
 __all__ = [
     "DIT_MODELS",
+    "CogVideoXContext",
+    "CogVideoXDenoiser",
     "Context",
     "Denoiser",
     "DiT",
@@ -26,8 +33,16 @@ __all__ = [
 ]
 
 
+# The adapter of models that have an attribute, the first that is there.
+_MARKS: Final[Mapping[str, Callable[[nn.Module], Denoiser]]] = MappingProxyType(
+    {
+        "adaln_single": PixArtDenoiser,
+        "patch_embed": CogVideoXDenoiser,
+        "transformer_blocks": DiffusersDiTDenoiser,
+    }
+)
+
+
 def as_denoiser(model: nn.Module) -> Denoiser:
     """The adapter that fits ``model``; InputError if none does."""
-    if not hasattr(model, "transformer_blocks"):
-        return DiTDenoiser(model)
-    return PixArtDenoiser(model) if hasattr(model, "adaln_single") else DiffusersDiTDenoiser(model)
+    return next((adapter for mark, adapter in _MARKS.items() if hasattr(model, mark)), DiTDenoiser)(model)

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple, Protocol, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
@@ -25,10 +26,10 @@ class Modulation(NamedTuple):
 
 
 class Scratch(Protocol):
-    """Working memory: the same buffer for the same name and shape, in the model's dtype."""
+    """Memory by name: the same buffer for the same name, shape and dtype."""
 
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """A buffer of this shape; what it holds means nothing between two branches."""
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer of this shape, in the model's dtype unless another is given."""
         ...
 
 
@@ -36,7 +37,7 @@ class Means(NamedTuple):
     """What a branch runs with."""
 
     operations: Operations
-    scratch: Scratch
+    scratch: Scratch  # what it holds means nothing between two branches
     constants: Scratch  # what `Denoiser.prepare` wrote
 
 
@@ -53,8 +54,8 @@ class Denoiser(Protocol):
         ...
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """One latent's (C, H, W); frames of a video stand below each other."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """One latent's (C, H, W), or of a video (C, F, H, W)."""
         ...
 
     @property
@@ -123,8 +124,8 @@ class Denoiser(Protocol):
         ...
 
     @property
-    def head_eps(self) -> float:
-        """The epsilon of the last LayerNorm."""
+    def head_norm(self) -> nn.LayerNorm:
+        """The last LayerNorm."""
         ...
 
     def embed(self, x: Tensor, constants: Scratch) -> Tensor:
@@ -139,8 +140,8 @@ class Denoiser(Protocol):
         """The head's modulated input (N, T - text, D) -> (N, C or 2C, H, W), through the model's own layers."""
         ...
 
-    def norm_eps(self, layer: int, branch: Branch) -> float | None:
-        """The epsilon of the LayerNorm before a branch; None where the branch takes the stream as it is."""
+    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm | None:
+        """The LayerNorm before a branch; None where the branch takes the stream as it is."""
         ...
 
     def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:

@@ -43,7 +43,7 @@ class DiffusersDiTDenoiser(LabelConditioned):
     """The parts of a DiTTransformer2DModel, read from the live module: every block embeds timestep and label itself.
 
     Frequencies and epsilons are the module's own; diffusers' defaults are not the original's. Raises InputError,
-    naming the attribute, for a module that lacks one or whose LayerNorms have parameters, and for one that diffusers
+    naming the attribute, for a module that lacks one or has other norms, and for one that diffusers
     itself caches or casts layer by layer.
     """
 
@@ -107,9 +107,9 @@ class DiffusersDiTDenoiser(LabelConditioned):
     def embed(self, x: Tensor, constants: Scratch) -> Tensor:
         return cast(Tensor, self._model.pos_embed(x))
 
-    def norm_eps(self, layer: int, branch: Branch) -> float:
+    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm:
         block = self._blocks[layer]
-        return cast(float, (block.norm1.norm if branch is Branch.SELF_ATTN else block.norm3).eps)
+        return cast(nn.LayerNorm, block.norm1.norm if branch is Branch.SELF_ATTN else block.norm3)
 
     def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         block = self._blocks[layer]
@@ -145,8 +145,8 @@ class DiffusersDiTDenoiser(LabelConditioned):
         return Linear(self._model.proj_out_2.weight, self._model.proj_out_2.bias)
 
     @property
-    def head_eps(self) -> float:
-        return cast(float, self._model.norm_out.eps)
+    def head_norm(self) -> nn.LayerNorm:
+        return cast(nn.LayerNorm, self._model.norm_out)
 
     def head(self, u: Tensor) -> Tensor:
         return unpatchify(self._model.proj_out_2(u), self._patch_size, self.out_channels)

@@ -48,7 +48,7 @@ _LAYOUT = (
 class DiTDenoiser(LabelConditioned):
     """The parts of a DiT (``ebcache_fast.models.dit.DiT``, or the original's), read from the live module.
 
-    Raises InputError, naming the attribute, for a module that lacks one or whose LayerNorms have parameters.
+    Raises InputError, naming the attribute, for a module that lacks one or has other norms.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -108,9 +108,9 @@ class DiTDenoiser(LabelConditioned):
     def embed(self, x: Tensor, constants: Scratch) -> Tensor:
         return cast(Tensor, self._model.x_embedder(x) + self._model.pos_embed)
 
-    def norm_eps(self, layer: int, branch: Branch) -> float:
+    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm:
         block = self._blocks[layer]
-        return cast(float, (block.norm1 if branch is Branch.SELF_ATTN else block.norm2).eps)
+        return cast(nn.LayerNorm, block.norm1 if branch is Branch.SELF_ATTN else block.norm2)
 
     def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         block = self._blocks[layer]
@@ -149,8 +149,8 @@ class DiTDenoiser(LabelConditioned):
         return Linear(linear.weight, linear.bias)
 
     @property
-    def head_eps(self) -> float:
-        return cast(float, self._model.final_layer.norm_final.eps)
+    def head_norm(self) -> nn.LayerNorm:
+        return cast(nn.LayerNorm, self._model.final_layer.norm_final)
 
     def head(self, u: Tensor) -> Tensor:
         return unpatchify(self._model.final_layer.linear(u), self._patch_size, self.out_channels)

@@ -22,12 +22,12 @@ def check_layout(model: nn.Module, paths: Iterable[str], whose: str) -> None:
 
 
 def check_norms(model: nn.Module, paths: Iterable[str]) -> None:
-    """InputError, naming it, where one of these LayerNorms has parameters."""
+    """InputError, naming it, where one of these is no LayerNorm."""
     for path in paths:
-        if any(True for _ in attrgetter(path)(model).parameters()):
+        if not isinstance(norm := attrgetter(path)(model), nn.LayerNorm):
             raise InputError(
-                f"{type(model).__name__}'s {path!r} has parameters, which no fused operation applies; pass a module "
-                "whose LayerNorms have none (elementwise_affine=False)"
+                f"{type(model).__name__}'s {path!r} is a {type(norm).__name__}, which no fused operation computes; "
+                "pass a module with torch's LayerNorm there"
             )
 
 

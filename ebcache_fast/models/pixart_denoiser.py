@@ -59,7 +59,7 @@ class PixArtDenoiser:
 
     Every layer is self-attention, cross-attention to the text, which takes the stream as it is and has no gate, and an
     MLP (Chen et al., arXiv 2310.00426, section 2.3). Keys and values of the text are computed once for a run. Raises
-    InputError, naming the attribute, for a module that lacks one or whose LayerNorms have parameters, and for one that
+    InputError, naming the attribute, for a module that lacks one or has other norms, and for one that
     diffusers itself caches or casts layer by layer.
     """
 
@@ -74,6 +74,7 @@ class PixArtDenoiser:
         of_layers = (f"transformer_blocks.{i}.{norm}" for i in range(len(self._blocks)) for norm in ("norm1", "norm2"))
         check_norms(model, (*of_layers, "norm_out"))
         embed = self._model.pos_embed
+        self.latent_shape: tuple[int, int, int]
         self.latent_shape = embed.proj.in_channels, embed.height * self._patch_size, embed.width * self._patch_size
         self._text = USUAL_TEXT
 
@@ -181,10 +182,9 @@ class PixArtDenoiser:
     def final(self, h: Tensor) -> Tensor:
         return h
 
-    def norm_eps(self, layer: int, branch: Branch) -> float | None:
+    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm | None:
         block = self._blocks[layer]
-        norms = {Branch.SELF_ATTN: block.norm1, Branch.MLP: block.norm2}
-        return cast(float, norms[branch].eps) if branch in norms else None
+        return {Branch.SELF_ATTN: block.norm1, Branch.MLP: block.norm2}.get(branch)
 
     def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         block = self._blocks[layer]
@@ -233,8 +233,8 @@ class PixArtDenoiser:
         return Linear(self._model.proj_out.weight, self._model.proj_out.bias)
 
     @property
-    def head_eps(self) -> float:
-        return cast(float, self._model.norm_out.eps)
+    def head_norm(self) -> nn.LayerNorm:
+        return cast(nn.LayerNorm, self._model.norm_out)
 
     def head(self, u: Tensor) -> Tensor:
         out = u.new_empty(len(u), self.out_channels, *self.latent_shape[1:])
