@@ -9,6 +9,7 @@ from torch import nn
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
 from ebcache_fast.dropin.trusting_forward import TrustingForward
+from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.engine import EngineOptions
 from ebcache_fast.engine.stats import Stats
 from ebcache_fast.errors import InputError
@@ -67,7 +68,8 @@ def enable(
     options = EngineOptions(strict=strict, max_graphs=max_graphs, max_trajectories=max_trajectories)
     before = _cached_forward(module)
     with before.own.asked() if before is not None else nullcontext():
-        cached = (TrustingForward if trust_order else CachedForward)(module, plan, options)
+        velocity = VelocityScaling.of(model, module, plan.eps_scale)
+        cached = (TrustingForward if trust_order else CachedForward)(module, plan, options, velocity)
     disable(module)
     cached.install()
     return model

@@ -17,6 +17,7 @@ from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
 from ebcache_fast.dropin.probe import probe
+from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
@@ -49,8 +50,11 @@ class CachedForward:
 
     _ending = Ending.PREDICT
 
-    def __init__(self, model: nn.Module, plan: Plan, options: EngineOptions) -> None:
-        self.model, self.plan, self.options = model, plan, options
+    def __init__(
+        self, model: nn.Module, plan: Plan, options: EngineOptions, velocity: VelocityScaling | None = None
+    ) -> None:
+        self.model, self.options, self.velocity = model, options, velocity
+        self.plan = plan if velocity is None else replace(plan, eps_scale=1.0)
         self.own = OwnForward(model)
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
         self.calls = calls_class(model)(self)
@@ -223,11 +227,17 @@ class CachedForward:
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
         if step is None:
-            return trajectory.refresh_at(t, call.x)
+            return self._scaled(trajectory.refresh_at(t, call.x), call, t)
         out = (trajectory.predict if arrival.planned else trajectory.refresh)(step, call.x)
         lane.expected = step + 1
         if lane.expected == len(self.plan):
             self._end(key)
+        return self._scaled(out, call, t)
+
+    def _scaled(self, out: Tensor, call: ModelCall, t: float) -> Tensor:
+        """What the engine could not scale, as it knows no schedule, in place."""
+        if self.velocity is not None:
+            self.velocity.apply(out, call.x, t)
         return out
 
 

@@ -1,0 +1,56 @@
+"""eps scaling for models that predict velocity, of which noise is but a part."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import CogVideoXDenoiser, as_denoiser
+
+SMALLEST_ALPHA = 0.05  # below it a latent is noise alone, and what is divided by alpha would swamp it
+
+
+@dataclass(frozen=True)
+class VelocityScaling:
+    """Multiplies the noise within a velocity by b: ``v' = v + (b - 1) * eps / alpha`` with ``eps = sigma*x + alpha*v``.
+
+    The predicted x0 then stays what it was with noise ``b * eps`` in its place. Source of v: Salimans and Ho, arXiv
+    2202.00512, appendix D.
+    """
+
+    eps_scale: float
+    alpha_bar: tuple[float, ...]  # by timestep
+
+    @classmethod
+    def of(cls, target: Any, module: nn.Module, eps_scale: float) -> Self | None:
+        """What scaling by b takes for a pipeline with a scheduler, or a module alone; None for one that predicts noise.
+
+        InputError where that can't be known.
+        """
+        scheduler = getattr(target, "scheduler", None)
+        velocity_alone = type(as_denoiser(module)) is CogVideoXDenoiser
+        usual = "v_prediction" if velocity_alone else "epsilon"
+        predicted = getattr(getattr(scheduler, "config", None), "prediction_type", usual)
+        if eps_scale == 1 or predicted == "epsilon":
+            return None
+        alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+        if predicted != "v_prediction" or alpha_bar is None:
+            raise InputError(
+                f"eps_scale={eps_scale} needs to know the noise in what {type(module).__name__} predicts, "
+                f"{predicted!r}; enable its pipeline, whose scheduler knows alphas_cumprod, or leave it at 1"
+            )
+        return cls(eps_scale, tuple(alpha_bar.tolist()))
+
+    def apply(self, out: Tensor, x: Tensor, t: float) -> None:
+        """Scale in place what a model predicts (R, Cout, ...) for latents x (R, C, ...) at timestep t.
+
+        InputError for a timestep that the schedule does not have.
+        """
+        if t not in range(len(self.alpha_bar)):
+            raise InputError(f"t={t} is no timestep of the scheduler's {len(self.alpha_bar)}; pass one of them")
+        alpha, sigma = self.alpha_bar[int(t)] ** 0.5, (1 - self.alpha_bar[int(t)]) ** 0.5
+        if alpha >= SMALLEST_ALPHA:
+            channels = min(out.shape[1], x.shape[1])
+            noise_in_x = (self.eps_scale - 1) * sigma / alpha
+            out[:, :channels].mul_(self.eps_scale).add_(x[:, :channels], alpha=noise_in_x)
