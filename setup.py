@@ -69,7 +69,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "setuptools>=77",  # the wheel test builds with it
-            DIFFUSERS,  # its schedulers are the samplers' oracle
+            DIFFUSERS,  # its schedulers are the samplers' oracle, its pipelines what the drop-in is tested on
+            "transformers>=5",  # text encoders and tokenizers, made in memory
         ],
     },
     entry_points={"console_scripts": ["ebcache-fast = ebcache_fast.cli:main"]},
