@@ -1,14 +1,17 @@
-"""The method written around diffusers' own blocks, without any of ours."""
+"""The method written around diffusers' own blocks, and what an enabled pipeline may return beside it."""
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers_kinds import NO, TYPES, Call, drive, timesteps
+from diffusers_kinds import NO, STEPS, TYPES, Call, Kind, drive, table_of, timesteps
+from tiny import relative_error
 from torch import Tensor, nn
 
+from ebcache_fast import disable, enable, stats
+from ebcache_fast.errors import InputError
 from ebcache_fast.plan import Branch, StepType
 
 BRANCHES = {"attn1": Branch.SELF_ATTN, "attn2": Branch.CROSS_ATTN, "ff": Branch.MLP}
@@ -68,6 +71,8 @@ def scale(pipe: Any, b: float) -> None:
         x = args[0] if args else named["hidden_states"]
         if is_v:
             return (scaled_v(out[0], x[:, :, : out[0].shape[2]], alpha_bar(pipe, named["timestep"]), b),)
+        if out[0].ndim == 5:  # of a film there is no variance
+            return (b * out[0],)
         channels = x.shape[1]
         return (torch.cat([b * out[0][:, :channels], out[0][:, channels:]], dim=1),)
 
@@ -93,3 +98,38 @@ def drive_replaying(pipe: Any, call: Call, ts: Sequence[int], types: Sequence[St
     """A call a step of the module, by the oracle."""
     other = replaying(pipe, dict(zip(ts, types, strict=False)))
     return drive(other.transformer, call, ts)
+
+
+# ------------------------------------------------------------------------------ whatever was done to a pipeline
+
+
+def fate(kind: Kind, pipe: Any, before: Callable[[Any], object], after: Callable[[Any], object]) -> str:
+    """What becomes of an enabled pipeline that was changed ``before`` and ``after`` enabling it.
+
+    "refused" where enabling raises InputError, "counted" where the pipeline itself answers, bit for bit, "cached"
+    where the method does. AssertionError for any other picture.
+    """
+    pipe = copy.deepcopy(pipe)
+    before(pipe)
+    try:
+        enable(pipe, table_of(pipe))
+    except InputError as error:
+        message = str(error)
+        refused = ";" in message and "\n" not in message  # it says what to do
+        return "refused" if refused else f"refused without a remedy: {message}"
+    if after is not nothing:
+        kind.draw(pipe)
+        assert not stats(pipe).originals
+    after(pipe)
+    ours, counted = kind.draw(pipe), stats(pipe)
+    disable(pipe)
+    if not counted.originals:
+        assert relative_error(ours, kind.draw(replaying(pipe))) < 1e-5
+        return "cached"
+    assert sum(counted.originals.values()) == STEPS
+    assert torch.equal(ours, kind.draw(pipe))
+    return "counted"
+
+
+def nothing(_: Any) -> None:
+    """Leave the pipeline as it is."""

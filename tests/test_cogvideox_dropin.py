@@ -1,0 +1,363 @@
+"""CogVideoX with caching enabled: strength, frames, rotary embeddings, noise under v-prediction."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers_kinds import (
+    ATTENTION,
+    ATTN_MLP,
+    COG_2B,
+    COG_5B,
+    COG_IMAGE,
+    COG_VIDEO,
+    COGS,
+    MLP,
+    NO,
+    STEPS,
+    TYPES,
+    Kind,
+    ask,
+    drive,
+    table_of,
+    timesteps,
+    uncached,
+)
+from diffusers_oracle import alpha_bar, by_timestep, drive_replaying, replaying, scaled_v
+from diffusers_tiny import TEXT_WIDTH, cogvideox_scheduler, tiny_cogvideox
+from tiny import relative_error
+from torch import Tensor
+
+from ebcache_fast import disable, enable, stats
+from ebcache_fast.errors import InputError, TrajectoryError
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+TEN = (NO, ATTN_MLP, MLP, NO, ATTENTION, ATTN_MLP, ATTENTION, NO, ATTN_MLP, MLP)
+
+
+@pytest.fixture
+def pipe(kind: Kind) -> Any:
+    return kind.pipeline()
+
+
+only_video = pytest.mark.parametrize("kind", [COG_VIDEO], ids=str)
+only_2b = pytest.mark.parametrize("kind", [COG_2B], ids=str)
+only_5b = pytest.mark.parametrize("kind", [COG_5B], ids=str)
+both_positions = pytest.mark.parametrize("kind", [COG_2B, COG_5B], ids=str)
+
+
+def assert_all_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert max(map(relative_error, ours, theirs)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------ where a run begins
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8, 0.3, 1.0])
+@only_video
+def test_strength_takes_the_steps_of_the_timesteps_that_run(kind: Kind, pipe: Any, strength: float) -> None:
+    ts, first = timesteps(pipe, len(TEN)), len(TEN) - round(strength * len(TEN))
+    types = by_timestep(pipe, TEN) | {ts[first]: NO}  # there is nothing yet to reuse
+    replayed = kind.draw(replaying(pipe, types), steps=len(TEN), strength=strength)
+    enable(pipe, table_of(pipe, TEN))
+    for _ in range(2):
+        assert relative_error(kind.draw(pipe, steps=len(TEN), strength=strength), replayed) < 1e-5
+    executed, seen = [types[t].name for t in ts[first:]], stats(pipe)
+    assert seen.steps == {name: 2 * executed.count(name) for name in executed}
+    assert sum(seen.refreshed.values()) == (2 if first else 0)
+    assert not seen.originals
+
+
+@only_video
+def test_strength_in_turn(kind: Kind, pipe: Any) -> None:
+    """Runs that begin in the middle, and at the first step, one after the other."""
+    ts = timesteps(pipe, len(TEN))
+    oracles = {n: replaying(pipe, by_timestep(pipe, TEN) | {ts[-n]: NO}) for n in (5, 8, 10)}
+    enable(pipe, table_of(pipe, TEN))
+    for n in (10, 5, 10, 8, 5, 10):
+        ours, theirs = (kind.draw(one, steps=10, strength=n / 10) for one in (pipe, oracles[n]))
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@only_video
+def test_strict_refuses_to_begin_in_the_middle(kind: Kind, pipe: Any) -> None:
+    enable(pipe, table_of(pipe, TEN), strict=True)
+    kind.draw(pipe, steps=len(TEN), strength=1.0)
+    with pytest.raises(TrajectoryError, match=r"t=499 was not expected: a run did not begin with the first step"):
+        kind.draw(pipe, steps=len(TEN), strength=0.5)
+    kind.draw(pipe, steps=len(TEN), strength=1.0)
+    assert not stats(pipe).refreshed
+
+
+@only_video
+def test_trusting_the_order_never_takes_another_run_for_ours(kind: Kind, pipe: Any) -> None:
+    """Whoever promised it and breaks it gets the right film, or NaN and TrajectoryError."""
+    ts = timesteps(pipe, len(TEN))
+    expected = {n: kind.draw(replaying(pipe, by_timestep(pipe, TEN) | {ts[-n]: NO}), steps=10, strength=n / 10)
+                for n in (5, 10)}  # fmt: skip
+    plain = kind.draw(pipe, steps=10, strength=0.5)
+    enable(pipe, table_of(pipe, TEN), trust_order=True)
+    for n in (10, 5, 5, 10, 10):
+        try:
+            ours = kind.draw(pipe, steps=10, strength=n / 10)
+        except TrajectoryError:
+            continue
+        allowed = [expected[n]] if n == 10 else [expected[n], plain]
+        assert min(relative_error(ours, each) for each in allowed) < 1e-5
+    assert relative_error(ours, expected[10]) < 1e-5  # the last of them
+
+
+# ----------------------------------------------------------------------------------------- text, image, frames
+
+
+@only_5b
+def test_text_of_another_length_in_the_next_call(kind: Kind, pipe: Any) -> None:
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe))
+    for length in (6, 3, 9, 6):
+        ours, theirs = (kind.draw(one, max_sequence_length=length) for one in (pipe, other))
+        assert relative_error(ours, theirs) < 1e-5
+    assert not stats(pipe).originals
+
+
+@both_positions
+def test_text_that_is_overwritten_in_place_between_runs(kind: Kind, pipe: Any) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+    text, other = call["encoder_hidden_states"], replaying(pipe).transformer
+    enable(pipe, table_of(pipe))
+    for overwrite in (lambda: None, lambda: text.mul_(2), lambda: text.data.neg_()):
+        overwrite()
+        assert_all_same(drive(pipe.transformer, call, ts), drive(other, call, ts))
+
+
+@both_positions
+def test_a_prompt_that_a_callback_changes_within_a_run(kind: Kind, pipe: Any) -> None:
+    changed_at, ts = 1, timesteps(pipe)
+    text = torch.randn(4, 6, TEXT_WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def change(_: Any, step: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": text} if step == changed_at else {}
+
+    types = by_timestep(pipe) | {ts[changed_at + 1]: NO}  # nothing was kept of the other text
+    named = dict(callback_on_step_end=change, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    replayed = kind.draw(replaying(pipe, types), **named)
+    enable(pipe, table_of(pipe))
+    for _ in range(2):
+        assert relative_error(kind.draw(pipe, **named), replayed) < 1e-5
+    assert sum(stats(pipe).refreshed.values()) == 2
+
+
+@pytest.mark.parametrize("kind", [COG_IMAGE, COG_VIDEO], ids=str)
+def test_other_pixels_for_the_same_prompt(kind: Kind, pipe: Any) -> None:
+    name = "image" if kind is COG_IMAGE else "video"
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe))
+    for row in (0, 4, 0):
+        named = {name: kind.words((row, row))[name]}
+        ours, theirs = (kind.draw(one, **named) for one in (pipe, other))
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@only_2b
+def test_a_film_that_is_interrupted_and_the_next(kind: Kind, pipe: Any) -> None:
+    def interrupt(running: Any, step: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        running._interrupt = step == 2
+        return {}
+
+    replayed = kind.draw(replaying(pipe))
+    enable(pipe, table_of(pipe))
+    for _ in range(2):
+        kind.draw(pipe, callback_on_step_end=interrupt)
+        assert relative_error(kind.draw(pipe), replayed) < 1e-5
+    assert sum(stats(pipe).steps.values()) == 2 * (3 + STEPS)
+
+
+@pytest.mark.parametrize("kind", COGS, ids=str)
+def test_guidance_that_changes_with_time(kind: Kind, pipe: Any) -> None:
+    replayed = kind.draw(replaying(pipe), use_dynamic_cfg=True)
+    enable(pipe, table_of(pipe))
+    assert relative_error(kind.draw(pipe, use_dynamic_cfg=True), replayed) < 1e-5
+
+
+@both_positions
+def test_rotary_embeddings_are_those_of_the_call(kind: Kind, pipe: Any) -> None:
+    """A crop of other coordinates has the same shape. A model with added positions takes them too, if given some."""
+    ts, call = timesteps(pipe), kind.call(pipe)
+    heads = pipe.transformer.config.attention_head_dim
+    angles = torch.rand(2, 48, heads, generator=torch.Generator().manual_seed(0)) * 3
+    given = [call["image_rotary_emb"], *((angle.cos(), angle.sin()) for angle in angles), call["image_rotary_emb"]]
+    calls = [call | dict(image_rotary_emb=each) for each in given]
+    expected = [drive_replaying(pipe, each, ts) for each in calls]
+    plain = [drive(pipe.transformer, each, ts) for each in calls]
+    assert relative_error(expected[1][0], expected[2][0]) > 1e-4
+    enable(pipe, table_of(pipe))
+    for each, replayed, own in zip(calls, expected, plain, strict=True):
+        before = sum(stats(pipe).originals.values())
+        ours = drive(pipe.transformer, each, ts)
+        answered = sum(stats(pipe).originals.values()) - before
+        assert answered in (0, STEPS)
+        assert_all_same(ours, own if answered else replayed)
+    if kind is COG_5B:
+        assert not stats(pipe).originals
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "3 layers": dict(num_layers=3),
+    "other heads": dict(num_attention_heads=4, attention_head_dim=4),
+    "no biases": dict(attention_bias=False),
+    "another epsilon": dict(norm_eps=0.1),
+    "norms without parameters": dict(norm_elementwise_affine=False),
+    "frequencies of another kind": dict(flip_sin_to_cos=False, freq_shift=1),
+    "another activation in time": dict(timestep_activation_fn="gelu", time_embed_dim=12),
+    "geglu": dict(activation_fn="geglu"),
+    "other positions": dict(spatial_interpolation_scale=1.0, temporal_interpolation_scale=2.0),
+    "dropout": dict(dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@only_2b
+def test_transformers_of_other_sizes(kind: Kind, pipe: Any, sizes: dict[str, Any]) -> None:
+    pipe.transformer = tiny_cogvideox(**sizes)
+    replayed = kind.draw(replaying(pipe))
+    enable(pipe, table_of(pipe))
+    assert relative_error(kind.draw(pipe), replayed) < 1e-5
+    assert not stats(pipe).originals
+
+
+@only_5b
+def test_version_1_5_is_cached_or_refused(kind: Kind, pipe: Any) -> None:
+    """Its patches span frames, and its image-to-video model embeds an offset."""
+    sizes = dict(patch_size_t=2, patch_bias=False, ofs_embed_dim=16, time_embed_dim=16)
+    pipe.transformer = tiny_cogvideox(**sizes, use_rotary_positional_embeddings=True, attention_head_dim=16)
+    x = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 6, TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
+    rotary = pipe._prepare_rotary_positional_embeddings(16, 16, 4, torch.device("cpu"))
+    ts, call = timesteps(pipe), dict(hidden_states=x, encoder_hidden_states=text, image_rotary_emb=rotary)
+    expected = [drive_replaying(pipe, call | dict(ofs=torch.full((1,), ofs)), ts) for ofs in (2.0, 9.0)]
+    own = [drive(pipe.transformer, call | dict(ofs=torch.full((1,), ofs)), ts) for ofs in (2.0, 9.0)]
+    try:
+        enable(pipe, table_of(pipe))
+    except InputError as error:
+        assert ";" in str(error)  # noqa: PT017
+        return
+    for ofs, replayed, plain in zip((2.0, 9.0), expected, own, strict=True):
+        before = stats(pipe).originals
+        ours = drive(pipe.transformer, call | dict(ofs=torch.full((1,), ofs)), ts)
+        assert_all_same(ours, replayed if stats(pipe).originals == before else plain)
+
+
+# ----------------------------------------------------------------------------------- noise under v-prediction
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("kind", COGS, ids=str)
+def test_noise_is_scaled_once(kind: Kind, pipe: Any, guidance_scale: float) -> None:
+    replayed = kind.draw(replaying(pipe, eps_scale=0.8), guidance_scale=guidance_scale)
+    assert relative_error(kind.draw(replaying(pipe), guidance_scale=guidance_scale), replayed) > 1e-3
+    for named in (dict(eps_scale=0.8), dict(eps_scale=0.8, trust_order=True)):
+        enable(pipe, table_of(pipe), **named)
+        assert relative_error(kind.draw(pipe, guidance_scale=guidance_scale), replayed) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [COG_2B, COG_5B, COG_IMAGE], ids=str)
+def test_v_is_scaled_by_the_schedulers_alphas_and_not_near_pure_noise(kind: Kind, pipe: Any) -> None:
+    pipe.scheduler = cogvideox_scheduler(type(pipe.scheduler).__name__, snr_shift_scale=2.0)
+    ts, call = timesteps(pipe), kind.call(pipe)
+    whole = drive(pipe.transformer, call, ts)
+    xs = [torch.randn(call["hidden_states"].shape, generator=torch.Generator().manual_seed(i)) for i in range(STEPS)]
+    enable(pipe, uncached(pipe), eps_scale=0.9)
+    scaled = drive(pipe.transformer, call, ts)
+    for i, t in enumerate(ts):
+        squared = alpha_bar(pipe, torch.tensor([t]))
+        expected = scaled_v(whole[i], xs[i][:, :, :4], squared, 0.9)
+        assert relative_error(scaled[i], expected) < 1e-5
+        assert (relative_error(expected, whole[i]) == 0) == (squared < 0.05**2)
+    assert alpha_bar(pipe, torch.tensor([ts[0]])) < 0.05**2
+
+
+@only_2b
+def test_a_timestep_that_is_not_in_the_table_is_scaled_too(kind: Kind, pipe: Any) -> None:
+    replayed = kind.draw(replaying(pipe, eps_scale=0.9), steps=3)
+    enable(pipe, table_of(pipe), eps_scale=0.9)
+    assert relative_error(kind.draw(pipe, steps=3), replayed) < 1e-5
+    assert stats(pipe).refreshed == {"a timestep is not in the plan": 2}
+
+
+@only_2b
+def test_a_scheduler_that_predicts_eps(kind: Kind, pipe: Any) -> None:
+    pipe.scheduler.register_to_config(prediction_type="epsilon", rescale_betas_zero_snr=False)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    replayed = kind.draw(replaying(pipe, eps_scale=0.9))
+    enable(pipe, table_of(pipe), eps_scale=0.9)
+    assert relative_error(kind.draw(pipe), replayed) < 1e-5
+
+
+@only_2b
+def test_another_scheduler_after_enabling(kind: Kind, pipe: Any) -> None:
+    """The alphas are those of the scheduler that runs, or the run is refused."""
+    enable(pipe, table_of(pipe), eps_scale=0.9)
+    pipe.scheduler = cogvideox_scheduler(snr_shift_scale=1.0)
+    try:
+        ours = kind.draw(pipe)
+    except (InputError, TrajectoryError):
+        return
+    assert relative_error(ours, kind.draw(replaying(disable(pipe), eps_scale=0.9))) < 1e-5
+
+
+@both_positions
+def test_the_module_alone_has_no_alphas(kind: Kind, pipe: Any) -> None:
+    model = pipe.transformer
+    for table, named in (
+        (table_of(pipe), dict(eps_scale=0.9)),
+        (table_of(pipe, eps_scale=0.9), {}),
+        (uncached(pipe), dict(eps_scale=1.1, allow_amplify=True)),
+    ):
+        with pytest.raises(InputError, match=r"(?s)(pipeline|scheduler|alphas)") as refused:
+            enable(model, table, **named)
+        assert "\n" not in str(refused.value)
+        assert "_cached_forward" not in vars(model)
+    enable(model, table_of(pipe, eps_scale=0.9), eps_scale=1.0)
+    call = kind.call(disable(pipe))
+    enable(model, table_of(pipe))
+    replayed = drive_replaying(disable(pipe), call, timesteps(pipe))
+    enable(model, table_of(pipe))
+    assert_all_same(drive(model, call, timesteps(pipe)), replayed)
+
+
+# -------------------------------------------------------------------------------------------- the model's own
+
+
+@both_positions
+def test_arguments_that_the_method_does_not_know(kind: Kind, pipe: Any) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+    extra = call | dict(attention_kwargs={"scale": 1.0})
+    plain, replayed = drive(pipe.transformer, extra, ts), drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    assert all(map(torch.equal, drive(pipe.transformer, extra, ts), plain))
+    assert [*stats(pipe).originals.values()] == [STEPS]
+    for none in (None, {}):
+        assert_all_same(drive(pipe.transformer, call | dict(attention_kwargs=none), ts), replayed)
+    with pytest.raises(TypeError):  # what it says itself: it has no layer for them
+        ask(pipe.transformer, call | dict(timestep_cond=torch.ones(2, 8)), ts[0])
+
+
+@both_positions
+def test_a_pipelines_attention_kwargs(kind: Kind, pipe: Any) -> None:
+    plain = kind.draw(pipe, attention_kwargs={"scale": 1.0})
+    enable(pipe, table_of(pipe))
+    assert torch.equal(kind.draw(pipe, attention_kwargs={"scale": 1.0}), plain)
+    assert [*stats(pipe).originals.values()] == [STEPS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+@both_positions
+def test_the_module_in_float64_to_its_last_digits(kind: Kind, pipe: Any, dtype: torch.dtype) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+    call |= {name: call[name].to(dtype) for name in ("hidden_states", "encoder_hidden_states")}
+    pipe.transformer.to(dtype)
+    replayed = drive_replaying(pipe, call, ts, TYPES)
+    enable(pipe, table_of(pipe))
+    assert max(map(relative_error, drive(pipe.transformer, call, ts), replayed)) < 1e-12

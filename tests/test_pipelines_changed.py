@@ -1,0 +1,151 @@
+"""diffusers' pipelines whose weights change after they were enabled: LoRA, loading, conversion."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from diffusers_kinds import COG_5B, SIGMA, STEPS, Kind, drive, table_of, timesteps
+from diffusers_oracle import drive_replaying, replaying
+from tiny import relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ebcache_fast import disable, enable, stats
+from ebcache_fast.errors import EBCacheError
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def pipe(kind: Kind) -> Any:
+    return kind.pipeline()
+
+
+Change = Callable[[str, Any], None]  # of the layer of this name in a transformer
+
+
+class Doubled(nn.Module):
+    """A parametrization, as LoRA's users of torch write it."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Adapter(nn.Module):
+    """A layer with a low-rank addition, as peft puts it in the layer's place; its ``weight`` is the base's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.base_layer, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=generator), requires_grad=False)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=generator), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        out: Tensor = self.base_layer(x, *args, **named) + x @ self.down.T @ self.up.T
+        return out
+
+
+def parametrized(path: str, model: Any) -> None:
+    parametrize.register_parametrization(model.get_submodule(path), "weight", Doubled())
+
+
+def adapted(path: str, model: Any) -> None:
+    owner, _, name = path.rpartition(".")
+    model.get_submodule(owner)._modules[name] = Adapter(model.get_submodule(path))
+
+
+def written(path: str, model: Any) -> None:
+    """As fuse_lora does it: neither address nor version change."""
+    model.get_submodule(path).weight.data.mul_(-1)
+
+
+def loaded(path: str, model: Any) -> None:
+    state = {name: value * (1.5 if name.startswith(path) else 1.0) for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+BLOCK = "transformer_blocks.1"
+LAYERS: dict[Kind, dict[str, Change]] = {
+    SIGMA: {
+        "pos_embed.proj": loaded,
+        "caption_projection.linear_1": adapted,
+        "adaln_single.linear": parametrized,
+        f"{BLOCK}.attn1.to_q": parametrized,
+        f"{BLOCK}.attn2.to_k": parametrized,
+        f"{BLOCK}.attn2.to_v": adapted,
+        f"{BLOCK}.attn2.to_out.0": loaded,
+        f"{BLOCK}.ff.net.0.proj": adapted,
+        "proj_out": parametrized,
+    },
+    COG_5B: {
+        "patch_embed.proj": parametrized,
+        "patch_embed.text_proj": adapted,
+        "time_embedding.linear_1": adapted,
+        f"{BLOCK}.norm1.linear": parametrized,
+        f"{BLOCK}.norm1.norm": loaded,
+        f"{BLOCK}.attn1.to_v": adapted,
+        f"{BLOCK}.attn1.norm_q": loaded,
+        f"{BLOCK}.norm2.linear": adapted,
+        f"{BLOCK}.ff.net.2": parametrized,
+        "norm_out.linear": loaded,
+        "proj_out": adapted,
+    },
+}
+CHANGES = [
+    pytest.param(kind, partial(change, path), id=f"{kind}-{change.__name__}-{path}")
+    for kind, layers in LAYERS.items()
+    for path, another in layers.items()
+    for change in (written, another)
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), CHANGES)
+def test_changed_weights_are_followed_or_the_model_answers_itself(
+    kind: Kind, pipe: Any, change: Callable[[Any], None]
+) -> None:
+    enable(pipe, table_of(pipe))
+    before = kind.draw(pipe)
+    change(pipe.transformer)
+    ours, counted = kind.draw(pipe), stats(pipe)
+    plain = disable(pipe)
+    theirs = kind.draw(plain if counted.originals else replaying(plain))
+    assert sum(counted.originals.values()) in (0, STEPS)
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, before) > 1e-4
+    try:
+        enable(pipe, table_of(pipe))
+    except EBCacheError:
+        return
+    assert relative_error(kind.draw(pipe), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [SIGMA, COG_5B], ids=str)
+def test_another_dtype_after_enabling(kind: Kind, pipe: Any) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+
+    def double(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(double, value))
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    enable(pipe, table_of(pipe))
+    drive(pipe.transformer, call, ts)
+    pipe.transformer.to(torch.float64)
+    call = {name: double(value) for name, value in call.items()}
+    ours = drive(pipe.transformer, call, ts)
+    assert not stats(pipe).originals
+    for one, other in zip(ours, drive_replaying(disable(pipe), call, ts), strict=True):
+        assert one.dtype == torch.float64
+        assert relative_error(one, other) < 1e-12

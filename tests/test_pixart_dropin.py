@@ -1,0 +1,276 @@
+"""PixArt-Sigma and -Alpha with caching enabled: masks, text, sizes, what their transformer alone takes."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers_kinds import (
+    ALPHA_1024,
+    MLP,
+    NO,
+    PIXARTS,
+    SIGMA,
+    STEPS,
+    Call,
+    Kind,
+    ask,
+    by_prompt,
+    drive,
+    table_of,
+    timesteps,
+    uncached,
+)
+from diffusers_oracle import by_timestep, drive_replaying, replaying
+from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_pixart
+from tiny import relative_error
+from torch import Tensor
+
+from ebcache_fast import disable, enable, stats
+from ebcache_fast.errors import InputError
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return SIGMA.pipeline()
+
+
+def assert_all_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert max(map(relative_error, ours, theirs)) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------- text and masks
+
+
+def masked(lengths: tuple[int, int]) -> Tensor:
+    """A mask (2, S) that keeps so many tokens of each row."""
+    return (torch.arange(TEXT_LENGTH) < torch.tensor(lengths).unsqueeze(1)).long()
+
+
+MASKS = {
+    "of all": masked((TEXT_LENGTH, TEXT_LENGTH)),
+    "of each row": masked((2, 5)),
+    "one token": masked((1, TEXT_LENGTH)),
+    "in bool": masked((2, 5)).bool(),
+    "in float": masked((2, 5)).float(),
+    "as a bias": ((1 - masked((4, 2))) * -10000.0).unsqueeze(1),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("trust_order", [False, True])
+def test_masks_of_every_kind_that_change_from_run_to_run(pipe: Any, trust_order: bool) -> None:
+    ts, call = timesteps(pipe), SIGMA.call(pipe)
+    expected, found = {}, {}
+    for name, mask in MASKS.items():
+        expected[name] = drive_replaying(pipe, call | dict(encoder_attention_mask=mask), ts)
+    enable(pipe, table_of(pipe), trust_order=trust_order)
+    for name, mask in MASKS.items():
+        found[name] = drive(pipe.transformer, call | dict(encoder_attention_mask=mask), ts)
+        assert_all_same(found[name], expected[name])
+    assert relative_error(found["of each row"][0], found["of all"][0]) > 1e-3
+    assert not stats(pipe).refreshed
+
+
+def test_what_a_mask_hides_does_not_matter(pipe: Any) -> None:
+    ts, call = timesteps(pipe), SIGMA.call(pipe) | dict(encoder_attention_mask=masked((2, 3)))
+    enable(pipe, table_of(pipe))
+    ours = drive(pipe.transformer, call, ts)
+    text = call["encoder_hidden_states"].clone()
+    text[0, 2:], text[1, 3:] = 5.0, -5.0
+    assert_all_same(drive(pipe.transformer, call | dict(encoder_hidden_states=text), ts), ours)
+
+
+def test_text_that_is_overwritten_in_place_between_runs(pipe: Any) -> None:
+    ts, call = timesteps(pipe), SIGMA.call(pipe)
+    text, mask = call["encoder_hidden_states"], call["encoder_attention_mask"]
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe))
+    for overwrite in (lambda: None, lambda: text.mul_(2), lambda: text.data.neg_(), lambda: mask.fill_(1)):
+        overwrite()
+        assert_all_same(drive(pipe.transformer, call, ts), drive(other.transformer, call, ts))
+
+
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_attention_mask"])
+def test_text_that_changes_within_a_run_is_not_taken_from_the_cache(pipe: Any, name: str) -> None:
+    ts, call = timesteps(pipe), SIGMA.call(pipe)
+    other = call | {name: SIGMA.call(pipe, rows=(3, 4))[name]}
+    calls = (call, call, other, other, other)
+    types = by_timestep(pipe) | {ts[2]: NO}  # nothing was kept of the other text
+    replayed = replaying(pipe, types).transformer
+    enable(pipe, table_of(pipe))
+    for i, each in enumerate(calls):
+        ours, theirs = (ask(one, each, ts[i], seed=i) for one in (pipe.transformer, replayed))
+        assert relative_error(ours, theirs) < 1e-5
+    assert sum(stats(pipe).refreshed.values()) == 1
+
+
+@pytest.mark.parametrize("kind", [SIGMA, ALPHA_1024], ids=str)
+def test_text_of_another_length_in_the_next_call(kind: Kind) -> None:
+    pipe = kind.pipeline()
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe))
+    for length in (TEXT_LENGTH, 3, 9, TEXT_LENGTH):
+        assert_all_same(*([kind.draw(one, max_sequence_length=length)] for one in (pipe, other)))
+    assert not stats(pipe).originals
+
+
+def test_several_pictures_of_each_prompt(pipe: Any) -> None:
+    replayed = SIGMA.draw(replaying(pipe), num_images_per_prompt=2)
+    enable(pipe, table_of(pipe))
+    ours = SIGMA.draw(pipe, num_images_per_prompt=2)
+    assert ours.shape[0] == 4
+    assert relative_error(ours, replayed) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ resolutions
+
+
+def test_resolution_and_aspect_ratio_are_conditions_of_their_own() -> None:
+    pipe = ALPHA_1024.pipeline()
+    ts, call = timesteps(pipe), ALPHA_1024.call(pipe)
+    assert call["added_cond_kwargs"]["resolution"].tolist() == [[8, 8], [8, 8]]
+    added = [
+        call["added_cond_kwargs"],
+        dict(resolution=torch.tensor([[8.0, 8], [512, 96]]), aspect_ratio=torch.tensor([[1.0], [0.2]])),
+        dict(resolution=torch.tensor([[8.0, 8], [8, 8]]), aspect_ratio=torch.tensor([[1.0], [3.0]])),
+    ]
+    expected = [drive_replaying(pipe, call | dict(added_cond_kwargs=each), ts) for each in added]
+    assert relative_error(expected[1][0][1], expected[0][0][1]) > 1e-3
+    assert relative_error(expected[2][0][1], expected[0][0][1]) > 1e-3
+    enable(pipe, table_of(pipe))
+    for each, theirs in zip(added, expected, strict=True):
+        assert_all_same(drive(pipe.transformer, call | dict(added_cond_kwargs=each), ts), theirs)
+    with pytest.raises(ValueError, match="added_cond_kwargs"):  # what it says itself
+        ask(pipe.transformer, call | dict(added_cond_kwargs=None), ts[0])
+
+
+def test_binned_resolutions(pipe: Any) -> None:
+    pipe.transformer = tiny_pixart(sample_size=32)
+    pipe.vae_scale_factor = 8  # as of a VAE that halves thrice; latents are all that is asked for
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe))
+    for size in ((256, 256), (200, 350), (512, 512), (256, 256)):
+        named = dict(height=size[0], width=size[1], use_resolution_binning=True)
+        ours, theirs = (SIGMA.draw(one, rows=(2,), **named) for one in (pipe, other))
+        assert relative_error(ours, theirs) < 1e-5
+    assert not stats(pipe).originals
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "eps alone": dict(out_channels=4),
+    "no projection of captions": dict(caption_channels=None, cross_attention_dim=TEXT_WIDTH),
+    "3 layers, larger patches": dict(num_layers=3, patch_size=4),
+    "other heads": dict(num_attention_heads=4, attention_head_dim=4),
+    "no biases": dict(attention_bias=False),
+    "another epsilon": dict(norm_eps=0.1),
+    "stretched positions": dict(interpolation_scale=2),
+    "geglu": dict(activation_fn="geglu"),
+    "dropout": dict(dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_transformers_of_other_sizes(pipe: Any, sizes: dict[str, Any]) -> None:
+    pipe.transformer = tiny_pixart(**sizes)
+    replayed = SIGMA.draw(replaying(pipe))
+    enable(pipe, table_of(pipe))
+    assert relative_error(SIGMA.draw(pipe), replayed) < 1e-5
+    assert not stats(pipe).originals
+
+
+def test_a_transformer_in_float64_to_its_last_digits(pipe: Any) -> None:
+    pipe.transformer.to(torch.float64)
+    ts, call = timesteps(pipe), SIGMA.call(SIGMA.pipeline())
+    call |= {name: call[name].double() for name in ("hidden_states", "encoder_hidden_states")}
+    replayed = drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    assert max(map(relative_error, drive(pipe.transformer, call, ts), replayed)) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ eps scaling
+
+
+@pytest.mark.parametrize("kind", PIXARTS, ids=str)
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_noise_is_scaled_once(kind: Kind, guidance_scale: float) -> None:
+    pipe = kind.pipeline()
+    replayed = kind.draw(replaying(pipe, eps_scale=0.8), guidance_scale=guidance_scale)
+    assert relative_error(kind.draw(replaying(pipe), guidance_scale=guidance_scale), replayed) > 1e-3
+    for named in (dict(eps_scale=0.8), dict(eps_scale=0.8, trust_order=True)):
+        enable(pipe, table_of(pipe), **named)
+        assert relative_error(kind.draw(pipe, guidance_scale=guidance_scale), replayed) < 1e-5
+    enable(pipe, table_of(pipe, eps_scale=0.8))
+    assert relative_error(kind.draw(pipe, guidance_scale=guidance_scale), replayed) < 1e-5
+    with pytest.raises(InputError, match=r"eps_scale=1\.2"):
+        enable(pipe, table_of(pipe), eps_scale=1.2)
+
+
+def test_the_variance_is_not_scaled(pipe: Any) -> None:
+    ts, call, model = timesteps(pipe), SIGMA.call(pipe), pipe.transformer
+    outs = []
+    for b in (1.0, 0.5):
+        enable(model, uncached(pipe), eps_scale=b)  # the module alone is enough: it predicts eps
+        outs.append(ask(model, call, ts[0]))
+    whole, half = outs
+    assert torch.equal(half[:, 4:], whole[:, 4:])
+    torch.testing.assert_close(half[:, :4], 0.5 * whole[:, :4])
+    steps_of_its_own = dict(cross_attention_kwargs={"scale": 1.0})
+    own = ask(model, call | steps_of_its_own, ts[0])
+    assert relative_error(own, whole) < 1e-5  # and what the model itself answers is not scaled at all
+
+
+# ------------------------------------------------------------------------------------------- the model's own
+
+
+EXTRAS: dict[str, Any] = {
+    "cross_attention_kwargs": {"scale": 1.0},
+    "attention_mask": torch.ones(2, 16).tril(3),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_arguments_that_the_method_does_not_know(pipe: Any, name: str) -> None:
+    ts, call = timesteps(pipe), SIGMA.call(pipe)
+    extra: Call = call | {name: EXTRAS[name]}
+    plain, plain_extra = (drive(pipe.transformer, each, ts) for each in (call, extra))
+    replayed = drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    assert all(map(torch.equal, drive(pipe.transformer, extra, ts), plain_extra))
+    assert [*stats(pipe).originals.values()] == [STEPS]
+    assert_all_same(drive(pipe.transformer, call, ts), replayed)
+    empty = call | {name: {} if name == "cross_attention_kwargs" else None}
+    assert_all_same(drive(pipe.transformer, empty, ts), replayed)
+    assert not all(map(torch.equal, plain, replayed))
+
+
+def test_a_step_of_the_mlp_alone_computes_both_attentions(pipe: Any) -> None:
+    types = (NO, MLP, MLP, NO, MLP)
+    replayed = SIGMA.draw(replaying(pipe, by_timestep(pipe, types)))
+    assert relative_error(SIGMA.draw(pipe), replayed) > 1e-3
+    enable(pipe, table_of(pipe, types))
+    assert relative_error(SIGMA.draw(pipe), replayed) < 1e-5
+    assert stats(pipe).hits == 2 * 3
+
+
+def test_other_samplers(pipe: Any) -> None:
+    for name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverSinglestepScheduler"):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        if not all(float(t).is_integer() for t in timesteps(pipe)):
+            continue
+        replayed = SIGMA.draw(replaying(pipe))
+        enable(pipe, table_of(pipe))
+        assert relative_error(SIGMA.draw(pipe), replayed) < 1e-5
+        assert not stats(pipe).refreshed
+        disable(pipe)
+
+
+def test_one_prompt_as_a_string(pipe: Any) -> None:
+    named = by_prompt((0,)) | dict(prompt="the red dog", height=8, width=8, use_resolution_binning=False)
+    drawn = []
+    for one in (replaying(pipe), enable(pipe, table_of(pipe))):
+        generator = torch.Generator().manual_seed(1)
+        drawn.append(one(**named, num_inference_steps=STEPS, generator=generator).images)
+    assert relative_error(drawn[1], drawn[0]) < 1e-5
