@@ -43,10 +43,12 @@ def enable(
     Runs of the same labels must follow one another: where two take turns, both get TrajectoryError.
 
     Args:
-        model: a module of the original DiT's layout or a DiTTransformer2DModel of diffusers, in eval mode, or a
-            DiTPipeline.
+        model: in eval mode a module of the original DiT's layout, or of diffusers a DiTTransformer2DModel, a
+            PixArtTransformer2DModel or a CogVideoXTransformer3DModel; or a pipeline of one of these.
         table: which timesteps reuse what: a CacheTable, or a Plan made for this model.
-        eps_scale: the factor b on predicted noise; None means the table's. The variance output is never scaled.
+        eps_scale: the factor b on predicted noise; None means the table's. The variance output is never scaled. Of
+            the velocity that CogVideoX predicts it scales the noise alone, by the alphas of the pipeline's scheduler:
+            enable a pipeline again that got another one.
         allow_amplify: lets ``eps_scale`` exceed 1.
         trust_order: the caller promises one call a step, in the table's order; then no call waits for the device. A
             broken promise gives NaN and TrajectoryError, and never a wrong picture.

@@ -262,7 +262,7 @@ def test_other_samplers(pipe: Any) -> None:
             continue
         replayed = SIGMA.draw(replaying(pipe))
         enable(pipe, table_of(pipe))
-        assert relative_error(SIGMA.draw(pipe), replayed) < 1e-5
+        assert relative_error(SIGMA.draw(pipe), replayed) < 3e-5  # of some that amplify what rounding does
         assert not stats(pipe).refreshed
         disable(pipe)
 

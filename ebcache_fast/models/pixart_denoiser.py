@@ -93,7 +93,7 @@ class PixArtDenoiser:
                 f"{self._text_width})"
             )
         if self._has_sizes and (given.resolution is None or given.aspect_ratio is None):
-            raise InputError("this model takes resolution and aspect_ratio, and got none; pass both")
+            raise InputError("resolution or aspect_ratio is missing, which this model takes; pass added_cond_kwargs")
         sized = copy.copy(self)
         vars(sized).pop("shape", None)
         sized.latent_shape, sized._text = cast(tuple[int, int, int], tuple(latents)), given.text.shape[1]
@@ -261,7 +261,7 @@ class PixArtDenoiser:
             device=self.weight().device,
             output_type="pt",
         )
-        return places
+        return places.float()  # as the model rounds them
 
     @property
     def _tokens(self) -> int:

@@ -1,0 +1,163 @@
+"""The engine over the parts of diffusers' PixArt and CogVideoX: own loops, fused kernels, graphs, layer by layer."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from accuracy import DEVICE
+from diffusers_tiny import ROTARY, tiny_cogvideox, tiny_pixart
+from fake_graphs import FakeGraphs
+from tiny import relative_error
+from torch import Tensor, nn
+
+from ebcache_fast import ops
+from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.kernels import launch
+from ebcache_fast.models import Context, as_denoiser
+from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.samplers import make_sampler, trajectory_noise
+
+pytest.importorskip("diffusers")
+
+NO, ATTENTION, ATTN_MLP, MLP = StepType
+MIXED = [NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, NO]
+TRITON = replace(ops.own_matmul_operations(), attention=None)  # SDPA, as by default
+CPU = torch.device("cpu")
+MODELS: dict[str, Callable[[], Any]] = {
+    "PixArt-Sigma": tiny_pixart,
+    "PixArt-Alpha with sizes": partial(
+        tiny_pixart, use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24
+    ),
+    "CogVideoX": tiny_cogvideox,
+    "CogVideoX with rotary embeddings": partial(tiny_cogvideox, **ROTARY),
+    "CogVideoX 1.5": partial(tiny_cogvideox, patch_size_t=2, sample_frames=7, **ROTARY),
+}
+SAMPLES = 2
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    made: nn.Module = request.param()
+    return made.double()
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger tiles than on a GPU: the interpreter takes its time by the program."""
+    table = {name: {80: ((launch.ALL, launch.Launch(16, 128, 4)),)} for name in launch.TABLE}
+    table["linear_gelu"] = launch.TABLE["linear_gelu"]
+    monkeypatch.setattr(launch, "TABLE", table)
+
+
+def plan_of(model: nn.Module, types: list[StepType]) -> Plan:
+    shape = as_denoiser(model).shape
+    branches = tuple(cost.branch for cost in shape.branches)
+    return Plan.from_types(types, make_sampler("ddim", len(types)).timesteps, shape.depth, branches, 0.97)
+
+
+def in_dtype(context: Context, dtype: torch.dtype) -> Any:
+    moved = (one.to(DEVICE, dtype) if one is not None and one.is_floating_point() else one for one in context)
+    return type(context)(*moved)
+
+
+@torch.no_grad()
+def run(model: nn.Module, plan: Plan, scale: float = 1.5, **options: Any) -> Tensor:
+    """Our own loop over one plan, in the dtype of the model."""
+    engine = Engine(copy.deepcopy(model).to(DEVICE), **options)
+    denoiser, sampler = engine.denoiser, make_sampler("ddim", len(plan))
+    latents, context = denoiser.example(SAMPLES * (2 if scale != 1 else 1))
+    noise = trajectory_noise(7, range(SAMPLES), 0, latents)
+    labels = torch.zeros(SAMPLES, dtype=torch.int64, device=DEVICE)
+    context = in_dtype(context, denoiser.weight().dtype)
+    guidance = Guidance(scale, channels=4)
+    with engine.sampling(plan, labels, guidance, torch.tensor(sampler.rows), noise, context) as trajectory:
+        while trajectory.advance():
+            pass
+        return trajectory.x.cpu().clone()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.usefixtures("few_programs")
+def test_every_step_type_over_the_kernels(model: nn.Module, scale: float) -> None:
+    plan = plan_of(model, MIXED)
+    exact = run(model, plan, scale, operations=ops.TORCH)
+    assert relative_error(run(model.float(), plan, scale, operations=TRITON), exact) <= 1e-5
+    assert relative_error(exact, run(model.double(), plan_of(model, [NO] * 10), scale)) > 1e-3
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_plans_that_reuse_layer_by_layer(model: nn.Module) -> None:
+    """A branch that takes the stream as it is comes first, after one, and after more than one operation can add."""
+    shape = as_denoiser(model).shape
+    branches = tuple(cost.branch for cost in shape.branches)
+    pattern = [Action.REUSE, Action.COMPUTE, Action.REUSE, Action.REUSE, Action.COMPUTE, Action.COMPUTE]
+    steps = [StepPlan.uniform(NO, shape.depth, branches)]
+    for start in range(len(pattern)):
+        cells = [pattern[(start + i) % len(pattern)] for i in range(shape.depth * len(branches))]
+        rows = [tuple(cells[i : i + len(branches)]) for i in range(0, len(cells), len(branches))]
+        steps.append(StepPlan(branches, tuple(rows)))
+    plan = Plan(tuple(steps), make_sampler("ddim", len(steps)).timesteps)
+    exact = run(model, plan, operations=ops.TORCH)
+    assert relative_error(run(model.float(), plan, operations=TRITON), exact) <= 1e-5
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_graphs_say_what_eager_steps_do(model: nn.Module, whole: bool) -> None:
+    plan, options = plan_of(model, MIXED), EngineOptions(whole_trajectory=whole)
+    backends: list[FakeGraphs] = []
+
+    def make_graphs(device: torch.device) -> FakeGraphs:
+        backends.append(FakeGraphs())
+        return backends[-1]
+
+    replayed = run(model, plan, options=options, make_graphs=make_graphs)
+    assert torch.equal(replayed, run(model, plan))
+    assert len(backends) == 1
+
+
+@torch.no_grad()
+def test_hooked_ends_run_as_modules(model: nn.Module) -> None:
+    plan = plan_of(model, MIXED)
+    plain = run(model, plan)
+    called = []
+    for end in ("proj_out", "pos_embed" if hasattr(model, "pos_embed") else "patch_embed"):
+        getattr(model, end).register_forward_hook(lambda *_, end=end: called.append(end))
+    assert relative_error(run(model, plan), plain) < 1e-12
+    assert len(set(called)) == 2
+
+
+def test_memory_is_said_before_it_is_taken() -> None:
+    """CogVideoX-2B at 720 x 480 and 49 frames, guided: 8 GB, of which none is touched here."""
+    import diffusers
+
+    with torch.device("meta"):
+        denoiser = as_denoiser(diffusers.CogVideoXTransformer3DModel())
+    shape, rows = denoiser.shape, 2
+    branches = tuple(cost.branch for cost in shape.branches)
+    plan = Plan.from_types([NO, ATTN_MLP], (999, 0), shape.depth, branches)
+    cache = FeatureCache(shape, plan.live_slots, rows, torch.bfloat16, torch.device("meta"))
+    assert plan.cache_bytes(shape, rows, itemsize=2) == cache.nbytes == 2 * 30 * rows * 17776 * 1920 * 2
+
+
+def test_macs() -> None:
+    """FLOPs over 788 TFLOP/s, two rows, as milliseconds: what the design counts on."""
+    import diffusers
+
+    with torch.device("meta"):
+        sigma = diffusers.PixArtTransformer2DModel(
+            sample_size=128, caption_channels=4096, use_additional_conditions=False
+        )
+        video = diffusers.CogVideoXTransformer3DModel()
+    for transformer, expected in ((sigma, (16.7, 6.2)), (video, (305.0, 80.0))):
+        shape = as_denoiser(transformer).shape
+        full, attention, _ = plan_of(transformer, [NO, ATTENTION, ATTN_MLP]).step_macs(shape)
+        times = [2 * 2 * macs / 788e12 * 1e3 for macs in (full, attention)]
+        assert times == pytest.approx(expected, rel=0.01)
+        cross = [cost for cost in shape.branches if cost.branch is Branch.CROSS_ATTN]
+        assert len(cross) == (transformer is sigma)
