@@ -57,8 +57,8 @@ def sample(
     """Sample a model into samples.npz (arr_0: uint8 NHWC, or float32 latents) and, for pictures, samples.png.
 
     Args:
-        model: "letters", the bundled one, or an original DiT such as DiT-XL/2, which needs --ckpt.
-        ckpt: the original's .pt, or .safetensors.
+        model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
+        ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         table: a Cache Table's file, or the name of one that comes with the package; without, nothing is cached.
         text: letters A to Z to sample; without, all classes in turn.
         num_samples: how many, where --text does not say it.
@@ -123,8 +123,8 @@ def calibrate(
 
     Args:
         out: file to write the table to, .json.
-        model: "letters", the bundled one, or an original DiT such as DiT-XL/2, which needs --ckpt.
-        ckpt: the original's .pt, or .safetensors.
+        model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
+        ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         image_size: 256 or 512, of a latent model.
         num_classes: of a latent model.
         samples: how many vote.
@@ -240,8 +240,8 @@ def profile(
     """Time one run by type of step, in ranges that Nsight Systems and Nsight Compute see; draw its timeline.
 
     Args:
-        model: "letters", the bundled one, or an original DiT such as DiT-XL/2, which needs --ckpt.
-        ckpt: the original's .pt, or .safetensors.
+        model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
+        ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         table: a Cache Table's file, or the name of one that comes with the package.
         num_samples: how many, in one batch.
         image_size: 256 or 512, of a latent model.

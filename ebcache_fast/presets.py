@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import DIT_MODELS, DiT, as_denoiser
+from ebcache_fast.models import DIT_MODELS, DiT, as_denoiser, load_pretrained
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit
 from ebcache_fast.models.letter_classifier import LetterClassifier
 from ebcache_fast.plan import ModelShape
 from ebcache_fast.quality import Features, Reference, contrast
 
 LETTERS = ascii_uppercase
-BUNDLED = "letters"
+BUNDLED, DIFFUSERS = "letters", "diffusers"
 LATENT_SCALE = 8  # of the autoencoder that the released DiTs work with
 _FOLDER = "assets/letters"
 
@@ -100,13 +100,18 @@ def shape_of(name: str, image_size: int, num_classes: int) -> ModelShape:
 def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes: int) -> nn.Module:
     """The bundled model by its name, "letters", or an original DiT by its, with the weights of ``checkpoint``.
 
-    It lies on `default_device`. ``image_size`` is that of the decoded pictures: latents are an eighth of it.
+    Or "diffusers", whose ``checkpoint`` is a folder of a DiTTransformer2DModel or its pipeline. It lies on
+    `default_device`. ``image_size`` is that of the decoded pictures: latents are an eighth of it.
     InputError for an unknown name, a missing checkpoint or one that does not fit.
     """
     if name == BUNDLED:
         if checkpoint is not None:
             raise InputError(f"model {name!r} has its own weights; leave out --ckpt, or say which --model it is of")
         return load_letters(default_device()).model
+    if name == DIFFUSERS:
+        if checkpoint is None:
+            raise InputError(f"model {name!r} needs its weights; pass --ckpt FOLDER, as save_pretrained writes it")
+        return load_pretrained(checkpoint).to(default_device())
     factory = _factory(name, image_size, num_classes)
     if checkpoint is None:
         raise InputError(f"model {name!r} needs its weights; pass --ckpt FILE.pt or FILE.safetensors")
@@ -119,8 +124,10 @@ def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes:
 
 def _factory(name: str, image_size: int, num_classes: int) -> Callable[[], DiT]:
     """The constructor of an original DiT, all arguments checked and bound."""
+    if name == DIFFUSERS:
+        raise InputError(f"model {name!r} has its sizes in its folder alone; name the original DiT of the same sizes")
     if name not in DIT_MODELS:
-        raise InputError(f"model {name!r} is unknown; choose {BUNDLED}, {', '.join(DIT_MODELS)}")
+        raise InputError(f"model {name!r} is unknown; choose {BUNDLED}, {DIFFUSERS}, {', '.join(DIT_MODELS)}")
     if image_size < 1 or image_size % LATENT_SCALE:
         raise InputError(f"image_size={image_size} is no multiple of {LATENT_SCALE}; the released ones are 256 and 512")
     if num_classes < 1:

@@ -398,7 +398,7 @@ BAD_INPUT = [
     ),
     (f"sample {USE_TINY} --ckpt tiny.pt --table {LETTERS_50}", "the table is for .*; use a table made for this model"),
     # sample: models
-    ("sample --model DiT-XXL/1", f"model 'DiT-XXL/1' is unknown; choose letters, {TINY}"),
+    ("sample --model DiT-XXL/1", f"model 'DiT-XXL/1' is unknown; choose letters, diffusers, {TINY}"),
     ("sample --ckpt tiny.pt", "model 'letters' has its own weights; leave out --ckpt"),
     (f"sample {USE_TINY}", f"model '{TINY}' needs its weights; pass --ckpt FILE.pt"),
     (f"sample {USE_TINY} --ckpt missing.pt", "missing.pt can't be read"),

@@ -137,7 +137,7 @@ def test_an_original_by_name_with_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "checkpoint", "image_size", "num_classes", "problem"),
     [
-        ("nope", None, 64, CLASSES, f"model 'nope' is unknown; choose letters, {TINY}"),
+        ("nope", None, 64, CLASSES, f"model 'nope' is unknown; choose letters, diffusers, {TINY}"),
         (TINY, None, 64, CLASSES, f"model '{TINY}' needs its weights; pass --ckpt"),
         (TINY, "a.pt", 100, CLASSES, "image_size=100 is no multiple of 8"),
         (TINY, "a.pt", 0, CLASSES, "image_size=0 is no multiple of 8"),
@@ -161,5 +161,5 @@ def test_sizes_of_an_unknown_model() -> None:
 
 
 def test_the_names_are_those_of_the_originals() -> None:
-    with pytest.raises(InputError, match=r"choose letters, DiT-XL/2, .*DiT-S/8"):
+    with pytest.raises(InputError, match=r"choose letters, diffusers, DiT-XL/2, .*DiT-S/8"):
         open_model("DiT-XL", None, 256, 1000)

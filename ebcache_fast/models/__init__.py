@@ -13,6 +13,7 @@ from ebcache_fast.models.diffusers_dit_denoiser import DiffusersDiTDenoiser
 from ebcache_fast.models.dit import DIT_MODELS, DiT
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
 from ebcache_fast.models.pixart_denoiser import PixArtContext, PixArtDenoiser
+from ebcache_fast.models.pretrained import load_pretrained
 
 __all__ = [
     "DIT_MODELS",
@@ -29,6 +30,7 @@ __all__ = [
     "as_denoiser",
     "load_checkpoint",
     "load_dit",
+    "load_pretrained",
     "save_weights",
 ]
 
