@@ -1,0 +1,50 @@
+"""What a pipeline of diffusers gives its transformer: seen by letting it begin."""
+
+from typing import Any
+
+from ebcache_fast.dropin.diffusers_calls import calls_class
+from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.errors import InputError
+
+
+class _SeenError(Exception):
+    """Ends a pipeline's run at its first call."""
+
+    def __init__(self, call: ModelCall | None) -> None:
+        super().__init__("the call that was waited for")
+        self.call = call
+
+
+class _Waiting:
+    """Answers no call, but takes it away."""
+
+    guided_channels = 0
+
+    def answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
+        """Raise what carries the call."""
+        raise _SeenError(call)
+
+
+def first_call(pipe: Any, **arguments: Any) -> ModelCall:
+    """The first call that ``pipe(**arguments)`` makes of its transformer, which does not run.
+
+    InputError where the pipeline makes none, or one that the engine does not know.
+    """
+    forward = calls_class(pipe.transformer)(_Waiting()).methods["forward"]
+    own = vars(pipe.transformer)
+    before = {name: own[name] for name in ("forward",) if name in own}
+    own["forward"] = forward
+    call = None
+    try:
+        pipe(**arguments)
+    except _SeenError as seen:
+        call = seen.call
+    finally:
+        del own["forward"]
+        own.update(before)
+    if call is None:
+        raise InputError(
+            f"{type(pipe).__name__} calls its transformer in a way that the engine does not know; pass it no "
+            f"attention arguments (got {', '.join(arguments)})"
+        )
+    return call
