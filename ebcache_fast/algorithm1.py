@@ -25,7 +25,7 @@ from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Context, Denoiser
 from ebcache_fast.plan import StepPlan, StepType
-from ebcache_fast.reference import sampler_update
+from ebcache_fast.reference import remember, sampler_update
 from ebcache_fast.samplers import Sampler
 
 CANDIDATES = (StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP)  # from the safest to the cheapest
@@ -146,9 +146,11 @@ def tally_batch(
     tally = Tally.empty(steps)
     tally.samples = len(labels)
     search = _Search(denoiser, labels, sampler.timesteps, guidance, context)
-    rows = torch.as_tensor(sampler.rows.copy(), dtype=noise.dtype, device=noise.device)
+    scaling, factor = sampler.scaling_eps(eps_scale)
+    rows = torch.as_tensor(scaling.rows.copy(), dtype=noise.dtype, device=noise.device)
     run = torch.zeros_like(labels)  # (N,) cached steps since each sample's last full one
     x = noise[0]
+    previous = torch.zeros_like(x) if sampler.has_memory else None
     for step in range(steps):
         original = search.full(x, step)
         choice = torch.zeros_like(labels)  # (N,) columns of CANDIDATES
@@ -163,7 +165,10 @@ def tally_batch(
         run = torch.where(choice == 0, 0, run + 1)
         tally.votes[step] = torch.bincount(choice, minlength=3).cpu().numpy()
         step_noise = noise[step + 1] if len(noise) > 1 else None
-        x = sampler_update(x, original.eps * eps_scale, original.variance, step_noise, rows[step])
+        out = original.eps * factor
+        stepped = sampler_update(x, out, original.variance, step_noise, rows[step], previous)
+        previous = None if previous is None else remember(x, out, rows[step])
+        x = stepped
         if on_step is not None:
             on_step(len(labels))
     return tally

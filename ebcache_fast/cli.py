@@ -66,7 +66,7 @@ def sample(
         num_classes: of a latent model.
         cfg_scale: guidance scale; 1 for none.
         num_sampling_steps: the table's, or 50.
-        sampler: ddpm or ddim; the table's, or ddpm.
+        sampler: ddpm, ddim or dpm-solver++; the table's, or ddpm.
         eps_scale: factor on the predicted noise; the table's, or 1.
         global_seed: sample k draws its noise from this seed and k.
         per_proc_batch_size: samples at once.
@@ -129,7 +129,7 @@ def calibrate(
         num_classes: of a latent model.
         samples: how many vote.
         num_sampling_steps: steps of the table.
-        sampler: ddpm or ddim.
+        sampler: ddpm, ddim or dpm-solver++.
         cfg_scale: guidance scale; 1 for none.
         eps_scale: factor b on the predicted noise, in (0, 1].
         target_speedup: find the threshold whose table the MAC count allows this speed-up.
@@ -196,7 +196,7 @@ def compare(
         methods: any of no-cache, table:FILE_OR_NAME, fora:N, steps:N, eps-scale:B.
         samples: how many stand behind each figure.
         num_sampling_steps: of methods that do not say their own.
-        sampler: ddpm or ddim.
+        sampler: ddpm, ddim or dpm-solver++.
         cfg_scale: guidance scale; 1 for none.
         global_seed: of all noise.
         out: folder for report.json.

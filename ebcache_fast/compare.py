@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.noise_schedule import TRAIN_STEPS, respaced_timesteps
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora_at_cost
 from ebcache_fast.quality import (
@@ -24,6 +23,7 @@ from ebcache_fast.quality import (
     paired_error,
     score,
 )
+from ebcache_fast.samplers import make_sampler
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, sample
 
 
@@ -74,7 +74,7 @@ def equal_cost_methods(shape: ModelShape, cached: Sequence[tuple[str, Plan]], sa
     methods = [Method(f"No cache, {len(timesteps)} steps", uncached, sampler)]
     for name, plan in cached:
         steps = max(1, round(len(timesteps) / plan.mac_limit(shape)))
-        fewer = Plan.uncached(respaced_timesteps(TRAIN_STEPS, steps), shape.depth, branches)
+        fewer = Plan.uncached(make_sampler(sampler, steps).timesteps, shape.depth, branches)
         methods += [
             Method(name, plan, sampler),
             Method("FORA at its cost", fora_at_cost(timesteps, plan.macs(shape), shape), sampler),

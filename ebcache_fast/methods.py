@@ -9,9 +9,9 @@ from typing import Final
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.compare import Method
 from ebcache_fast.errors import EBCacheError, InputError
-from ebcache_fast.noise_schedule import TRAIN_STEPS, respaced_timesteps
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora
+from ebcache_fast.samplers import make_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Setting:
     def uncached(self, steps: int) -> Plan:
         """Every step computes everything, ``steps`` of them."""
         branches = tuple(cost.branch for cost in self.shape.branches)
-        return Plan.uncached(respaced_timesteps(TRAIN_STEPS, steps), self.shape.depth, branches)
+        return Plan.uncached(make_sampler(self.sampler, steps).timesteps, self.shape.depth, branches)
 
 
 def parse_method(text: str, setting: Setting) -> Method:

@@ -56,6 +56,16 @@ def respaced_timesteps(train_steps: int, steps: int) -> tuple[int, ...]:
     return tuple(reversed(ascending))
 
 
+def solver_timesteps(train_steps: int, steps: int) -> tuple[int, ...]:
+    """`steps` timesteps spread evenly over [0, train_steps - 1], in execution order, without the last one, 0.
+
+    Rounded, ties to even; as PixArt-Sigma spaces its solver, which goes on from the last of them to no noise at all.
+    Raises InputError when steps is outside [1, train_steps - 1].
+    """
+    _check_steps(train_steps - 1, steps)
+    return tuple(np.linspace(0, train_steps - 1, steps + 1).round()[:0:-1].astype(np.int64).tolist())
+
+
 def ddim_timesteps(train_steps: int, steps: int) -> tuple[int, ...]:
     """The timesteps 0, k, 2k, ... in execution order, k the smallest integer stride giving exactly `steps`.
 

@@ -63,7 +63,12 @@ class Guide(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A sampler's steps: ``x' = cx * x + ce * eps + (noise_on * exp(log_var / 2) + sigma) * noise``."""
+    """A sampler's steps: ``x' = cx * x + ce * eps + (noise_on * exp(log_var / 2) + sigma) * noise + cp * previous``.
 
-    rows: Tensor  # (S, 6): cx, ce, min_log, max_log, noise_on, sigma
+    What a multistep sampler remembers for the step that comes next is linear as well, in x as it was before the step:
+    ``previous' = px * x + pe * eps``.
+    """
+
+    rows: Tensor  # (S, 6): cx, ce, min_log, max_log, noise_on, sigma; (S, 9) with a memory: then cp, px, pe
     noise: Tensor | None  # (S, B, C, H, W), standard normal; None where the sampler draws none
+    previous: Tensor | None = None  # (B, C, H, W), overwritten by each step; None where the sampler has no memory

@@ -29,7 +29,7 @@ def sample(
     *,
     table: CacheTable | Plan | None = None,
     steps: int | None = None,
-    sampler: str | None = None,
+    sampler: str | Sampler | None = None,
     cfg_scale: float = DEFAULT_CFG_SCALE,
     guided_channels: int = GUIDED_CHANNELS,
     eps_scale: float | None = None,
@@ -47,7 +47,8 @@ def sample(
         labels: (N,) class labels.
         table: which steps reuse what: a CacheTable, or a Plan made for this model; None caches nothing.
         steps: number of steps; None means the table's, or 50 without one.
-        sampler: "ddpm" or "ddim"; None means the table's, or "ddpm".
+        sampler: "ddpm", "ddim", "dpm-solver++", or a Sampler, as `sampler_of` makes of a diffusers scheduler; None
+            means the table's, or "ddpm".
         cfg_scale: guidance scale; 1 samples without guidance, at half the cost.
         guided_channels: how many eps channels guidance reaches, the first three in the original.
         eps_scale: the factor b on the guided eps; None means the table's, or 1.
@@ -74,6 +75,8 @@ def sample(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is below 1; 64 suits a CPU")
     plan, stepper = resolve_run(denoiser, table, steps, sampler, eps_scale, allow_amplify)
+    stepper, factor = stepper.scaling_eps(plan.eps_scale)
+    plan = dataclasses.replace(plan, eps_scale=factor)
     guidance = Guidance(float(cfg_scale), guided_channels)
     batches = [
         _sample_batch(
@@ -95,15 +98,16 @@ def resolve_run(
     denoiser: Denoiser,
     table: CacheTable | Plan | None,
     steps: int | None,
-    sampler: str | None,
+    sampler: str | Sampler | None,
     eps_scale: float | None,
     allow_amplify: bool = False,
 ) -> tuple[Plan, Sampler]:
     """The plan and the sampler that the arguments of `sample` mean together; raises as `sample` does."""
-    if table is None:
+    if isinstance(sampler, Sampler):
+        plan, stepper = _plan_of(denoiser, table, steps, sampler), sampler
+    elif table is None:
         stepper = make_sampler(sampler or DEFAULT_SAMPLER, DEFAULT_STEPS if steps is None else steps)
-        branches = tuple(cost.branch for cost in denoiser.shape.branches)
-        plan = Plan.uncached(stepper.timesteps, denoiser.shape.depth, branches)
+        plan = _uncached(denoiser, stepper)
     else:
         plan, name, train_steps = _read_table(denoiser, table, sampler)
         if steps is not None and steps != len(plan):
@@ -145,6 +149,26 @@ def check_labels(denoiser: Denoiser, labels: Sequence[int] | Tensor) -> Tensor:
             f"{denoiser.num_classes} classes"
         )
     return y
+
+
+def _uncached(denoiser: Denoiser, stepper: Sampler) -> Plan:
+    branches = tuple(cost.branch for cost in denoiser.shape.branches)
+    return Plan.uncached(stepper.timesteps, denoiser.shape.depth, branches)
+
+
+def _plan_of(denoiser: Denoiser, table: CacheTable | Plan | None, steps: int | None, stepper: Sampler) -> Plan:
+    """The table's plan, or one that caches nothing, for this very sampler."""
+    if steps not in (None, stepper.steps):
+        raise InputError(f"steps={steps}: the sampler given has {stepper.steps}; make it for {steps} steps")
+    if table is None:
+        return _uncached(denoiser, stepper)
+    plan = plan_for(denoiser, table)
+    if len(plan) != stepper.steps:
+        raise TableError(f"the table is for {len(plan)} steps, the sampler given has {stepper.steps}; use equal ones")
+    for i, (planned, executed) in enumerate(zip(plan.timesteps, stepper.timesteps, strict=True)):
+        if planned != executed:
+            raise TableError(f"step {i}: the table is for timestep {planned}, the sampler is at {executed}; retime it")
+    return plan
 
 
 def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | None) -> tuple[Plan, str, int]:

@@ -99,3 +99,9 @@ def sampler_step(x, eps, variance, noise, row, VARIANCE: tl.constexpr, NOISE: tl
         deviation = tl.load(row + 4) * tl.exp(0.5 * log_var) + tl.load(row + 5)
         x += deviation * noise
     return x
+
+
+@triton.jit
+def remember(x, eps, row):
+    """``px * x + pe * eps``, what the next step adds ``cp`` times; row points at the nine coefficients."""
+    return tl.load(row + 7) * x + tl.load(row + 8) * eps

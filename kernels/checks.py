@@ -144,14 +144,19 @@ def head(h: Tensor, linear: Linear, guide: Guide, image: Tensor) -> tuple[int, i
 
 
 def update(what: Update, x: Tensor) -> None:
-    """A sampler's coefficients (S, 6) float32 and its noise (S, B, C, H, W) float32, or None."""
-    if what.rows.ndim != 2 or what.rows.shape[1] != 6 or what.rows.dtype != torch.float32:
-        raise InputError(f"sampler rows of shape {tuple(what.rows.shape)}, {what.rows.dtype} must be (S, 6) float32")
+    """A sampler's coefficients, (S, 6) or with a memory (S, 9), its noise (S, B, C, H, W), or None, and its memory."""
+    width = 6 if what.previous is None else 9
+    if what.rows.ndim != 2 or what.rows.shape[1] != width or what.rows.dtype != torch.float32:
+        raise InputError(
+            f"sampler rows of shape {tuple(what.rows.shape)}, {what.rows.dtype} must be (S, {width}) float32"
+        )
     if not what.rows.is_contiguous():
         raise InputError(f"sampler rows with strides {what.rows.stride()} are not contiguous; pass .contiguous()")
     same_device(what.rows, x)
     if what.noise is not None:
         latents(what.noise, x, (len(what.rows), *x.shape))
+    if what.previous is not None:
+        latents(what.previous, x, x.shape)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

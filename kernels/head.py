@@ -3,7 +3,8 @@
     h' = h + sum_k gate_k * branch_k
     f  = (LayerNorm(h') * (1 + scale) + shift) @ weight.T + bias              eps, and the variance if there is one
     e  = b * (f_uncond + s * (f_cond - f_uncond))                             on the guided channels of eps
-    x <- cx * x + ce * e + (noise_on * exp(log_var / 2) + sigma) * noise      in the form that ends our own loop
+    x <- cx * x + ce * e + (noise_on * exp(log_var / 2) + sigma) * noise      in the form that ends our own loop,
+         + cp * previous;  previous <- px * x + pe * e                        with a sampler that has a memory
 
 A program owns a tile of tokens of one sample, in both of its rows under guidance, so that nothing between the stream
 and the latents is written to memory.
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._features import add_row, features, guided, sampler_step
+from ebcache_fast.kernels._features import add_row, features, guided, remember, sampler_step
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import pixels
 from ebcache_fast.kernels._stream import residual, vector_offsets
@@ -96,7 +97,8 @@ def _predict_kernel(
 def _update_kernel(
     x, stream, norm, at, strides, linear, settings, update, size, copies, B, T, D,
     C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
-    NOISE: tl.constexpr, launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    NOISE: tl.constexpr, MEMORY: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     begin(launch_pdl)
     advance(at)
@@ -123,10 +125,13 @@ def _update_kernel(
         step_size = tl.cast(B, tl.int64) * C * size[0] * size[1]
         noise = tl.load(update.noise + step * step_size + where, mask=keep, other=0.0)
     latents = tl.load(x + where, mask=keep, other=0.0)
-    latents = sampler_step(
-        latents, eps * tl.load(settings + 1), variance, noise, update.rows + step * 6, VARIANCE, NOISE
-    )
-    tl.store(x + where, latents, mask=keep)
+    eps *= tl.load(settings + 1)
+    row = update.rows + step * (9 if MEMORY else 6)
+    stepped = sampler_step(latents, eps, variance, noise, row, VARIANCE, NOISE)
+    if MEMORY:
+        stepped += tl.load(row + 6) * tl.load(update.previous + where, mask=keep, other=0.0)
+        tl.store(update.previous + where, remember(latents, eps, row), mask=keep)
+    tl.store(x + where, stepped, mask=keep)
 
 
 def head_predict(
@@ -223,6 +228,7 @@ def head_update(
             OUT=channels,
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
+            MEMORY=update.previous is not None,
             launch_pdl=early,
             ROWS=chosen.rows,
             COLS=launch.columns(chosen, h.dtype, elements),

@@ -5,7 +5,7 @@
         x <- the head's update of x from h: see `head`
 
 Given its gated sums such a step mixes no tokens, so that a program carries its tile of latents through all of them and
-writes it once.
+writes it once. What a sampler with a memory keeps from step to step stays in registers as well.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._features import add_row, features, sampler_step
+from ebcache_fast.kernels._features import add_row, features, remember, sampler_step
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import embedded, pixels
 from ebcache_fast.kernels._stream import load, vector_offsets
@@ -33,7 +33,8 @@ def _summed_tile(source, col, D):
 def _run_kernel(
     x, sums, patches, norm, at, strides, linear, settings, update, size, steps, copies, B, T, D,
     C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GUIDED: tl.constexpr,
-    NOISE: tl.constexpr, launch_pdl: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
+    NOISE: tl.constexpr, MEMORY: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     begin(launch_pdl)
     advance(at)
@@ -48,6 +49,8 @@ def _run_kernel(
     VARIANCE: tl.constexpr = OUT > C and NOISE
 
     latents = tl.load(x + where, mask=keep, other=0.0)
+    if MEMORY:
+        previous = tl.load(update.previous + where, mask=keep, other=0.0)
     for j in range(steps):
         total = sums + j * (tl.cast(B * copies, tl.int64) * T * D)
         eps = tl.zeros((ROWS, E), tl.float32)
@@ -66,9 +69,16 @@ def _run_kernel(
         noise = eps
         if NOISE:
             noise = tl.load(update.noise + (first_step + j) * image_size + where, mask=keep, other=0.0)
-        row = update.rows + (first_step + j) * 6
-        latents = sampler_step(latents, eps * tl.load(settings + 1), variance, noise, row, VARIANCE, NOISE)
+        eps *= tl.load(settings + 1)
+        row = update.rows + (first_step + j) * (9 if MEMORY else 6)
+        stepped = sampler_step(latents, eps, variance, noise, row, VARIANCE, NOISE)
+        if MEMORY:
+            stepped += tl.load(row + 6) * previous
+            previous = remember(latents, eps, row)
+        latents = stepped
     tl.store(x + where, latents, mask=keep)
+    if MEMORY:
+        tl.store(update.previous + where, previous, mask=keep)
 
 
 def run_update(
@@ -120,6 +130,7 @@ def run_update(
             OUT=channels,
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
+            MEMORY=update.previous is not None,
             launch_pdl=early,
             ROWS=chosen.rows,
             COLS=launch.columns(chosen, sums.dtype, elements),

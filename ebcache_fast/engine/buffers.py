@@ -16,6 +16,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Denoiser
 from ebcache_fast.operands import Guide, Update
 from ebcache_fast.plan import Slot
+from ebcache_fast.samplers.coefficients import WITH_MEMORY, WITHOUT_MEMORY
 
 SPARE_ROWS = 1  # of modulation, after those of the plan: for a timestep that nobody planned
 
@@ -27,6 +28,26 @@ class Ending(Enum):
     PREDICT_GUARDED = "predict, guarded"  # the same, and checks that it was called in the planned order
     UPDATE = "update"  # takes the sampler's step
     UPDATE_WITH_NOISE = "update with noise"  # takes the sampler's step, which adds noise
+    UPDATE_WITH_MEMORY = "update with memory"  # takes the sampler's step, which keeps something for the next
+    UPDATE_WITH_NOISE_AND_MEMORY = "update with noise and memory"
+
+    @classmethod
+    def of_sampler(cls, rows: Tensor, noise: Tensor) -> "Ending":
+        """That of a sampler with these coefficients, (S, 6) or (S, 9), and this noise, none beyond entry 0 or more."""
+        memory = rows.shape[1] > WITHOUT_MEMORY
+        if len(noise) > 1:
+            return cls.UPDATE_WITH_NOISE_AND_MEMORY if memory else cls.UPDATE_WITH_NOISE
+        return cls.UPDATE_WITH_MEMORY if memory else cls.UPDATE
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether there is noise for every step."""
+        return self in (Ending.UPDATE_WITH_NOISE, Ending.UPDATE_WITH_NOISE_AND_MEMORY)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step leaves something to the next."""
+        return self in (Ending.UPDATE_WITH_MEMORY, Ending.UPDATE_WITH_NOISE_AND_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -68,8 +89,9 @@ class Buffers:
     def tensors(self) -> Iterator[Tensor]:
         """All of it that is allocated by now."""
         yield from (self.x, self.out, self.guide.settings, self.update.rows, *self.guard.tensors)
-        if self.update.noise is not None:
-            yield self.update.noise
+        for optional in (self.update.noise, self.update.previous):
+            if optional is not None:
+                yield optional
         for part in (self.modulation, self.cache, self.constants, self.workspace):
             yield from part.tensors
 
@@ -102,13 +124,17 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=latent_dtype(denoiser), device=weight.device)
 
-    noisy = spec.ending is Ending.UPDATE_WITH_NOISE
+    def update() -> Update:
+        coefficients = empty(spec.steps, WITH_MEMORY if spec.ending.has_memory else WITHOUT_MEMORY)
+        noise = empty(spec.steps, *latents) if spec.ending.draws_noise else None
+        return Update(coefficients, noise, empty(*latents) if spec.ending.has_memory else None)
+
     try:
         return Buffers(
             guard=OrderGuard.of(spec.rows, spec.steps + SPARE_ROWS, weight.device),
             x=empty(*latents),
             out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
-            update=Update(empty(spec.steps, 6), empty(spec.steps, *latents) if noisy else None),
+            update=update(),
             guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
             modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, stream_rows),
             cache=FeatureCache(denoiser.shape, spec.live, spec.rows, weight.dtype, weight.device),

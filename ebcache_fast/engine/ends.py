@@ -102,9 +102,12 @@ class JointEnds(FusedEnds):
 
     def update(self, x: Tensor, h: Tensor, pending: Pending, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         tokens, at = self._finished(h, pending, at)
+        x = _as_images(x)
         if update.noise is not None:
-            update = update._replace(noise=update.noise.view(-1, *_as_images(x).shape))
-        super().update(_as_images(x), tokens, Pending(), norm, at, guide, update)
+            update = update._replace(noise=update.noise.view(-1, *x.shape))
+        if update.previous is not None:
+            update = update._replace(previous=update.previous.view(x.shape))
+        super().update(x, tokens, Pending(), norm, at, guide, update)
 
     def run_update(self, x: Tensor, sums: Tensor, norm: Norm, at: At, guide: Guide, update: Update) -> None:
         _run_one_by_one(self, x, sums, norm, at, guide, update)

@@ -110,8 +110,9 @@ class Engine:
     ) -> Iterator[Trajectory]:
         """A run of our own loop over a batch.
 
-        labels: (N,) int64. rows: (S, 6), the sampler's coefficients. noise: (S + 1, N, C, H, W), of which the first
-        are the initial latents; (1, N, C, H, W) for samplers that draw none. On any device, in any float dtype.
+        labels: (N,) int64. rows: (S, 6), the sampler's coefficients, or (S, 9) of one with a memory. noise:
+        (S + 1, N, C, H, W), of which the first are the initial latents; (1, N, C, H, W) for samplers that draw none.
+        On any device, in any float dtype.
         context: what else the model is given, of all batch rows.
         Raises TrajectoryError at the limit of trajectories, InputError for too little memory.
         """
@@ -120,7 +121,7 @@ class Engine:
         self._follow_the_weights()
         if module := self.denoiser.passed_over_hooks():
             raise InputError(f"{module} has hooks, and no part of the engine calls it; remove them, or hook its layers")
-        ending = Ending.UPDATE_WITH_NOISE if len(noise) > 1 else Ending.UPDATE
+        ending = Ending.of_sampler(rows, noise)
         row_labels = guidance.row_labels(self.denoiser, labels)
         batch = Batch(row_labels, len(labels), guidance.channels, tuple(noise.shape[2:]), context)
         place = self._lease(plan, batch, ending)
@@ -133,6 +134,8 @@ class Engine:
             update.rows.copy_(rows)
             if update.noise is not None:
                 update.noise.copy_(noise[1:])
+            if update.previous is not None:
+                update.previous.zero_()
             trajectory = Trajectory(place, ready)
             try:
                 yield trajectory

@@ -2,30 +2,48 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
+from ebcache_fast.noise_schedule import NoiseSchedule
 from ebcache_fast.samplers.coefficients import Sampler, StepRow
 from ebcache_fast.samplers.ddim import ddim, ddim_over
 from ebcache_fast.samplers.ddpm import ddpm, ddpm_over
+from ebcache_fast.samplers.dpm_solver import dpm_solver, dpm_solver_over
 from ebcache_fast.samplers.noise import trajectory_noise
+from ebcache_fast.samplers.of_scheduler import sampler_of
 
 __all__ = [
     "SAMPLERS",
     "Sampler",
+    "SamplerMaker",
     "StepRow",
     "ddim",
     "ddim_over",
     "ddpm",
     "ddpm_over",
+    "dpm_solver",
+    "dpm_solver_over",
     "make_sampler",
+    "sampler_of",
     "sampler_over",
     "trajectory_noise",
 ]
 
-SAMPLERS: Final[Mapping[str, Callable[[NoiseSchedule], Sampler]]] = MappingProxyType(
-    {"ddpm": ddpm_over, "ddim": ddim_over}
+
+class SamplerMaker(NamedTuple):
+    """How to make a sampler: over so many timesteps of its own choice, or over exactly those of a schedule."""
+
+    by_steps: Callable[[NoiseSchedule, int], Sampler]
+    over: Callable[[NoiseSchedule], Sampler]
+
+
+SAMPLERS: Final[Mapping[str, SamplerMaker]] = MappingProxyType(
+    {
+        "ddpm": SamplerMaker(ddpm, ddpm_over),
+        "ddim": SamplerMaker(ddim, ddim_over),
+        "dpm-solver++": SamplerMaker(dpm_solver, dpm_solver_over),
+    }
 )
 
 
@@ -34,15 +52,19 @@ def sampler_over(name: str, schedule: NoiseSchedule) -> Sampler:
 
     Raises InputError for an unknown name, listing the known ones.
     """
-    if name not in SAMPLERS:
-        raise InputError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name](schedule)
+    return _maker(name).over(schedule)
 
 
 def make_sampler(name: str, steps: int, train_steps: int = 1000) -> Sampler:
-    """The sampler of that name over `steps` steps of the linear schedule of `train_steps`, evenly spread.
+    """The sampler of that name over `steps` steps of the linear schedule of `train_steps`, spread as it does.
 
-    Raises InputError for an unknown name, listing the known ones, and for steps outside [1, train_steps].
+    Raises InputError for an unknown name, listing the known ones, and for steps outside [1, train_steps], for
+    "dpm-solver++" [1, train_steps - 1].
     """
-    schedule = NoiseSchedule.linear(train_steps)
-    return sampler_over(name, schedule.respace(respaced_timesteps(train_steps, steps)))
+    return _maker(name).by_steps(NoiseSchedule.linear(train_steps), steps)
+
+
+def _maker(name: str) -> SamplerMaker:
+    if name not in SAMPLERS:
+        raise InputError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

@@ -1,21 +1,25 @@
 """What a sampler is: timesteps, and for each one row of the coefficients of `reference.sampler_update`."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebcache_fast.errors import InputError
 
+LEAST_ALPHA = 0.05  # below it a v is not scaled: eps / alpha would swamp it
+
 
 class StepRow(NamedTuple):
     """Coefficients of one executed step, in the order of the columns of `Sampler.rows`.
 
-    cx, ce: factors of the latent and of eps. min_log, max_log: bounds between which the model's variance
-    output interpolates the log variance. noise_on: 1 where noise of that variance is added, else 0. sigma:
-    a fixed standard deviation, for samplers that know theirs beforehand.
+    cx, ce: factors of the latent and of the model's output. min_log, max_log: bounds between which the model's
+    variance output interpolates the log variance. noise_on: 1 where noise of that variance is added, else 0.
+    sigma: a fixed standard deviation, for samplers that know theirs beforehand. cp: factor of what the step
+    before kept; px, pe: factors of the latent and of the output in what this step keeps.
     """
 
     cx: float
@@ -24,18 +28,27 @@ class StepRow(NamedTuple):
     max_log: float
     noise_on: float
     sigma: float
+    cp: float = 0.0
+    px: float = 0.0
+    pe: float = 0.0
+
+
+WITH_MEMORY = len(StepRow._fields)  # columns
+WITHOUT_MEMORY = 6  # those before cp
 
 
 @dataclass(frozen=True)
 class Sampler:
     """A sampler by name, with its timesteps and one StepRow per step, both in execution order. Hashable.
 
-    Raises InputError when the two differ in length or are empty.
+    v_alpha_bar: where the model's output is v, alpha_bar of each step; None where it is eps.
+    Raises InputError when their lengths differ or are 0, and for a coefficient that is not finite.
     """
 
     name: str
     timesteps: tuple[int, ...]
     step_rows: tuple[StepRow, ...]
+    v_alpha_bar: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.timesteps or len(self.timesteps) != len(self.step_rows):
@@ -43,6 +56,13 @@ class Sampler:
                 f"sampler {self.name} has {len(self.timesteps)} timesteps and {len(self.step_rows)} rows; "
                 "give at least one timestep, and one row of coefficients for each"
             )
+        if self.v_alpha_bar is not None and len(self.v_alpha_bar) != self.steps:
+            raise InputError(
+                f"sampler {self.name} has {len(self.v_alpha_bar)} alpha_bar for {self.steps} steps; give one for each"
+            )
+        for t, row in zip(self.timesteps, self.step_rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                raise InputError(f"sampler {self.name} has {row} at timestep {t}; give finite coefficients")
 
     @property
     def steps(self) -> int:
@@ -51,8 +71,9 @@ class Sampler:
 
     @cached_property
     def rows(self) -> NDArray[np.float64]:
-        """The coefficients, (S, 6) float64, read-only, columns as in StepRow."""
+        """The coefficients, (S, 6) or, with a memory, (S, 9) float64, read-only, columns as in StepRow."""
         rows = np.array(self.step_rows, dtype=np.float64)
+        rows = rows if self.has_memory else np.ascontiguousarray(rows[:, :WITHOUT_MEMORY])
         rows.setflags(write=False)
         return rows
 
@@ -60,3 +81,31 @@ class Sampler:
     def draws_noise(self) -> bool:
         """Whether any step adds noise."""
         return any(row.noise_on != 0.0 or row.sigma != 0.0 for row in self.step_rows)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any step needs what the step before kept."""
+        return any(row.cp != 0.0 for row in self.step_rows)
+
+    def scaling_eps(self, b: float) -> tuple[Self, float]:
+        """The sampler for eps scaled by b, and the factor that is left for the model's output.
+
+        An output that is eps takes b itself, so that the sampler stays as it is. Of one that is v,
+        eps = alpha * v + sigma * x becomes b times itself with v' = v + (b - 1) * eps / alpha, which is linear in x
+        and v: the coefficients take it all, and the factor is 1. Where alpha < 0.05 such a v stays unscaled.
+        """
+        if self.v_alpha_bar is None:
+            return self, b
+        rows = tuple(
+            _with_scaled_v(row, b, alpha_bar) for row, alpha_bar in zip(self.step_rows, self.v_alpha_bar, strict=True)
+        )
+        return replace(self, step_rows=rows), 1.0
+
+
+def _with_scaled_v(row: StepRow, b: float, alpha_bar: float) -> StepRow:
+    """The row for v' = b * v + (b - 1) * sigma / alpha * x in place of v."""
+    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+    if alpha < LEAST_ALPHA:
+        return row
+    of_x = (b - 1.0) * sigma / alpha
+    return row._replace(cx=row.cx + row.ce * of_x, ce=row.ce * b, px=row.px + row.pe * of_x, pe=row.pe * b)

@@ -4,7 +4,8 @@ import numpy as np
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
-from ebcache_fast.samplers.coefficients import Sampler, StepRow
+from ebcache_fast.samplers.coefficients import Sampler
+from ebcache_fast.samplers.data_form import Array, DataForm
 
 
 def ddim(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> Sampler:
@@ -18,20 +19,23 @@ def ddim(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> Sampler:
 def ddim_over(schedule: NoiseSchedule, eta: float = 0.0) -> Sampler:
     """DDIM that executes exactly the timesteps of `schedule`, for instance those of `ddim_timesteps`.
 
-    Song et al. 2020 (arXiv 2010.02502), equation 12, with sigma from equation 16:
-
-        x0 = (x - sqrt(1 - ab) * eps) / sqrt(ab)                                   (not clipped)
-        x' = sqrt(ab_prev) * x0 + sqrt(1 - ab_prev - sigma^2) * eps + sigma * noise
-
-    Both lines hold the same eps, a scaled one included, so that x' is linear in x and eps.
     Raises InputError when eta is outside [0, 1].
     """
     if not 0.0 <= eta <= 1.0:
         raise InputError(f"eta={eta} is outside [0, 1]; 0 is deterministic DDIM, 1 has the variance of DDPM")
-    ab, ab_prev = schedule.alpha_bar, schedule.alpha_bar_prev
-    sigma = eta * np.sqrt(schedule.posterior_variance)
-    cx = np.sqrt(ab_prev / ab)
-    ce = np.sqrt(1.0 - ab_prev - sigma**2) - cx * np.sqrt(1.0 - ab)
-    zero = np.zeros(schedule.steps)
-    rows = tuple(StepRow(*row) for row in np.stack((cx, ce, zero, zero, zero, sigma), axis=1).tolist())
-    return Sampler("ddim", schedule.timesteps, rows)
+    form = ddim_form(schedule.alpha_bar, schedule.alpha_bar_prev, eta * np.sqrt(schedule.posterior_variance))
+    return form.sampler("ddim", schedule.timesteps, schedule.alpha_bar)
+
+
+def ddim_form(here: Array, there: Array, sigma: Array | float = 0.0) -> DataForm:
+    """DDIM from alpha_bar `here` to alpha_bar `there`, (S,) each, with noise of deviation sigma.
+
+    Song et al. 2020 (arXiv 2010.02502), equation 12, with sigma from equation 16:
+
+        x' = sqrt(there) * x0 + sqrt(1 - there - sigma^2) * eps + sigma * noise
+        eps = (x - sqrt(here) * x0) / sqrt(1 - here)
+
+    x0, not clipped, and eps hold the same output, a scaled one included, so that x' is linear in x and the output.
+    """
+    on_eps = np.sqrt(1.0 - there - sigma**2) / np.sqrt(1.0 - here)
+    return DataForm(on_x=on_eps, on_x0=np.sqrt(there) - np.sqrt(here) * on_eps, sigma=sigma)
