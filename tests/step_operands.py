@@ -27,6 +27,7 @@ class Sizes:
     copies: int = 2
     guided: int = 3
     noise: bool = True
+    memory: bool = False
 
     @property
     def rows(self) -> int:
@@ -56,6 +57,8 @@ SIZES = {
     "no variance": Sizes(variance=False),
     "no noise": Sizes(noise=False),
     "no variance, noise or guidance": Sizes(variance=False, noise=False, copies=1),
+    "memory": Sizes(memory=True),
+    "memory, no noise": Sizes(memory=True, noise=False, copies=1),
     "all channels guided": Sizes(guided=4),
     "no channel guided": Sizes(guided=0),
     "a tile and a token": Sizes(samples=1, grid=(1, 17), width=144),
@@ -63,7 +66,7 @@ SIZES = {
 # Of which no tile is full, in patches and as single pixels.
 RAGGED = {
     "patches": Sizes(samples=1, channels=5, patch=3, grid=(1, 3), width=19, guided=2),
-    "pixels": Sizes(samples=1, channels=5, patch=1, grid=(1, 3), width=19, guided=2, variance=False),
+    "pixels": Sizes(samples=1, channels=5, patch=1, grid=(1, 3), width=19, guided=2, variance=False, memory=True),
 }
 
 
@@ -90,7 +93,7 @@ class StepOperands:
         layers = draw(STEPS, 2, CONDITIONS, s.width, dtype=dtype, seed=1)  # gates
         head = draw(STEPS, 2, CONDITIONS, s.width, dtype=dtype, seed=2)  # another table, of other strides
         fan_in, fan_out = s.channels * s.patch**2, s.out_channels * s.patch**2
-        coefficients = draw(STEPS, 6, dtype=torch.float32, seed=3, scale=0.5)
+        coefficients = draw(STEPS, 9 if s.memory else 6, dtype=torch.float32, seed=3, scale=0.5)
         return cls(
             sizes=s,
             x=draw(*latents, dtype=torch.float32, seed=4),
@@ -113,8 +116,17 @@ class StepOperands:
                 draw(fan_out, dtype=dtype, seed=24),
             ),
             guide=Guide(torch.tensor([1.5, 0.9], device=DEVICE), s.guided, s.channels, s.copies),
-            update=Update(coefficients, draw(STEPS, *latents, dtype=torch.float32, seed=25) if s.noise else None),
+            update=Update(
+                coefficients,
+                draw(STEPS, *latents, dtype=torch.float32, seed=25) if s.noise else None,
+                draw(*latents, dtype=torch.float32, seed=26) if s.memory else None,
+            ),
         )
+
+    @property
+    def written(self) -> Tensor:
+        """What a step of our loop writes: the latents, and behind them what the sampler keeps of them."""
+        return self.x if self.update.previous is None else torch.cat([self.x, self.update.previous])
 
     def exact(self) -> "StepOperands":
         """The same numbers in float64."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Kept, alpha_bars, empty_cache, naive_predict, naive_update, tiny_dit
+from tiny import Kept, alpha_bars, empty_cache, naive_predict, naive_stepper, tiny_dit
 from torch import Tensor
 
 from ebcache_fast.algorithm1 import Algorithm1, Tally, tally_batch
@@ -71,7 +71,7 @@ def slow_tally(algorithm: Algorithm1, noise: Tensor, sampler: str, cfg_scale: fl
     for n in range(len(LABELS)):
         y, x = LABELS[n : n + 1], noise[0, n : n + 1]
         kept = empty_cache(model()), empty_cache(model())
-        run = 0
+        run, advance = 0, naive_stepper(sampler)
         for step, t in enumerate(TIMESTEPS):
             fresh = copied(kept)
             original, v = naive_predict(model(), x, t, y, FULL, fresh, cfg_scale, 3)
@@ -89,7 +89,7 @@ def slow_tally(algorithm: Algorithm1, noise: Tensor, sampler: str, cfg_scale: fl
             run = run + 1 if choice else 0
             tally.votes[step][choice] += 1
             step_noise = noise[step + 1, n : n + 1] if sampler == "ddpm" else None
-            x = naive_update(sampler, x, SCALE * original, v, step_noise, bars[step], bars[step + 1])
+            x = advance(x, SCALE * original, v, step_noise, bars[step], bars[step + 1])
     return tally
 
 
@@ -111,7 +111,7 @@ THRESHOLDS = {
     ("norm", True): (0.015, 0.02),
     ("norm", False): (0.08, 0.15),
 }
-RUNS = [("ddpm", 1.5), ("ddim", 1.0), ("ddim", 2.0)]
+RUNS = [("ddpm", 1.5), ("ddim", 1.0), ("dpm-solver++", 2.0)]
 CHOICES = product(("vector", "norm"), ("rms", "l2"), (True, False), (None, 2))
 
 

@@ -41,6 +41,7 @@ from ebcache_fast.models import DiT
 from ebcache_fast.plan import StepType
 
 JOB = Job(plan_of())
+SOLVED = replace(JOB, sampler="dpm-solver++")
 MIXED = Job(mixed_plan(["CC CC", "RC CR", "RR RR", "RR RR", "RR RC"]))
 VIEWS = {"aten.slice.Tensor", "aten.alias.default"}
 COPY = "aten.copy_.default"
@@ -91,11 +92,12 @@ def test_the_drop_in_has_a_graph_for_each_kind_of_step() -> None:
     assert engine_of(model).stats.replays == len(JOB.plan)
 
 
-def test_the_whole_trajectory_as_one_graph() -> None:
+@pytest.mark.parametrize("first", [JOB, SOLVED], ids=lambda job: job.sampler)
+def test_the_whole_trajectory_as_one_graph(first: Job) -> None:
     graphs = FakeGraphs()
     engine = quick_engine(graphs, whole_trajectory=True)
     for seed in (0, 1):
-        job = replace(JOB, seed=seed)
+        job = replace(first, seed=seed)
         with sampling(engine, job) as trajectory:
             assert trajectory.advance() == len(job.plan)
             assert trajectory.advance() == 0
@@ -117,9 +119,19 @@ ANOTHER = {
     "guidance": (replace(JOB, scale=1.0), 5),
     "guided channels": (replace(JOB, channels=1), 5),
     "sampler": (replace(JOB, sampler="ddim"), 5),
+    "sampler with a memory": (SOLVED, 5),
     "live slots": (Job(plan_of((NO, ATTENTION, *[NO] * 6))), 2),
     "steps": (Job(plan_of((NO, ATTN_MLP))), 2),
 }
+
+
+def test_a_run_remembers_nothing_of_the_one_before() -> None:
+    graphs = FakeGraphs()
+    engine = quick_engine(graphs)
+    for seed in (0, 1):
+        job = replace(SOLVED, seed=seed)
+        assert bits(states(engine, job)) == bits(eager_states(MODEL, job))
+    assert graphs.captures == 5
 
 
 @pytest.mark.parametrize("job", REUSED.values(), ids=REUSED)

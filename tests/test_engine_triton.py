@@ -96,6 +96,12 @@ def test_every_step_type(sizes: dict[str, object], scale: float, sampler: str) -
     assert relative_error(run(model_in(torch.float32, **sizes), plan, TRITON, DEVICE, sampler, scale), exact) <= 1e-5
 
 
+def test_a_sampler_with_a_memory() -> None:
+    plan = plan_of(MIXED, "dpm-solver++", 0.95)
+    exact = run(model_in(torch.float64), plan, ops.TORCH, CPU, "dpm-solver++")
+    assert relative_error(run(model_in(torch.float32), plan, TRITON, DEVICE, "dpm-solver++"), exact) <= 1e-5
+
+
 def test_plans_that_reuse_layer_by_layer() -> None:
     """More than two pending branches, at the start of a step, amidst it and at its end."""
     row = {

@@ -1,5 +1,6 @@
 """The head in both of its forms against the references, under the rule of accuracy."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -26,12 +27,14 @@ def predict_with_reference(case: StepOperands) -> Tensor:
     return out
 
 
+def run_update(update: Callable[..., None], case: StepOperands) -> None:
+    update(case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
+
+
 def update_with_reference(case: StepOperands) -> Tensor:
-    x = case.x.clone()
-    reference.head_update(
-        x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update
-    )
-    return x
+    done = case.clone()
+    run_update(reference.head_update, done)
+    return done.written
 
 
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
@@ -44,10 +47,8 @@ def test_what_lies_beside_the_operands_counts_for_nothing(
     out = Guarded((sizes.rows, sizes.out_channels, *sizes.image), torch.float32)
     head_predict(alone.h, alone.branches, alone.gates, alone.norm, alone.at, alone.linear, alone.guide, out.tensor)
     assert_accurate(out.written(), predict_with_reference(case), predict_with_reference(exact))
-    head_update(
-        alone.x, alone.h, alone.branches, alone.gates, alone.norm, alone.at, alone.linear, alone.guide, alone.update
-    )
-    assert_accurate(alone.x, update_with_reference(case), update_with_reference(exact))
+    run_update(head_update, alone)
+    assert_accurate(alone.written, update_with_reference(case), update_with_reference(exact))
 
 
 @EVERY_SIZE
@@ -64,10 +65,20 @@ def test_predict(sizes: Sizes, dtype: torch.dtype) -> None:
 @EVERY_DTYPE
 def test_update(sizes: Sizes, dtype: torch.dtype) -> None:
     case = StepOperands.of(sizes, dtype)
-    x = Guarded(case.x.shape, torch.float32, case.x)
-    head_update(x.tensor, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
     own, exact = update_with_reference(case), update_with_reference(case.exact())
-    assert_accurate(x.written().to(dtype), own.to(dtype), exact)
+    x = Guarded(case.x.shape, torch.float32, case.x)
+    run_update(head_update, dataclasses.replace(case, x=x.tensor))
+    written = dataclasses.replace(case, x=x.written()).written
+    assert_accurate(written.to(dtype), own.to(dtype), exact)
+
+
+def test_nothing_beside_the_memory_is_written() -> None:
+    case = StepOperands.of(SIZES["memory"], torch.float32)
+    exact = update_with_reference(case.exact())[len(case.x) :]
+    own = update_with_reference(case)[len(case.x) :]
+    previous = Guarded(case.x.shape, torch.float32, case.update.previous)
+    run_update(head_update, dataclasses.replace(case, update=case.update._replace(previous=previous.tensor)))
+    assert_accurate(previous.written(), own, exact)
 
 
 @pytest.mark.parametrize("branches", [0, 1])
@@ -200,6 +211,14 @@ WRONG = {
     "strides of the coefficients": (
         lambda c: dict(update=c.update._replace(rows=c.update.rows.T.contiguous().T)),
         "not contiguous",
+    ),
+    "coefficients without those of the memory": (
+        lambda c: dict(update=c.update._replace(previous=c.x.clone())),
+        r"\(S, 9\)",
+    ),
+    "a memory of another batch": (
+        lambda c: dict(update=c.update._replace(rows=c.x.new_ones(STEPS, 9), previous=c.x[:1].clone())),
+        "latents of shape",
     ),
     "noise of fewer steps": (lambda c: dict(update=c.update._replace(noise=c.update.noise[1:])), "latents of shape"),
 }

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.noise_schedule import NoiseSchedule, ddim_timesteps, linear_betas, respaced_timesteps
+from ebcache_fast.noise_schedule import (
+    NoiseSchedule,
+    ddim_timesteps,
+    linear_betas,
+    respaced_timesteps,
+    solver_timesteps,
+)
 
 # ------------------------------------------------------------------------------------------------ timesteps
 
@@ -63,6 +69,25 @@ def test_respacing_keeps_both_ends_and_is_even(data: st.DataObject) -> None:
 )
 def test_integer_spacing_by_hand(train_steps: int, steps: int, expected: tuple[int, ...]) -> None:
     assert ddim_timesteps(train_steps, steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("train_steps", "steps", "expected"),
+    [
+        (10, 3, (9, 6, 3)),
+        (10, 4, (9, 7, 4, 2)),  # stride 2.25: 2.25, 4.5 (ties to even: 4), 6.75, 9
+        (10, 9, (9, 8, 7, 6, 5, 4, 3, 2, 1)),
+        (10, 1, (9,)),
+    ],
+)
+def test_solver_spacing_by_hand(train_steps: int, steps: int, expected: tuple[int, ...]) -> None:
+    assert solver_timesteps(train_steps, steps) == expected
+
+
+@pytest.mark.parametrize("steps", [0, 10])
+def test_solver_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(InputError, match=rf"steps={steps} is outside \[1, 9\]"):
+        solver_timesteps(10, steps)
 
 
 def test_ddim50() -> None:

@@ -12,7 +12,8 @@ from ebcache_fast import reference
 from ebcache_fast.operands import Linear
 
 SMALL = {
-    name: SIZES[name] for name in ("plain", "one token", "no guidance", "no variance", "no noise", "no channel guided")
+    name: SIZES[name]
+    for name in ("plain", "one token", "no guidance", "no variance", "no noise", "no channel guided", "memory")
 }
 EVERY_SIZE = pytest.mark.parametrize("sizes", SMALL.values(), ids=SMALL)
 
@@ -66,10 +67,22 @@ def numpy_predict(h: np.ndarray, case: StepOperands, step: int = STEP) -> np.nda
     return out
 
 
-def numpy_update(x: np.ndarray, out: np.ndarray, case: StepOperands, step: int = STEP) -> np.ndarray:
+def numpy_update(case: StepOperands, out: np.ndarray, step: int = STEP) -> np.ndarray:
+    """The latents, and behind them what is kept of them."""
+    kept = case.update.previous
+    if kept is None:
+        return numpy_latents(case, out, step)
+    px, pe = case.update.rows[step, 7:].tolist()
+    eps = out[: case.sizes.samples, : case.sizes.channels]
+    return np.concatenate([numpy_latents(case, out, step), px * case.x.numpy() + pe * eps])
+
+
+def numpy_latents(case: StepOperands, out: np.ndarray, step: int) -> np.ndarray:
     s = case.sizes
-    cx, ce, low, high, noise_on, sigma = case.update.rows[step].tolist()
-    x = cx * x + ce * out[: s.samples, : s.channels]
+    cx, ce, low, high, noise_on, sigma = case.update.rows[step, :6].tolist()
+    x = cx * case.x.numpy() + ce * out[: s.samples, : s.channels]
+    if case.update.previous is not None:
+        x = x + float(case.update.rows[step, 6]) * case.update.previous.numpy()
     if case.update.noise is None:
         return x
     share = (out[: s.samples, s.channels :] + 1) / 2 if s.variance else 0.0
@@ -110,11 +123,11 @@ def test_head_predict(sizes: Sizes) -> None:
 @EVERY_SIZE
 def test_head_update(sizes: Sizes) -> None:
     case = case_of(sizes)
-    expected = numpy_update(case.x.numpy(), numpy_predict(stream(case), case), case)
+    expected = numpy_update(case, numpy_predict(stream(case), case))
     reference.head_update(
         case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update
     )
-    assert_close(case.x, expected)
+    assert_close(case.written, expected)
 
 
 @EVERY_SIZE
@@ -124,8 +137,11 @@ def test_run_update(sizes: Sizes) -> None:
     reference.run_update(run.x, run.sums, run.patches, run.norm, run.at, run.linear, run.guide, run.update)
     for j in range(3):
         out = numpy_predict(numpy_embed(case) + case.sums[j].numpy(), case, STEP + j)
-        case.x.copy_(torch.from_numpy(numpy_update(case.x.numpy(), out, case, STEP + j)))
-    assert_close(run.x, case.x.numpy())
+        latents, *kept = np.split(numpy_update(case, out, STEP + j), 1 + sizes.memory)
+        case.x.copy_(torch.from_numpy(latents))
+        for one in kept:
+            case.update.previous.copy_(torch.from_numpy(one))
+    assert_close(run.written, case.written.numpy())
 
 
 def test_linear_gelu() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.noise_schedule import NoiseSchedule, ddim_timesteps, respaced_timesteps
+from ebcache_fast.noise_schedule import NoiseSchedule, ddim_timesteps, respaced_timesteps, solver_timesteps
 from ebcache_fast.operands import Guide
 from ebcache_fast.reference import guide_and_scale, sampler_update
 from ebcache_fast.samplers import (
@@ -20,6 +20,7 @@ from ebcache_fast.samplers import (
     ddim_over,
     ddpm,
     ddpm_over,
+    dpm_solver,
     make_sampler,
     sampler_over,
     trajectory_noise,
@@ -247,7 +248,7 @@ def test_sampler_describes_itself() -> None:
     assert sampler.rows.dtype == np.float64
     assert StepRow(*sampler.rows[4]) == sampler.step_rows[4]
     assert not sampler.rows.flags.writeable
-    assert StepRow._fields == ("cx", "ce", "min_log", "max_log", "noise_on", "sigma")
+    assert StepRow._fields == ("cx", "ce", "min_log", "max_log", "noise_on", "sigma", "cp", "px", "pe")
     assert sampler == ddpm(LINEAR, 10)
     assert hash(sampler) == hash(ddpm(LINEAR, 10))
     assert sampler != ddim(LINEAR, 10)
@@ -258,6 +259,16 @@ def test_who_draws_noise() -> None:
     assert ddim(LINEAR, 10, 0.5).draws_noise
     assert not ddim(LINEAR, 10).draws_noise
     assert not ddpm(LINEAR, 1).draws_noise  # its only step is its last
+    assert not dpm_solver(LINEAR, 10).draws_noise
+
+
+def test_who_has_a_memory() -> None:
+    solver = dpm_solver(LINEAR, 10)
+    assert solver.has_memory
+    assert solver.rows.shape == (10, 9)
+    assert StepRow(*solver.rows[4]) == solver.step_rows[4]
+    assert not dpm_solver(LINEAR, 2).has_memory  # its first and its last step are of first order
+    assert dpm_solver(LINEAR, 2).rows.shape == (2, 6)
 
 
 def test_a_sampler_needs_one_row_per_timestep() -> None:
@@ -266,16 +277,25 @@ def test_a_sampler_needs_one_row_per_timestep() -> None:
         Sampler("mine", (5, 0), (row,))
     with pytest.raises(InputError, match="0 timesteps"):
         Sampler("mine", (), ())
+    with pytest.raises(InputError, match="2 alpha_bar for 1 steps"):
+        Sampler("mine", (5,), (row,), (0.5, 0.9))
+    for bad in (math.inf, math.nan):
+        with pytest.raises(InputError, match="at timestep 5; give finite"):
+            Sampler("mine", (5,), (row._replace(cp=bad),))
 
 
 def test_samplers_by_name() -> None:
-    for name, by_steps in (("ddpm", ddpm), ("ddim", ddim)):
+    for name, by_steps, spread in (
+        ("ddpm", ddpm, respaced_timesteps),
+        ("ddim", ddim, respaced_timesteps),
+        ("dpm-solver++", dpm_solver, solver_timesteps),
+    ):
         assert make_sampler(name, 20) == by_steps(LINEAR, 20)
-        assert make_sampler(name, 20, train_steps=100).timesteps == respaced_timesteps(100, 20)
+        assert make_sampler(name, 20, train_steps=100).timesteps == spread(100, 20)
         chosen = LINEAR.respace((700, 41, 2))
         sampler = sampler_over(name, chosen)
         assert sampler.timesteps == (700, 41, 2)
-        assert sampler == SAMPLERS[name](chosen)
+        assert sampler == SAMPLERS[name].over(chosen)
 
 
 def test_bad_samplers() -> None:
@@ -285,6 +305,8 @@ def test_bad_samplers() -> None:
         sampler_over("euler", LINEAR)
     with pytest.raises(InputError, match=r"steps=0 is outside \[1, 1000\]"):
         make_sampler("ddpm", 0)
+    with pytest.raises(InputError, match=r"steps=1000 is outside \[1, 999\]"):
+        make_sampler("dpm-solver++", 1000)
     for eta in (-0.1, 1.1, math.nan):
         with pytest.raises(InputError, match="eta="):
             ddim(LINEAR, 20, eta)

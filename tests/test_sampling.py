@@ -10,7 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CLASSES, RELATIVE, LayerReuse, naive_sample, naive_timesteps, relative_error, tiny_dit
+from tiny import (
+    CLASSES,
+    RELATIVE,
+    LayerReuse,
+    naive_sample,
+    naive_solver_timesteps,
+    naive_timesteps,
+    relative_error,
+    tiny_dit,
+)
 from torch import Tensor, nn
 
 from ebcache_fast.cache_table import CacheTable, SamplerSpec
@@ -71,9 +80,13 @@ class Run:
 @st.composite
 def runs(draw: Callable) -> Run:
     steps = draw(st.integers(1, 6))
-    spread = st.just(naive_timesteps(steps))
+    sampler = draw(st.sampled_from(["ddpm", "ddim", "dpm-solver++"]))
+    solves = sampler == "dpm-solver++"
+    own = naive_solver_timesteps(steps) if solves else naive_timesteps(steps)
+    spread = st.sampled_from([own, naive_timesteps(steps)])
     anywhere = st.lists(st.integers(0, 999), min_size=steps, max_size=steps, unique=True)
-    timesteps = draw(spread | anywhere.map(lambda drawn: sorted(drawn, reverse=True)))
+    # A solver that extrapolates from two neighbours over a long step multiplies what rounding left of them.
+    timesteps = draw(spread if solves else spread | anywhere.map(lambda drawn: sorted(drawn, reverse=True)))
     form = draw(st.sampled_from(["none", "table", "plan"]))
     if form == "plan":
         layers = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=2)
@@ -87,7 +100,7 @@ def runs(draw: Callable) -> Run:
         table = CacheTable(timesteps, types) if form == "table" else None
     return Run(
         table=table,
-        timesteps=timesteps if form != "none" else naive_timesteps(steps),
+        timesteps=timesteps if form != "none" else own,
         reuse=reuse,
         labels=draw(st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=3)),
         options={
@@ -95,7 +108,7 @@ def runs(draw: Callable) -> Run:
             "guided_channels": draw(st.integers(1, 5)),
             "eps_scale": draw(st.sampled_from([1.0, 0.955, 1.036]) | st.floats(0.5, 1.5)),
         },
-        sampler=draw(st.sampled_from(["ddpm", "ddim"])),
+        sampler=sampler,
         seed=draw(st.integers(0, 2**64 - 1)),
         batch_size=draw(st.integers(1, 3)),
         learn_sigma=draw(st.booleans()),
@@ -127,7 +140,7 @@ def test_cached_sampling_equals_the_naive_loop(dtype: torch.dtype, run: Run) -> 
     assert relative_error(ours, theirs) <= RELATIVE[dtype]
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
 def test_fifty_steps_of_a_table_equal_the_naive_loop(sampler: str) -> None:
     types = [StepType.NO_CACHE, *(StepType(i * i % 4) for i in range(1, 49)), StepType.NO_CACHE]
     timesteps = naive_timesteps(50)

@@ -5,7 +5,8 @@ one after the other, textbook sampler steps. It shares nothing with the engine b
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, repeat
 
 import torch
@@ -17,6 +18,7 @@ CLASSES = 5
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 LayerReuse = tuple[bool, bool]  # whether a layer's attention, and its MLP, come from the cache
+Stepper = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, float], Tensor]
 Kept = list[list[Tensor]]  # by layer: the ungated attention output and MLP output that were computed last
 
 
@@ -102,6 +104,11 @@ def naive_timesteps(steps: int) -> list[int]:
     return [round(position) for position in accumulate(repeat(stride, steps - 1), initial=0.0)][::-1]
 
 
+def naive_solver_timesteps(steps: int) -> list[int]:
+    """``steps`` of 1000 timesteps, evenly spread from 999 to where the next one would be 0."""
+    return [round(999 * k / steps) for k in range(steps, 0, -1)]
+
+
 def alpha_bars(timesteps: Sequence[int]) -> list[float]:
     """alpha_bar of each timestep of the linear schedule and, last, 1."""
     by_t = list(accumulate((1 - (1e-4 + (2e-2 - 1e-4) * t / 999) for t in range(1000)), float.__mul__))
@@ -127,6 +134,32 @@ def naive_update(
     return mean + torch.exp((share * math.log(beta) + (1 - share) * math.log(posterior)) / 2) * noise
 
 
+class NaiveSolver:
+    """DPM-Solver++(2M), step by step, each as `naive_update`: the data D extrapolated from two predictions of x_0."""
+
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, float] | None = None  # the last x_0, and lambda there
+
+    def __call__(
+        self, x: Tensor, eps: Tensor, v: Tensor | None, noise: Tensor | None, here: float, there: float
+    ) -> Tensor:
+        x0 = (x - math.sqrt(1 - here) * eps) / math.sqrt(here)
+        if there == 1.0:
+            return x0
+        at, then = (math.log(bar / (1 - bar)) / 2 for bar in (here, there))
+        data = x0
+        if self._before is not None:
+            ratio = (at - self._before[1]) / (then - at)
+            data = (1 + 1 / (2 * ratio)) * x0 - 1 / (2 * ratio) * self._before[0]
+        self._before = x0, at
+        return math.sqrt((1 - there) / (1 - here)) * x - math.sqrt(there) * math.expm1(at - then) * data
+
+
+def naive_stepper(sampler: str) -> Stepper:
+    """What takes the steps of one trajectory."""
+    return NaiveSolver() if sampler == "dpm-solver++" else partial(naive_update, sampler)
+
+
 @torch.no_grad()
 def naive_sample(
     model: DiT,
@@ -142,9 +175,9 @@ def naive_sample(
 ) -> Tensor:
     """The whole cached run; noise (steps + 1, N, C, H, W), the first the initial latents."""
     kept = empty_cache(model), empty_cache(model)
-    bars = alpha_bars(timesteps)
+    bars, advance = alpha_bars(timesteps), naive_stepper(sampler)
     x = noise[0]
     for i, t in enumerate(timesteps):
         eps, v = naive_predict(model, x, t, y, reuse[i], kept, cfg_scale, guided_channels)
-        x = naive_update(sampler, x, eps * eps_scale, v, noise[i + 1], bars[i], bars[i + 1])
+        x = advance(x, eps * eps_scale, v, noise[i + 1], bars[i], bars[i + 1])
     return x
