@@ -3,7 +3,6 @@
 from ebcache_fast._version import __version__
 from ebcache_fast.attach import disable, enable, enabled, stats
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.calibration import calibrate
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.errors import (
     CaptureError,
@@ -13,6 +12,7 @@ from ebcache_fast.errors import (
     TableError,
     TrajectoryError,
 )
+from ebcache_fast.pipeline_calibration import calibrate
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.sampling import sample
 

@@ -139,12 +139,14 @@ def tally_batch(
 ) -> Tally:
     """Sample one batch, advanced by the original output times b; count what each sample would have cached.
 
-    labels (N,), noise (steps + 1, N, C, H, W), or (1, …) for a sampler that draws none. Every sample follows
+    labels (N,), noise (steps + 1, N, C, H, W), or (1, …) for a sampler that draws none. context: of all batch rows, the
+    conditional ones first. Every sample follows
     its own decisions: its cache takes over a step's outputs only where that step, as voted, computes them.
     """
     steps = sampler.steps
     tally = Tally.empty(steps)
     tally.samples = len(labels)
+    denoiser = denoiser.sized(tuple(noise.shape[2:]), context)
     search = _Search(denoiser, labels, sampler.timesteps, guidance, context)
     scaling, factor = sampler.scaling_eps(eps_scale)
     rows = torch.as_tensor(scaling.rows.copy(), dtype=noise.dtype, device=noise.device)

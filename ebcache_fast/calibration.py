@@ -16,7 +16,7 @@ from ebcache_fast.calibration_progress import CalibrationProgress
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.models import Context, Denoiser, as_denoiser
 from ebcache_fast.noise_schedule import TRAIN_STEPS
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import Sampler, trajectory_noise
@@ -28,13 +28,23 @@ SEARCH_TOLERANCE = 0.02  # of the target: as near as a table of 50 steps can com
 SEARCH_STRIDE = 4.0  # by which the threshold moves until the target is bracketed
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """What stands in the place of labels in a model that has none."""
+
+    latents: tuple[int, ...]  # the shape of one
+    context_of: Callable[[range], Context]  # of these samples; under guidance of as many unconditional rows after them
+    checksum: int  # of whatever it comes from
+
+
 def calibrate(
     model: nn.Module,
     *,
     samples: int = 1000,
     labels: Sequence[int] | Tensor | None = None,
-    steps: int = 50,
-    sampler: str = "ddpm",
+    prompted: Prompted | None = None,
+    steps: int | None = None,
+    sampler: str | Sampler = "ddpm",
     cfg_scale: float = DEFAULT_CFG_SCALE,
     guided_channels: int = GUIDED_CHANNELS,
     eps_scale: float = 1.0,
@@ -51,6 +61,7 @@ def calibrate(
     Args:
         samples: how many vote.
         labels: class labels that the samples take in turn; None means every class.
+        prompted: instead of labels, for a model of diffusers; `ebcache_fast.calibrate` makes it of prompts.
         target_speedup: find the threshold, a multiple of the algorithm's a and k, whose table the MAC count
             allows this speed-up over no caching, as nearly as a table can; None takes the threshold as it is.
         progress_file: JSON in which finished batches are counted; the same call resumes from it, another
@@ -73,12 +84,16 @@ def calibrate(
     if target_speedup is not None and not 1 <= target_speedup < math.inf:
         raise InputError(f"target_speedup={target_speedup} is outside [1, inf); 1.5 and 2.5 are the paper's")
     classes = check_labels(denoiser, range(denoiser.num_classes) if labels is None else labels)
+    if prompted is None:
+        prompted = Prompted(denoiser.latent_shape, lambda samples: (), 0)
+    denoiser = denoiser.sized(prompted.latents, prompted.context_of(range(1)))
     plan, stepper = resolve_run(denoiser, None, steps, sampler, eps_scale, allow_amplify)
     spec = SamplerSpec(name=stepper.name, steps=stepper.steps, train_steps=TRAIN_STEPS)
     voting = _Voting(
         denoiser=denoiser,
         algorithm=algorithm or Algorithm1(),
         labels=classes[torch.arange(samples, device=classes.device) % len(classes)],
+        prompted=prompted,
         sampler=stepper,
         spec=spec,
         guidance=Guidance(float(cfg_scale), guided_channels),
@@ -101,6 +116,7 @@ class _Voting:
     denoiser: Denoiser
     algorithm: Algorithm1  # its a and k are where a search starts
     labels: Tensor
+    prompted: Prompted
     sampler: Sampler
     spec: SamplerSpec
     guidance: Guidance
@@ -182,6 +198,7 @@ class _Voting:
                 self.eps_scale,
                 algorithm,
                 self.on_step,
+                self.prompted.context_of(indices),
             )
             tally.add(batch)
             self.progress.write(key, tally)
@@ -203,7 +220,7 @@ class _Voting:
         return choices | {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "labels_crc32": zlib.crc32(self.labels.cpu().numpy().tobytes()),
+            "labels_crc32": zlib.crc32(self.labels.cpu().numpy().tobytes(), self.prompted.checksum),
             "cfg_scale": self.guidance.scale,
             "guided_channels": self.guidance.channels,
             "eps_scale": self.eps_scale,

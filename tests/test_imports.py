@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "console", "demo"),
     ("dropin",),
     ("attach", "job", "profile_job"),
+    ("pipeline_calibration",),
     (FACADE,),
     ("cli",),
     ("__main__",),

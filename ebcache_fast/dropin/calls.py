@@ -22,6 +22,8 @@ class Answering(Protocol):
 class Calls(Protocol):
     """The methods that take the place of a model's own, bound to who answers."""
 
+    unconditional_first: bool  # how their pipelines order the rows of a guided batch
+
     def __init__(self, answering: Answering) -> None: ...
 
     @property
@@ -37,6 +39,8 @@ class Calls(Protocol):
 
 class OriginalCalls:
     """Of the original's DiT."""
+
+    unconditional_first = False
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering

@@ -25,6 +25,7 @@ from ebcache_fast.models import (
 class _DiffusersCalls:
     """What they have in common: one method, and what it returns."""
 
+    unconditional_first = True
     forward: ClassVar[Any]
 
     def __init__(self, answering: Answering) -> None:
@@ -53,6 +54,8 @@ class _DiffusersCalls:
 
 class DiffusersDiTCalls(_DiffusersCalls):
     """Of DiTTransformer2DModel."""
+
+    unconditional_first = False
 
     @staticmethod
     def ask(model: Any, call: ModelCall) -> Any:

@@ -54,6 +54,10 @@ class CogVideoXContext(NamedTuple):
     sin: Tensor | None = None
     ofs: Tensor | None = None  # (1,) or (), of models that take it
 
+    def rows(self, chosen: Tensor) -> "CogVideoXContext":
+        """Of these rows (M,), in this order."""
+        return self._replace(text=self.text[chosen])
+
 
 class CogVideoXDenoiser:
     """The parts of a CogVideoXTransformer3DModel, read from the live module.
@@ -161,7 +165,6 @@ class CogVideoXDenoiser:
                 ("hidden_size", width),
                 ("mlp_hidden_size", hidden),
                 ("num_heads", block.attn1.heads),
-                ("tokens", tokens),
                 ("patch_size", self._patch[1]),
                 ("in_channels", self._in_channels),
                 ("out_channels", self.out_channels),

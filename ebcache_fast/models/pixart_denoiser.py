@@ -53,6 +53,10 @@ class PixArtContext(NamedTuple):
     resolution: Tensor | None = None  # (N, 2), and
     aspect_ratio: Tensor | None = None  # (N, 1), of models that were trained with sizes
 
+    def rows(self, chosen: Tensor) -> "PixArtContext":
+        """Of these rows (M,), in this order."""
+        return PixArtContext(self.text[chosen], *(None if one is None else one[chosen] for one in self[1:]))
+
 
 class PixArtDenoiser:
     """The parts of a PixArtTransformer2DModel, read from the live module.
@@ -131,7 +135,6 @@ class PixArtDenoiser:
                 ("hidden_size", width),
                 ("mlp_hidden_size", hidden),
                 ("num_heads", block.attn1.heads),
-                ("tokens", tokens),
                 ("patch_size", self._patch_size),
                 ("in_channels", self.latent_shape[0]),
                 ("out_channels", self.out_channels),

@@ -1,0 +1,95 @@
+"""``calibrate`` for modules and, with prompts or labels, for diffusers' pipelines as their callers run them."""
+
+import inspect
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ebcache_fast import calibration
+from ebcache_fast.attach import module_of
+from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.calibration import Prompted
+from ebcache_fast.dropin.diffusers_calls import calls_class
+from ebcache_fast.dropin.first_call import first_call
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import Context, as_denoiser
+from ebcache_fast.samplers import sampler_of
+
+
+def calibrate(
+    model: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    call: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CacheTable:
+    """Make a Cache Table by Algorithm 1 (arXiv 2503.07120) for a module, or for a pipeline of diffusers.
+
+    A pipeline's scheduler says the sampler, and its own defaults the number of steps, the guidance scale and the size:
+    the table then has the timesteps that the pipeline will run. Compared is whatever the model predicts.
+
+    Args:
+        model: a class-conditional DiT, a DiTPipeline, PixArtSigmaPipeline, PixArtAlphaPipeline or CogVideoXPipeline.
+        prompts: of the last three, which the samples take in turn; there are as many samples unless ``samples`` says
+            otherwise, one at a time unless ``batch_size`` does.
+        call: further arguments of the pipeline's call, such as height, width, num_frames and negative_prompt.
+        options: as for `ebcache_fast.calibration.calibrate`.
+
+    Raises:
+        InputError: an argument is out of range, or the scheduler does what no sampler of ours does.
+        JobError: the progress file is damaged, another call's, or can't be written.
+    """
+    if isinstance(model, nn.Module):
+        if prompts is not None or call is not None:
+            raise InputError(f"prompts and call are for pipelines, not for a {type(model).__name__}; pass its pipeline")
+        return calibration.calibrate(model, **options)
+    module, usual = module_of(model), inspect.signature(model.__call__).parameters
+    denoiser = as_denoiser(module)
+    steps = options.pop("steps", usual["num_inference_steps"].default)
+    scale = options.pop("cfg_scale", usual["guidance_scale"].default)
+    channels, sampler = denoiser.latent_shape[0], sampler_of(model.scheduler, steps)
+    chosen: dict[str, Any] = {"cfg_scale": scale, "guided_channels": channels, "sampler": sampler, "steps": steps}
+    if denoiser.num_classes > 1:
+        if prompts is not None or call is not None:
+            raise InputError(f"{type(model).__name__} takes labels; pass labels in place of prompts and call")
+        return calibration.calibrate(module, **(options | chosen))
+    if not prompts or isinstance(prompts, str):
+        raise InputError(f"prompts={prompts!r} must be a list of one or more for {type(model).__name__}")
+    run = dict(call or {}) | {"num_inference_steps": steps, "guidance_scale": scale}
+    by_prompt: dict[str, Any] = {
+        "samples": len(prompts),
+        "batch_size": 1,
+        "prompted": _prompted(model, list(prompts), run),
+    }
+    return calibration.calibrate(module, **(by_prompt | options | chosen))
+
+
+def _prompted(pipe: Any, prompts: list[str], run: Mapping[str, Any]) -> Prompted:
+    """What the pipeline makes of prompts, batch by batch."""
+    channels = as_denoiser(pipe.transformer).out_channels
+
+    def context_of(samples: range) -> Context:
+        given = [prompts[k % len(prompts)] for k in samples]
+        seen = first_call(pipe, prompt=given, **run)
+        copies = 2 if run["guidance_scale"] != 1 else 1
+        if len(seen.x) != copies * len(given):
+            raise InputError(
+                f"the pipeline has {len(seen.x)} rows for {len(given)} prompts at guidance_scale="
+                f"{run['guidance_scale']}; use 1 for no guidance or more than 1, and one picture a prompt"
+            )
+        order = torch.arange(len(seen.x), device=seen.x.device)
+        if copies == 2 and calls_class(pipe.transformer).unconditional_first:
+            order = order.roll(len(given))
+        rows: Context = cast(Any, seen.context).rows(order)
+        return rows
+
+    latents = tuple(first_call(pipe, prompt=prompts[:1], **run).x.shape[1:])
+    if latents[0] > channels:
+        raise InputError(
+            f"{type(pipe).__name__} gives its transformer more than latents, {latents[0]} channels for {channels}; "
+            "calibrate the text-to-video pipeline of the same kind, and use its table"
+        )
+    return Prompted(latents, context_of, zlib.crc32(repr((prompts, sorted(run.items(), key=str))).encode()))

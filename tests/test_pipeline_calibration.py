@@ -1,0 +1,153 @@
+"""``calibrate`` of pipelines: its trajectory is the pipeline's own, and its table fits the pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tiny import (
+    tiny_cogvideox_2b,
+    tiny_cogvideox_5b,
+    tiny_image_to_video,
+    tiny_pipeline,
+    tiny_pixart_alpha,
+    tiny_pixart_sigma,
+)
+from tiny import relative_error
+from torch import Tensor
+
+from ebcache_fast import algorithm1, calibrate, enable, stats
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.samplers import trajectory_noise
+
+diffusers = pytest.importorskip("diffusers")
+
+STEPS = 6
+PROMPTS = ["the red cat", "a small old house"]
+PICTURE = dict(height=8, width=8, use_resolution_binning=False, clean_caption=False)
+SIGMA = PICTURE | dict(max_sequence_length=6, negative_prompt="dog")
+VIDEO = dict(height=16, width=16, num_frames=5, max_sequence_length=6)
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "PixArt-Sigma": (tiny_pixart_sigma, SIGMA),
+    "PixArt-Alpha with sizes": (
+        lambda: tiny_pixart_alpha(additional_conditions=True),
+        PICTURE | dict(height=16),
+    ),
+    "CogVideoX-2b": (tiny_cogvideox_2b, VIDEO),
+}
+
+
+@pytest.fixture
+def advanced(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The latents after each step of a calibration."""
+    seen: list[Tensor] = []
+    update = algorithm1.sampler_update
+
+    def watched(*args: Any) -> Tensor:
+        seen.append(update(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(algorithm1, "sampler_update", watched)
+    return seen
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+@pytest.mark.parametrize(("make", "call"), CASES.values(), ids=CASES)
+def test_it_goes_the_way_of_the_pipeline(
+    make: Callable[[], Any], call: dict[str, Any], scale: float, advanced: list[Tensor]
+) -> None:
+    pipe = make()
+    calibrate(pipe, prompts=PROMPTS, call=call, steps=STEPS, cfg_scale=scale, seed=3, batch_size=2)
+    shape = advanced[-1].shape
+    noise = trajectory_noise(3, range(shape[0]), 0, tuple(shape[1:]))[0]
+    is_video = len(shape) == 5
+    latents = noise.transpose(1, 2) if is_video else noise
+    run = call | dict(num_inference_steps=STEPS, guidance_scale=scale, latents=latents, output_type="latent")
+    run |= {"negative_prompt": [call["negative_prompt"]] * 2} if "negative_prompt" in call else {}
+    drawn = pipe(prompt=PROMPTS, **run)
+    drawn = drawn.frames.transpose(1, 2) if is_video else drawn.images
+    assert relative_error(advanced[-1], drawn) < 1e-5
+
+
+@pytest.mark.parametrize(("make", "call"), [*CASES.values(), (tiny_cogvideox_5b, VIDEO)], ids=[*CASES, "CogVideoX-5b"])
+def test_the_table_is_for_the_pipeline(make: Callable[[], Any], call: dict[str, Any]) -> None:
+    pipe = make()
+    table = calibrate(
+        pipe, prompts=PROMPTS, call=call, steps=STEPS, algorithm=algorithm1.Algorithm1(a=9.0, k=9.0, max_run=1)
+    )
+    assert table.model == tuple(sorted(as_denoiser(pipe.transformer).shape.fingerprint))
+    assert table.made is not None
+    assert table.made.options["samples"] == len(PROMPTS)
+    enable(pipe, table, strict=False)
+    pipe(prompt=PROMPTS[0], num_inference_steps=STEPS, output_type="latent", **call)
+    counted = stats(pipe)
+    assert not counted.refreshed
+    assert not counted.originals
+    assert counted.steps["ATTN_MLP"] == sum(kind.name == "ATTN_MLP" for kind in table.step_types) > 0
+
+
+def test_labels_of_a_dit_pipeline() -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    table = calibrate(pipe, labels=[3, 7], samples=4, steps=STEPS)
+    pipe.scheduler.set_timesteps(STEPS)
+    assert list(table.timesteps) == pipe.scheduler.timesteps.tolist()
+    assert table.made is not None
+    assert table.made.options["cfg_scale"] == 4.0  # the pipeline's own
+    assert table.made.options["guided_channels"] == 4
+
+
+def test_it_is_the_same_again_and_resumes_for_the_same_prompts_alone(tmp_path: Path) -> None:
+    pipe, progress = tiny_pixart_sigma(), tmp_path / "progress.json"
+    options = dict(call=SIGMA, steps=STEPS, progress_file=progress)
+    first = calibrate(pipe, prompts=PROMPTS, **options)
+    assert calibrate(pipe, prompts=PROMPTS, **options) == first
+    with pytest.raises(Exception, match="progress"):
+        calibrate(pipe, prompts=PROMPTS[::-1], **options)
+    enable(pipe, first)
+    assert calibrate(pipe, prompts=PROMPTS, call=SIGMA, steps=STEPS) == first
+    assert stats(pipe).steps == {}
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "no prompts": (tiny_pixart_sigma, {}, "prompts=None must be a list of one or more for PixArtSigmaPipeline"),
+    "one string": (tiny_pixart_sigma, {"prompts": "a cat"}, "prompts='a cat' must be a list"),
+    "prompts for labels": (tiny_pipeline, {"prompts": ["a cat"]}, "DiTPipeline takes labels"),
+    "prompts for a module": (lambda: tiny_pipeline().transformer, {"prompts": ["a"]}, "pass its pipeline"),
+    "more than latents": (
+        tiny_image_to_video,
+        {"prompts": ["a cat"], "call": VIDEO | {"image": torch.zeros(1, 3, 16, 16)}, "steps": 4},
+        "more than latents, 8 channels for 4; calibrate the text-to-video pipeline",
+    ),
+    "less than no guidance": (
+        tiny_pixart_sigma,
+        {"prompts": ["a cat"], "call": SIGMA, "steps": 4, "cfg_scale": 0.5},
+        "use 1 for no guidance or more than 1",
+    ),
+    "several pictures a prompt": (
+        tiny_pixart_sigma,
+        {"prompts": ["a cat"], "call": SIGMA | {"num_images_per_prompt": 2}, "steps": 4},
+        "4 rows for 1 prompts",
+    ),
+    "attention arguments": (
+        tiny_cogvideox_2b,
+        {"prompts": ["a cat"], "call": VIDEO | {"attention_kwargs": {"scale": 0.5}}, "steps": 4},
+        "in a way that the engine does not know; pass it no attention arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(make: Callable[[], Any], options: dict[str, Any], message: str) -> None:
+    pipe = make()
+    if hasattr(pipe, "scheduler") and "Cog" not in type(pipe).__name__:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
+    with pytest.raises(InputError, match=message):
+        calibrate(pipe, **options)
+
+
+def test_a_scheduler_that_clips_is_refused() -> None:
+    with pytest.raises(InputError, match="clip_sample=True of DDIMScheduler"):
+        calibrate(tiny_pipeline(), labels=[1], steps=4)
