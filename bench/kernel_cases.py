@@ -69,6 +69,14 @@ def _head_update_without_noise(o: KernelOperands) -> None:
     head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, quiet)
 
 
+def _head_update_with_memory(o: KernelOperands) -> None:
+    head_update(o.x, o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.solver_update)
+
+
+def _run_update_with_memory(o: KernelOperands) -> None:
+    run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.solver_update)
+
+
 def _linear_gelu(o: KernelOperands) -> None:
     wide = Linear(o.draw(o.model.hidden, o.model.width), o.draw(o.model.hidden))
     linear_gelu(o.u.flatten(0, 1), wide, o.draw(o.rows * o.model.tokens, o.model.hidden))
@@ -91,11 +99,15 @@ CALLS: dict[str, Call] = {
     "head": lambda o: head_predict(o.h, [o.first], [o.gates[:, 0]], o.head_norm, o.at, o.linear, o.guide, o.out),
     "head, DDPM": _head_update,
     "head, DDIM": _head_update_without_noise,
+    "head, DPM-Solver++": _head_update_with_memory,
     "run of 3 steps": lambda o: run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update),
+    "run of 3 steps, DPM-Solver++": _run_update_with_memory,
     "linear, GELU": _linear_gelu,
     "attention": _attention,
 }
 OWN_MATMULS = ("linear, GELU", "attention")
+WITH_MEMORY = ("head, DPM-Solver++", "run of 3 steps, DPM-Solver++")  # the same kernels: compiled at one size alone
+ENDS = ("embed", "embed, norm", "head", "head, DDPM", "head, DDIM", "run of 3 steps")
 LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", *OWN_MATMULS)
 
 
@@ -136,7 +148,7 @@ def _early_case(name: str) -> Case:
 CASES: tuple[Case, ...] = (
     *(_case(name, XL_256, 1, torch.bfloat16) for name in CALLS),
     *(_case(name, XL_256, 32, torch.bfloat16) for name in LAUNCHED_BY_ROWS),
-    *(_case(name, XL_256, 1, torch.float32) for name in CALLS if "head" in name or "run" in name or "embed" in name),
-    *(_case(name, LETTERS, 4, torch.float32) for name in CALLS),
-    *(_early_case(name) for name in CALLS if name not in OWN_MATMULS),
+    *(_case(name, XL_256, 1, torch.float32) for name in ENDS),
+    *(_case(name, LETTERS, 4, torch.float32) for name in CALLS if name not in WITH_MEMORY),
+    *(_early_case(name) for name in CALLS if name not in (*OWN_MATMULS, *WITH_MEMORY)),
 )

@@ -82,8 +82,15 @@ def work(kernel: str, model: ModelSizes, samples: int, itemsize: int) -> Work:
         "head": (2 * stream + 3 * table + 2 * eps_map + 4 * latents, 2 * eps_out),
         "head, DDPM": (2 * stream + 3 * table + 2 * eps_map + 3 * latents, 2 * eps_out),  # x in and out, noise
         "head, DDIM": (2 * stream + 3 * table + eps_map + 2 * latents, eps_out),  # without noise no variance either
+        # the same, and what is kept of the step, in and out
+        "head, DPM-Solver++": (2 * stream + 3 * table + eps_map + 4 * latents, eps_out),
         # 3 sums, shift and scale of 3 steps, both maps once, x in and out, 3 steps' noise
         "run of 3 steps": (3 * stream + 6 * table + embedding + 2 * eps_map + 5 * latents, 3 * (into + 2 * eps_out)),
+        # without noise and variance; what is kept, in and out
+        "run of 3 steps, DPM-Solver++": (
+            3 * stream + 6 * table + embedding + eps_map + 4 * latents,
+            3 * (into + eps_out),
+        ),
         "linear, GELU": ((M * (D + hidden) + (D + 1) * hidden) * itemsize, 2 * M * D * hidden),  # u, out, weight, bias
         "attention": (4 * stream, 4 * rows * T**2 * D),  # q, k, v, out; scores, weighted sum
     }

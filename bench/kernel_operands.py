@@ -64,6 +64,9 @@ class KernelOperands:
         self.guide = Guide(settings, 3, model.channels, copies=2)
         noise = self.draw(STEPS, *latents, dtype=torch.float32)
         self.update = Update(self.draw(STEPS, 6, dtype=torch.float32), noise)
+        self.solver_update = Update(
+            self.draw(STEPS, 9, dtype=torch.float32), None, self.draw(*latents, dtype=torch.float32)
+        )
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Small normal numbers: zeros would run faster than what a model computes with."""
