@@ -1,0 +1,368 @@
+"""What pipelines can't be enabled with, or was done to them after: a typed error, the method, or their own answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, TYPES, Kind, ask, drive, table_of, timesteps, uncached
+from diffusers_oracle import bare, drive_replaying, fate, nothing, replaying
+from tiny import relative_error
+from torch import Tensor, nn
+
+from ebcache_fast import CacheTable, disable, enable, stats
+from ebcache_fast.errors import EBCacheError, InputError, TableError, TrajectoryError
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.plan import Branch, Plan
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+Change = Callable[[Any], object]
+HONEST = {"refused", "cached", "counted"}
+both_models = pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
+
+
+@pytest.fixture
+def pipe(kind: Kind) -> Any:
+    return kind.pipeline()
+
+
+# ------------------------------------------------------------------------------------------ diffusers' own caches
+
+
+def caching(name: str, **options: Any) -> Change:
+    """One of diffusers' caches, as its users apply it."""
+
+    def apply(pipe: Any) -> None:
+        config, model = getattr(diffusers.hooks, f"{name}Config")(**options), pipe.transformer
+        if hasattr(model, "enable_cache"):
+            model.enable_cache(config)
+        else:
+            ways = {"PyramidAttentionBroadcast": "pyramid_attention_broadcast", "MagCache": "mag_cache"}
+            getattr(diffusers.hooks, f"apply_{ways.get(name, name)}")(model, config)
+
+    return apply
+
+
+BROADCAST = caching(
+    "PyramidAttentionBroadcast",
+    spatial_attention_block_skip_range=2,
+    spatial_attention_timestep_skip_range=(0, 1000),
+    current_timestep_callback=lambda: 500,
+)
+FASTER = caching(
+    "FasterCache",
+    spatial_attention_block_skip_range=2,
+    spatial_attention_timestep_skip_range=(-1, 901),
+    unconditional_batch_skip_range=2,
+    current_timestep_callback=lambda: 500,
+    attention_weight_callback=lambda _: 0.3,
+    tensor_format="BFCHW",
+)
+MAG = caching("MagCache", num_inference_steps=STEPS, mag_ratios=torch.ones(STEPS) * 0.99)
+
+
+def cast_layerwise(pipe: Any) -> None:
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+CACHES: dict[str, tuple[Kind, Change]] = {
+    "PixArt, pyramid attention broadcast": (SIGMA, BROADCAST),
+    "PixArt, MagCache": (SIGMA, MAG),
+    "PixArt, layerwise casting": (SIGMA, cast_layerwise),
+    "CogVideoX, pyramid attention broadcast": (COG_2B, BROADCAST),
+    "CogVideoX, FasterCache": (COG_2B, FASTER),
+    "CogVideoX, MagCache": (COG_2B, MAG),
+    "CogVideoX, first block cache": (COG_2B, caching("FirstBlockCache", threshold=0.5)),
+    "CogVideoX, SeaCache": (COG_2B, caching("SeaCache")),
+    "CogVideoX, layerwise casting": (COG_2B, cast_layerwise),
+}
+
+
+@pytest.mark.parametrize(("kind", "apply"), CACHES.values(), ids=CACHES)
+def test_another_cache_is_refused_and_later_left_to_it(kind: Kind, pipe: Any, apply: Change) -> None:
+    assert fate(pipe, kind.draw, apply, nothing) == "refused"
+    assert fate(pipe, kind.draw, nothing, apply) == "counted"
+    apply(pipe)
+    with pytest.raises(InputError, match=f"{type(pipe.transformer).__name__}.* has diffusers' hook '.*; remove"):
+        enable(pipe, table_of(pipe))
+    assert "_cached_forward" not in vars(pipe.transformer)
+
+
+@pytest.mark.parametrize("kind", [COG_2B], ids=str)
+def test_a_cache_that_is_gone_again_is_in_nobodys_way(kind: Kind, pipe: Any) -> None:
+    replayed = kind.draw(replaying(pipe))
+    enable(pipe, table_of(pipe))
+    BROADCAST(pipe)
+    kind.draw(pipe)
+    pipe.transformer.disable_cache()
+    assert relative_error(kind.draw(pipe), replayed) < 1e-5
+    assert [*stats(pipe).originals.values()] == [STEPS]
+
+
+# ------------------------------------------------------------------------------------------- other transformers
+
+
+def sizes(**others: Any) -> dict[str, Any]:
+    return dict(num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=4) | others
+
+
+ADALN_SINGLE = dict(norm_type="ada_norm_single", cross_attention_dim=16, caption_channels=16, sample_size=8)
+OTHERS: dict[str, dict[str, Any]] = {
+    "SD3Transformer2DModel": sizes(sample_size=8, joint_attention_dim=16, caption_projection_dim=16,
+                                   pooled_projection_dim=16, pos_embed_max_size=8, out_channels=4),
+    "FluxTransformer2DModel": sizes(num_single_layers=1, joint_attention_dim=16, pooled_projection_dim=16,
+                                    axes_dims_rope=(2, 2, 4)),
+    "LatteTransformer3DModel": sizes(**ADALN_SINGLE, patch_size=2, num_embeds_ada_norm=1000, video_length=2,
+                                     norm_elementwise_affine=False),
+    "ConsisIDTransformer3DModel": sizes(text_embed_dim=16, time_embed_dim=8, sample_width=8, sample_height=8,
+                                        sample_frames=5, cross_attn_dim_head=8, cross_attn_num_heads=2,
+                                        is_train_face=False),
+    "HunyuanDiT2DModel": sizes(sample_size=8, hidden_size=16, cross_attention_dim=16, cross_attention_dim_t5=16,
+                               pooled_projection_dim=16, learn_sigma=True, patch_size=2,
+                               activation_fn="gelu-approximate"),
+    "LTXVideoTransformer3DModel": sizes(cross_attention_dim=16, caption_channels=16),
+    "SanaTransformer2DModel": sizes(sample_size=8, cross_attention_dim=16, caption_channels=16,
+                                    num_cross_attention_heads=2, cross_attention_head_dim=8),
+    "PriorTransformer": sizes(embedding_dim=16, num_embeddings=4) | dict(in_channels=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_unsupported_transformer_is_named(name: str) -> None:
+    options = {key: value for key, value in OTHERS[name].items() if value is not None}
+    model = getattr(diffusers, name)(**options).eval()
+
+    class Pipeline:
+        transformer = model
+
+    table = CacheTable(range(800, -1, -200), TYPES)
+    for target in (model, Pipeline()):
+        with pytest.raises(InputError, match=rf"{name}.*;") as refused:
+            enable(target, table)
+        assert "\n" not in str(refused.value)
+        assert "_cached_forward" not in vars(model)
+
+
+@both_models
+def test_a_subclass_with_a_forward_of_its_own(kind: Kind) -> None:
+    """As control networks for these models come: the layout is the same, and the answer is not."""
+    own = type(kind.pipeline().transformer)
+
+    class Controlled(own):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **named: Any) -> Any:
+            return (1.01 * super().forward(*args, **named)[0],)
+
+    def become(changed: Any) -> None:
+        changed.transformer.__class__ = Controlled
+
+    assert fate(*bare(kind), become, nothing) in {"refused", "counted"}
+    assert fate(*bare(kind), nothing, become) == "counted"
+
+
+# ------------------------------------------------------------------------------------- what users do to layers
+
+
+class Reversed:
+    """A processor of attention of another meaning: it attends to tokens from behind, by position."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return attn.to_out[0](attn.to_v(hidden_states).flip(1))
+
+
+class BothReversed:
+    """The same of film and text."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        *_: Any,
+        image_rotary_emb: Any = None,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor]:
+        film, text = (Reversed()(attn, one) for one in (hidden_states, encoder_hidden_states))
+        return film, text
+
+
+def reverse(pipe: Any) -> None:
+    is_film = hasattr(pipe.transformer, "enable_cache")
+    pipe.transformer.transformer_blocks[1].attn1.set_processor(BothReversed() if is_film else Reversed())
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        out = self.inner(*args, **named)
+        return tuple(2 * one for one in out) if isinstance(out, tuple) else 2 * out
+
+
+def twice(path: str) -> Change:
+    """A hook that doubles what a module returns."""
+
+    def hook(_: Any, args: Any, out: Any) -> Any:
+        return tuple(2 * one for one in out) if isinstance(out, tuple) else 2 * out
+
+    return lambda pipe: pipe.transformer.get_submodule(path).register_forward_hook(hook)
+
+
+def replaced(path: str) -> Change:
+    def change(pipe: Any) -> None:
+        owner, _, name = path.rpartition(".")
+        pipe.transformer.get_submodule(owner)._modules[name] = Doubled(pipe.transformer.get_submodule(path))
+
+    return change
+
+
+def with_a_layer_twice(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks.append(pipe.transformer.transformer_blocks[0])
+
+
+def with_layers_reversed(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks = nn.ModuleList(reversed(pipe.transformer.transformer_blocks))
+
+
+BLOCK = "transformer_blocks.0"
+CHANGES: dict[str, Change] = {
+    "a processor": reverse,
+    "fused projections": lambda pipe: pipe.transformer.fuse_qkv_projections(),
+    "gradient checkpointing": lambda pipe: pipe.transformer.enable_gradient_checkpointing(),
+    "a layer twice": with_a_layer_twice,
+    "layers reversed": with_layers_reversed,
+    **{f"a hook on {path or 'the whole'}": twice(path) for path in ("", BLOCK, f"{BLOCK}.attn1", f"{BLOCK}.ff",
+       f"{BLOCK}.norm1", f"{BLOCK}.norm2", f"{BLOCK}.attn1.to_q", "norm_out", "proj_out")},
+    **{f"another {path}": replaced(path) for path in (BLOCK, f"{BLOCK}.attn1", f"{BLOCK}.ff", f"{BLOCK}.norm2",
+       "norm_out")},
+}  # fmt: skip
+OF_ONE: dict[str, tuple[Kind, Change]] = {
+    "PixArt, the default processor": (SIGMA, lambda pipe: pipe.transformer.set_default_attn_processor()),
+    "PixArt, a processor of the text": (
+        SIGMA, lambda pipe: pipe.transformer.transformer_blocks[0].attn2.set_processor(Reversed())
+    ),
+    **{
+        f"PixArt, a hook on {path}": (SIGMA, twice(path))
+        for path in ("pos_embed", "adaln_single", "adaln_single.emb", "adaln_single.linear", "caption_projection",
+                     f"{BLOCK}.attn2", f"{BLOCK}.attn2.to_k")
+    },
+    **{
+        f"CogVideoX, a hook on {path}": (COG_2B, twice(path))
+        for path in ("patch_embed", "time_proj", "time_embedding", "norm_final", "norm_out.linear",
+                     "embedding_dropout", f"{BLOCK}.norm1.linear", f"{BLOCK}.attn1.norm_q")
+    },
+}  # fmt: skip
+DONE = [
+    pytest.param(kind, change, id=f"{kind}, {name}") for name, change in CHANGES.items() for kind in (SIGMA, COG_2B)
+]
+DONE += [pytest.param(*each, id=name) for name, each in OF_ONE.items()]
+
+
+@pytest.mark.parametrize(("kind", "change"), DONE)
+def test_whatever_was_done_to_it_the_answer_is_the_methods_or_its_own(kind: Kind, change: Change) -> None:
+    assert fate(*bare(kind), change, nothing) in HONEST
+    assert fate(*bare(kind), nothing, change) in {"cached", "counted"}
+
+
+@both_models
+def test_the_default_way_is_cached(kind: Kind) -> None:
+    assert fate(*bare(kind), nothing, nothing) == "cached"
+
+
+@both_models
+def test_checkpointing_with_gradients_is_the_models_own(kind: Kind, pipe: Any) -> None:
+    model, call = pipe.transformer, kind.call(pipe)
+    model.enable_gradient_checkpointing()
+    enable(model, table_of(pipe))
+    model(**call)[0].sum().backward()
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert stats(model).originals == {"gradients are recorded": 1}
+    disable(model).zero_grad()
+    model(**call)[0].sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (ours[name] is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, ours[name])
+
+
+# ------------------------------------------------------------------------------------------------- refused at once
+
+
+@both_models
+def test_training_mode_and_weights_elsewhere(kind: Kind, pipe: Any) -> None:
+    pipe.transformer.train()
+    with pytest.raises(InputError, match=r"training mode.*model\.eval\(\)"):
+        enable(pipe, table_of(pipe))
+    pipe.transformer.eval().to("meta")
+    with pytest.raises(InputError, match="meta device"):
+        enable(pipe, table_of(pipe))
+
+
+@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B], ids=str)
+def test_a_table_of_another_model(kind: Kind, pipe: Any) -> None:
+    own = dict(as_denoiser(pipe.transformer).shape.fingerprint)
+    ts = timesteps(pipe)
+    strangers = [own | {name: size + 1} for name, size in own.items()]
+    strangers += [dict(as_denoiser(other.pipeline().transformer).shape.fingerprint)
+                  for other in (DIT, SIGMA, COG_2B) if other is not kind]  # fmt: skip
+    for model in strangers:
+        with pytest.raises(TableError, match=r"^model: the table is for .*; use a table made for this model"):
+            enable(pipe, CacheTable(ts, TYPES, model=model))
+    deeper = (2 + 1, (Branch.SELF_ATTN, Branch.CROSS_ATTN, Branch.MLP))
+    others = (2, (Branch.MLP,))
+    for depth, branches in (deeper, others):
+        with pytest.raises(TableError):
+            enable(pipe, Plan.from_types(TYPES, ts, depth, branches))
+    assert "_cached_forward" not in vars(pipe.transformer)
+    replayed = kind.draw(replaying(pipe))
+    enable(pipe, CacheTable(ts, TYPES, model=own))
+    assert relative_error(kind.draw(pipe), replayed) < 1e-5
+
+
+def test_the_text_has_a_branch_of_its_own() -> None:
+    pipe = SIGMA.pipeline()
+    without = Plan.from_types(TYPES, timesteps(pipe), 2, (Branch.SELF_ATTN, Branch.MLP))
+    with pytest.raises(TableError, match=r"(?i)branch"):
+        enable(pipe, without)
+
+
+@both_models
+def test_inputs_that_no_model_can_take(kind: Kind, pipe: Any) -> None:
+    """An error, ours or the model's; then the next run is right."""
+    ts, call, model = timesteps(pipe), kind.call(pipe), pipe.transformer
+    replayed = drive_replaying(pipe, call, ts)
+    x, text = call["hidden_states"], call["encoder_hidden_states"]
+    enable(model, table_of(pipe))
+    drive(model, call, ts[:2])
+    for wrong in (
+        dict(hidden_states=x[:, :, :3] if x.ndim == 5 else x[:, :3]),
+        dict(hidden_states=x[0]),
+        dict(encoder_hidden_states=text[:1].expand(3, -1, -1)),
+        dict(encoder_hidden_states=text[..., :5]),
+        dict(hidden_states=x.double()),
+        dict(hidden_states=x.to("meta")),
+    ):
+        with pytest.raises((EBCacheError, RuntimeError, ValueError, IndexError)):
+            ask(model, call | wrong, ts[2])
+    for ours, theirs in zip(drive(model, call, ts), replayed, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@both_models
+@torch.no_grad()
+def test_latents_that_are_no_numbers_leave_nothing_behind(kind: Kind, pipe: Any) -> None:
+    ts, call, model = timesteps(pipe), kind.call(pipe), pipe.transformer
+    replayed = drive_replaying(pipe, call, ts)
+    enable(model, uncached(pipe))
+    bad = call | dict(hidden_states=torch.full_like(call["hidden_states"], torch.nan))
+    enable(model, table_of(pipe))
+    try:
+        out = model(**(bad | dict(timestep=torch.full((2,), ts[0]))))[0]
+    except (InputError, TrajectoryError):
+        pass
+    else:
+        assert out.isnan().any()
+    for ours, theirs in zip(drive(model, call, ts), replayed, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
