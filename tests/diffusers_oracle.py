@@ -21,18 +21,26 @@ LEAST_ALPHA = 0.05  # below it, v-prediction is not scaled
 
 
 class Replaying(nn.Module):
-    """A branch that keeps what it computed last, ungated, and gives it again in steps that reuse it."""
+    """A branch that keeps what it computed last, ungated, and gives it again in steps that reuse it.
+
+    In each of its places: a layer may stand in a model more than once.
+    """
 
     def __init__(self, inner: nn.Module, branch: Branch) -> None:
         super().__init__()
         self.inner, self.branch = inner, branch
-        self.kept: Any = torch.tensor(math.nan)
-        self.step_type = NO
+        self.kept: dict[int, Any] = {}
+        self.begin(NO)
+
+    def begin(self, step_type: StepType) -> None:
+        """A step of this type comes next."""
+        self.step_type, self.place = step_type, 0
 
     def forward(self, *args: Any, **named: Any) -> Any:
+        self.place += 1
         if self.branch not in self.step_type.reuses:
-            self.kept = self.inner(*args, **named)
-        return self.kept
+            self.kept[self.place] = self.inner(*args, **named)
+        return self.kept[self.place]
 
 
 def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale: float = 1.0) -> Any:
@@ -44,7 +52,7 @@ def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale:
     model, of_step = pipe.transformer, by_timestep(pipe) if types is None else types
     assert "forward" not in vars(model), "a pipeline that is enabled is no oracle"
     found: list[Replaying] = []
-    for block in model.transformer_blocks:
+    for block in dict.fromkeys(model.transformer_blocks):
         for name, branch in BRANCHES.items():
             if getattr(block, name, None) is not None:
                 found.append(Replaying(getattr(block, name), branch))
@@ -52,7 +60,7 @@ def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale:
 
     def set_step(_: nn.Module, args: Any, named: dict[str, Any]) -> None:
         for each in found:
-            each.step_type = of_step.get(int(named["timestep"][0]), NO)
+            each.begin(of_step.get(int(named["timestep"][0]), NO))
 
     model.register_forward_pre_hook(set_step, with_kwargs=True)
     if eps_scale != 1.0:

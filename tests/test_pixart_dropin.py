@@ -25,7 +25,7 @@ from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_pixart
 from tiny import relative_error
 from torch import Tensor
 
-from ebcache_fast import disable, enable, stats
+from ebcache_fast import enable, stats
 from ebcache_fast.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")
@@ -143,7 +143,7 @@ def test_resolution_and_aspect_ratio_are_conditions_of_their_own() -> None:
     enable(pipe, table_of(pipe))
     for each, theirs in zip(added, expected, strict=True):
         assert_all_same(drive(pipe.transformer, call | dict(added_cond_kwargs=each), ts), theirs)
-    with pytest.raises(ValueError, match="added_cond_kwargs"):  # what it says itself
+    with pytest.raises(ValueError, match=r"added_cond_kwargs|resolution"):  # what it says itself, or we do
         ask(pipe.transformer, call | dict(added_cond_kwargs=None), ts[0])
 
 
@@ -255,16 +255,13 @@ def test_a_step_of_the_mlp_alone_computes_both_attentions(pipe: Any) -> None:
     assert stats(pipe).hits == 2 * 3
 
 
-def test_other_samplers(pipe: Any) -> None:
-    for name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverSinglestepScheduler"):
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-        if not all(float(t).is_integer() for t in timesteps(pipe)):
-            continue
-        replayed = SIGMA.draw(replaying(pipe))
-        enable(pipe, table_of(pipe))
-        assert relative_error(SIGMA.draw(pipe), replayed) < 3e-5  # of some that amplify what rounding does
-        assert not stats(pipe).refreshed
-        disable(pipe)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverSinglestepScheduler"])
+def test_other_samplers(pipe: Any, name: str) -> None:
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    replayed = SIGMA.draw(replaying(pipe))
+    enable(pipe, table_of(pipe))
+    assert relative_error(SIGMA.draw(pipe), replayed) < 3e-5  # their first step makes more of the last digits
+    assert not stats(pipe).refreshed
 
 
 def test_one_prompt_as_a_string(pipe: Any) -> None:
