@@ -60,6 +60,7 @@ PARTS: dict[str, Change] = {
     "a buffer": lambda model: last(model).register_buffer("more", torch.zeros(1)),
     "a class": lambda model: setattr(last(model), "__class__", Other),
     "a processor": lambda model: setattr(model.blocks[-1].attn, "processor", object()),
+    "its class's own forward": lambda model: setattr(last(model), "forward", last(model).forward),  # a hook's remains
     "a dict of parameters": lambda model: setattr(last(model), "_parameters", {}),
 }
 PYTHON: dict[str, Change] = {

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ebcache_fast.models.layers import has_another_forward
+
 Columns = tuple[list[Any], ...]
 INSIDE = list(map(itemgetter, ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")))
 
@@ -60,15 +62,16 @@ def _look_at(modules: Sequence[nn.Module], insides: Sequence[dict[str, Any]]) ->
     children, parameters, buffers, hooks, pre_hooks = (list(map(get, insides)) for get in INSIDE)
     tensors = [one for one in chain(_values(parameters), _values(buffers)) if one is not None]
     # The model's own hooks run around a graph, and its own forward may be the one that asks.
-    forwards = ["forward" in inside for inside in insides[1:]]
-    python = list(map(len, hooks[1:])), list(map(len, pre_hooks[1:])), forwards
+    forwards = list(map(dict.get, insides[1:], repeat("forward")))
+    python = list(map(len, hooks[1:])), list(map(len, pre_hooks[1:]))
+    others = forwards.count(None) < len(forwards) and any(map(has_another_forward, modules[1:]))
     strides = chain.from_iterable(map(Tensor.stride, tensors))
     memory = map(Tensor.data_ptr, tensors), strides, map(attrgetter("dtype"), tensors)
     processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
     kinds = map(type, modules), processors
-    columns = *kinds, map(id, _values(children)), *python, map(id, tensors), *memory
+    columns = *kinds, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
-    return Fingerprint(parts, _versions(tensors), any(chain(*python)))
+    return Fingerprint(parts, _versions(tensors), others or any(chain(*python)))
 
 
 def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:

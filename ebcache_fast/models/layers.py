@@ -64,5 +64,11 @@ def is_bare(layer: Any) -> bool:
 
 
 def is_watched(module: Any) -> bool:
-    """Whether hooks, or a forward of its own, change what a module does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether hooks, or another forward than its class's, change what a module does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or has_another_forward(module))
+
+
+def has_another_forward(module: Any) -> bool:
+    """Whether an instance has a forward that is not its class's; whoever took theirs away may have left that there."""
+    forward = vars(module).get("forward")
+    return forward is not None and forward != type(module).forward.__get__(module)
