@@ -15,6 +15,7 @@ from tiny import relative_error
 from torch import Tensor, nn
 
 from ebcache_fast import ops
+from ebcache_fast.engine.ends import OF_ENDS
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
@@ -130,6 +131,8 @@ def test_hooked_ends_run_as_modules(model: nn.Module) -> None:
         getattr(model, end).register_forward_hook(lambda *_, end=end: called.append(end))
     assert relative_error(run(model, plan), plain) < 1e-12
     assert len(set(called)) == 2
+    ran = Engine(model).stats.operations
+    assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_ENDS)
 
 
 def test_memory_is_said_before_it_is_taken() -> None:

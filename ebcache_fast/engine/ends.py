@@ -16,6 +16,8 @@ from ebcache_fast.models.denoiser import TEXT, Denoiser, Scratch
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
 from ebcache_fast.ops import Operations
 
+OF_ENDS = ("embed", "embed_norm_modulate", "head_predict", "head_update", "run_update")  # the operations that they use
+
 
 @dataclass
 class Pending:

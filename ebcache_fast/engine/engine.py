@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ebcache_fast import ops
 from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
 from ebcache_fast.engine.buffers import BufferSpec, Ending, room_for
+from ebcache_fast.engine.ends import OF_ENDS
 from ebcache_fast.engine.fingerprint import Watch
 from ebcache_fast.engine.graphs import CudaGraphs, Graphs
 from ebcache_fast.engine.guidance import Guidance
@@ -100,7 +101,7 @@ class Engine:
         return self.counts.snapshot(
             graphs=sum(one.graphs for one in sets),
             cache_bytes=sum(one.buffers.cache.nbytes for one in sets),
-            operations=self.operations.implementations(),
+            operations=self.operations.implementations() | self._ends,
         )
 
     @contextmanager
@@ -211,6 +212,7 @@ class Engine:
         self.denoiser = self._make_denoiser(self.model)
         weight = self.denoiser.weight()
         self._kind = weight.device, weight.dtype  # kept: a model that is changed later may have no such weight
+        self._ends = {} if self.denoiser.has_plain_ends else dict.fromkeys(OF_ENDS, "the model's own layers")
 
     def _make_room(self) -> None:
         limit = self.options.max_trajectories
