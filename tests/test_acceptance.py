@@ -1,0 +1,301 @@
+"""What users of today's caches ran into, from their trackers: each a test, for DiT, PixArt and CogVideoX alike."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers_kinds import (
+    COG_VIDEO,
+    DIT,
+    NO,
+    STEPS,
+    THREE,
+    TYPES,
+    Call,
+    Kind,
+    ask,
+    drive,
+    table_of,
+    timesteps,
+)
+from diffusers_oracle import by_timestep, drive_replaying, replaying
+from tiny import relative_error
+from torch import Tensor
+
+from ebcache_fast import disable, enable, stats
+from ebcache_fast.errors import TrajectoryError
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+three = pytest.mark.parametrize("kind", THREE, ids=str)
+in_either_order = pytest.mark.parametrize("trust_order", [False, True])
+
+
+@pytest.fixture
+def pipe(kind: Kind) -> Any:
+    return kind.pipeline()
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    assert relative_error(ours, theirs) < 1e-5
+
+
+class CancelledError(Exception):
+    """Of whoever waited for the picture."""
+
+
+def cancelled(kind: Kind, pipe: Any, step: int) -> None:
+    """A run that somebody gives up after so many steps."""
+    inner, done = pipe.scheduler.step, 0
+
+    def give_up(*args: Any, **named: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == step:
+            raise CancelledError
+        return inner(*args, **named)
+
+    pipe.scheduler.step = give_up
+    with pytest.raises(CancelledError):
+        kind.draw(pipe)
+    del pipe.scheduler.step
+
+
+# ------------------------------------------------------------------------------------------------ state that leaks
+
+
+@in_either_order
+@three
+def test_the_second_call_equals_the_first(kind: Kind, pipe: Any, trust_order: bool) -> None:
+    """sglang#35054, diffusers#14093."""
+    replayed = kind.draw(replaying(pipe))
+    enable(pipe, table_of(pipe), trust_order=trust_order)
+    first, second, other, third = (kind.draw(pipe, rows) for rows in ((0, 1), (0, 1), (2, 3), (0, 1)))
+    assert_same(first, replayed)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert not torch.allclose(first, other)
+
+
+@three
+def test_a_run_after_one_that_was_cancelled_at_any_step(kind: Kind, pipe: Any) -> None:
+    """KJNodes#371, unsloth#6703; diffusers' first block cache raises here, and its MagCache draws another picture."""
+    enable(pipe, table_of(pipe))
+    expected = {rows: kind.draw(pipe, rows) for rows in ((0, 1), (2,))}
+    for step in range(1, STEPS + 1):
+        for rows in ((2,), (0, 1)):  # of another batch, and of the same
+            cancelled(kind, pipe, step)
+            assert torch.equal(kind.draw(pipe, rows), expected[rows])
+    assert not stats(pipe).originals
+
+
+@three
+def test_a_run_after_one_that_was_cancelled_by_who_promised_an_order(kind: Kind, pipe: Any) -> None:
+    """The same under trust_order: at worst the call that breaks the promise is told so, and the next one is right."""
+    enable(pipe, table_of(pipe), trust_order=True)
+    expected = kind.draw(pipe)
+    for step in range(1, STEPS + 1):
+        cancelled(kind, pipe, step)
+        try:
+            drawn = kind.draw(pipe)
+        except TrajectoryError:
+            drawn = kind.draw(pipe)
+        assert torch.equal(drawn, expected)
+
+
+@three
+def test_a_run_after_an_exception_within_any_step(kind: Kind, pipe: Any) -> None:
+    """vllm-omni#7335."""
+    calls, failing = 0, 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise CancelledError
+
+    head = pipe.transformer.proj_out_2 if kind is DIT else pipe.transformer.proj_out
+    head.register_forward_hook(fail)
+    enable(pipe, table_of(pipe))
+    expected = {rows: kind.draw(pipe, rows) for rows in ((0, 1), (2,))}
+    for step in range(1, STEPS + 1):
+        for rows in ((2,), (0, 1)):
+            failing = calls + step
+            with pytest.raises(CancelledError):
+                kind.draw(pipe)
+            assert torch.equal(kind.draw(pipe, rows), expected[rows])
+    assert not stats(pipe).originals
+
+
+# ------------------------------------------------------------------------------------- steps, and where they begin
+
+
+@three
+def test_a_run_that_begins_in_the_middle(kind: Kind, pipe: Any) -> None:
+    """cache-dit#540, unsloth#6864: as image-to-image does with a strength below 1."""
+    ts, call = timesteps(pipe), kind.call(pipe)
+    for first in (1, 2, 4):
+        types = by_timestep(pipe) | {ts[first]: NO}
+        replayed = drive(replaying(pipe, types).transformer, call, ts[first:])
+        enable(pipe, table_of(pipe))
+        for _ in range(2):
+            for ours, theirs in zip(drive(pipe.transformer, call, ts[first:]), replayed, strict=True):
+                assert_same(ours, theirs)
+        assert sum(stats(pipe).refreshed.values()) == 2
+        assert stats(pipe).steps["NO_CACHE"] == 2 * sum(types[t] is NO for t in ts[first:])
+        enable(pipe, table_of(pipe), strict=True)
+        with pytest.raises(TrajectoryError, match=f"t={ts[first]} was not expected"):
+            drive(pipe.transformer, call, ts[first:])
+        disable(pipe)
+
+
+@pytest.mark.parametrize("kind", [COG_VIDEO], ids=str)
+def test_video_to_video_at_strength_a_half_makes_five_calls_of_ten(kind: Kind, pipe: Any) -> None:
+    """cache-dit#540, KJNodes#232."""
+    types = TYPES + TYPES
+    ts = timesteps(pipe, 10)
+    replayed = kind.draw(replaying(pipe, by_timestep(pipe, types)), steps=10, strength=0.5)
+    enable(pipe, table_of(pipe, types))
+    assert_same(kind.draw(pipe, steps=10, strength=0.5), replayed)
+    assert types[5] is NO
+    assert ts[5] == 499
+    assert stats(pipe).steps == {"NO_CACHE": 2, "ATTN_MLP": 1, "ATTENTION": 1, "MLP": 1}
+
+
+@pytest.mark.parametrize(("steps", "in_common"), [(3, 1), (10, 5)])
+@three
+def test_executed_steps_that_are_not_the_tables(kind: Kind, pipe: Any, steps: int, in_common: int) -> None:
+    """vllm-omni#5882: a timestep that is not in the table computes everything, is kept, and is counted."""
+    types = by_timestep(pipe) if steps == 10 else {}
+    replayed = kind.draw(replaying(pipe, types), steps=steps)
+    enable(pipe, table_of(pipe))
+    for _ in range(2):
+        assert_same(kind.draw(pipe, steps=steps), replayed)
+    strangers = steps - in_common + (kind is DIT and steps == 3)  # whose last step is in the table, and its first not
+    assert sum(stats(pipe).refreshed.values()) == 2 * strangers
+    assert sum(stats(pipe).steps.values()) == 2 * steps
+    enable(pipe, table_of(pipe), strict=True)
+    with pytest.raises(TrajectoryError, match=r"was not expected: a timestep is not in the plan"):
+        kind.draw(pipe, steps=steps)
+
+
+@three
+def test_calls_that_warm_up(kind: Kind, pipe: Any) -> None:
+    """sglang#18498, KJNodes#232: calls before a run are none of its steps."""
+    ts, call = timesteps(pipe), kind.call(pipe, guidance_scale=4.0)
+    enable(pipe, table_of(pipe))
+    expected = kind.draw(pipe)
+    warm_ups: tuple[tuple[int, ...], ...] = ((ts[0],), (ts[0],) * 3, (ts[-1],), (1,), ts[:2], (ts[0], ts[2]))
+    for warm_up in warm_ups:
+        drive(pipe.transformer, call, warm_up)
+        assert torch.equal(kind.draw(pipe), expected)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50])
+@three
+def test_any_number_of_steps(kind: Kind, pipe: Any, steps: int) -> None:
+    """KJNodes#232, unsloth#6864: where 50 was written into the code."""
+    types = ((NO, *TYPES[1:]) * 10)[:steps]
+    call, ts = kind.call(pipe), timesteps(pipe, steps)
+    replayed = drive_replaying(pipe, call, ts, types)
+    enable(pipe, table_of(pipe, types), strict=True)
+    for ours, theirs in zip(drive(pipe.transformer, call, ts), replayed, strict=True):
+        assert_same(ours, theirs)
+    names = [step_type.name for step_type in types]
+    assert stats(pipe).steps == {name: names.count(name) for name in names}
+
+
+# ------------------------------------------------------------------------------------------------- batches, shapes
+
+
+@in_either_order
+@three
+def test_batches_of_other_sizes_and_a_last_odd_one(kind: Kind, pipe: Any, trust_order: bool) -> None:
+    """ComfyUI-TeaCache#158, WanVideoWrapper#174."""
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe), trust_order=trust_order)
+    for rows in ((0, 1), (2, 3), (4,), (0, 1), (5, 4, 3)):
+        assert_same(kind.draw(pipe, rows), kind.draw(other, rows))
+    for size in kind.other_sizes:
+        assert_same(kind.draw(pipe, (4,), **size), kind.draw(other, (4,), **size))
+    assert not stats(pipe).originals
+    assert not stats(pipe).refreshed
+
+
+# ------------------------------------------------------------------------------------------------------- guidance
+
+
+def halves(kind: Kind, call: Call) -> list[Call]:
+    """The two parts of a guided call, the conditional rows first."""
+
+    def part(value: Any, half: int) -> Any:
+        if isinstance(value, dict):
+            return {name: part(inner, half) for name, inner in value.items()}
+        if isinstance(value, Tensor) and value.shape[:1] == (rows,):
+            return value.chunk(2)[half]
+        return value
+
+    rows = len(call["hidden_states"])
+    both = [{name: part(value, half) for name, value in call.items()} for half in range(2)]
+    return both if kind is DIT else both[::-1]
+
+
+@three
+def test_guidance_in_two_calls(kind: Kind, pipe: Any) -> None:
+    """vllm-omni#5287, #4660: conditional and unconditional rows take turns, each with caches of their own."""
+    ts = timesteps(pipe)
+    calls = halves(kind, kind.call(pipe, guidance_scale=4.0))
+    oracles = [replaying(pipe).transformer for _ in calls]
+    assert relative_error(ask(oracles[0], calls[0], ts[0]), ask(oracles[1], calls[1], ts[0])) > 1e-4
+    enable(pipe, table_of(pipe), strict=True)
+    for order in ((0, 1), (1, 0), (0, 1)):
+        for i, t in enumerate(ts):
+            for each in order:
+                assert_same(ask(pipe.transformer, calls[each], t, i), ask(oracles[each], calls[each], t, i))
+    assert stats(pipe).steps == {"NO_CACHE": 12, "ATTN_MLP": 6, "ATTENTION": 6, "MLP": 6}
+
+
+@in_either_order
+@three
+def test_two_calls_that_look_alike_end_in_an_error_or_are_right(kind: Kind, pipe: Any, trust_order: bool) -> None:
+    """vllm-omni#5287: those of an empty prompt, or two calls under a promise of one a step."""
+    ts, call = timesteps(pipe), kind.call(pipe)
+    oracles = [replaying(pipe).transformer for _ in range(2)]
+    enable(pipe, table_of(pipe), trust_order=trust_order)
+    try:
+        for i, t in enumerate(ts):
+            outs = [ask(pipe.transformer, call, t, 10 * lane + i) for lane in range(2)]
+    except TrajectoryError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        for lane, oracle in enumerate(oracles):
+            expected = [ask(oracle, call, t, 10 * lane + i) for i, t in enumerate(ts)]
+            assert_same(outs[lane], expected[-1])
+    for oracle in oracles:  # and afterwards all is well
+        for ours, theirs in zip(drive(pipe.transformer, call, ts), drive(oracle, call, ts), strict=True):
+            assert_same(ours, theirs)
+
+
+@three
+def test_without_guidance_after_guidance(kind: Kind, pipe: Any) -> None:
+    """sglang#29688: cfg=1 has no unconditional rows."""
+    other = replaying(pipe)
+    enable(pipe, table_of(pipe), strict=True)
+    for scale in (4.0, 1.0, 7.5, 1.0, 4.0):
+        assert_same(kind.draw(pipe, guidance_scale=scale), kind.draw(other, guidance_scale=scale))
+
+
+@three
+def test_guidance_that_ends_within_a_run(kind: Kind, pipe: Any) -> None:
+    """sglang#29688: from some step on there are no unconditional rows, whose caches must not be missed."""
+    ts, switch = timesteps(pipe), 2
+    guided = kind.call(pipe, guidance_scale=4.0)
+    alone = halves(kind, guided)[0]
+    before, after = replaying(pipe).transformer, replaying(pipe, by_timestep(pipe) | {ts[switch]: NO}).transformer
+    enable(pipe, table_of(pipe))
+    for _ in range(2):
+        for i, t in enumerate(ts):
+            call, oracle = (guided, before) if i < switch else (alone, after)
+            assert_same(ask(pipe.transformer, call, t, i), ask(oracle, call, t, i))
+    assert sum(stats(pipe).refreshed.values()) == 2
