@@ -7,12 +7,14 @@ from typing import Final
 from torch import nn
 
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit, save_weights
-from ebcache_fast.models.cogvideox_denoiser import CogVideoXContext, CogVideoXDenoiser
+from ebcache_fast.models.cogvideox_denoiser import CogVideoXDenoiser
+from ebcache_fast.models.cogvideox_sizes import CogVideoXContext
 from ebcache_fast.models.denoiser import Context, Denoiser, Modulation
 from ebcache_fast.models.diffusers_dit_denoiser import DiffusersDiTDenoiser
 from ebcache_fast.models.dit import DIT_MODELS, DiT
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
-from ebcache_fast.models.pixart_denoiser import PixArtContext, PixArtDenoiser
+from ebcache_fast.models.pixart_denoiser import PixArtDenoiser
+from ebcache_fast.models.pixart_sizes import PixArtContext
 from ebcache_fast.models.pretrained import load_pretrained
 
 __all__ = [

@@ -1,61 +1,55 @@
 """diffusers' class-conditional DiT (``DiTTransformer2DModel``) seen as a ``Denoiser``, known by its attributes."""
 
 from functools import cached_property
-from operator import attrgetter
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
-from ebcache_fast.models.diffusers_layers import (
-    feed_forward_into,
-    first_foreign,
-    refuse_other_ways,
-    self_attention_into,
-)
+from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
+from ebcache_fast.models.diffusers_layers import feed_forward_into, self_attention_into
 from ebcache_fast.models.dit import unpatchify
-from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
-from ebcache_fast.models.layers import is_plain, is_plain_patching, is_watched
+from ebcache_fast.models.dit_layout import LabelConditioned, shape_of
+from ebcache_fast.models.layers import is_plain, is_plain_patching
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
 
 _EMB = "transformer_blocks.0.norm1.emb"
-_LAYOUT = (
-    "transformer_blocks.0.norm1.norm.eps",
-    "transformer_blocks.0.norm3.eps",
-    "norm_out.eps",
-    "pos_embed.proj.kernel_size",
-    "pos_embed.pos_embed.shape",
-    f"{_EMB}.time_proj.num_channels",
-    f"{_EMB}.timestep_embedder",
-    f"{_EMB}.class_embedder.embedding_table.num_embeddings",
-    "transformer_blocks.0.norm1.linear",
-    "transformer_blocks.0.attn1.to_q",
-    "transformer_blocks.0.attn1.heads",
-    "transformer_blocks.0.ff.net.2.in_features",
-    "proj_out_1",
-    "proj_out_2.out_features",
+_LAYOUT = Layout(
+    name="DiTTransformer2DModel",
+    known_by=(
+        "transformer_blocks.0.norm1.norm.eps",
+        "transformer_blocks.0.norm3.eps",
+        "norm_out.eps",
+        "pos_embed.proj.kernel_size",
+        "pos_embed.pos_embed.shape",
+        f"{_EMB}.time_proj.num_channels",
+        f"{_EMB}.timestep_embedder",
+        f"{_EMB}.class_embedder.embedding_table.num_embeddings",
+        "transformer_blocks.0.norm1.linear",
+        "transformer_blocks.0.attn1.to_q",
+        "transformer_blocks.0.attn1.heads",
+        "transformer_blocks.0.ff.net.2.in_features",
+        "proj_out_1",
+        "proj_out_2.out_features",
+    ),
+    norms=("norm_out",),
+    block_norms=("norm1.norm", "norm3"),
+    branches=("attn1", "ff"),
+    ends=("pos_embed", "proj_out_2"),
+    block_passed_over=("norm1",),
 )
 
 
-class DiffusersDiTDenoiser(LabelConditioned):
+class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     """The parts of a DiTTransformer2DModel, read from the live module: every block embeds timestep and label itself.
 
-    Frequencies and epsilons are the module's own; diffusers' defaults are not the original's. Raises InputError,
-    naming the attribute, for a module that lacks one or has other norms, and for one that diffusers
-    itself caches or casts layer by layer.
+    Frequencies and epsilons are the module's own; diffusers' defaults are not the original's. Raises what
+    `DiffusersDenoiser` does.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        check_layout(model, _LAYOUT, "diffusers' DiTTransformer2DModel")
-        refuse_other_ways(model)
-        self._model = cast(Any, model)  # known by its attributes: there is no type to name
-        self._blocks = list(self._model.transformer_blocks)
-        of_layers = (
-            f"transformer_blocks.{i}.{norm}" for i in range(len(self._blocks)) for norm in ("norm1.norm", "norm3")
-        )
-        check_norms(model, (*of_layers, "norm_out"))
+    layout = _LAYOUT
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -87,9 +81,6 @@ class DiffusersDiTDenoiser(LabelConditioned):
     def has_null_label(self) -> bool:
         return self._labels > cast(int, self._blocks[0].norm1.emb.class_embedder.num_classes)
 
-    def weight(self) -> Tensor:
-        return cast(Tensor, next(self._blocks[0].attn1.to_q.parameters()))
-
     def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
         steps, labels = len(t), len(y)
         pairs = t.repeat_interleave(labels), y.repeat(steps)  # (S * U,) each
@@ -117,17 +108,6 @@ class DiffusersDiTDenoiser(LabelConditioned):
             self_attention_into(block.attn1, u, out, means)
         else:
             feed_forward_into(block.ff, u, out, means)
-
-    def passed_over_hooks(self) -> str | None:
-        of_a_layer = ("", ".norm1", ".norm1.norm", ".norm3")
-        of_layers = (f"transformer_blocks.{i}{name}" for i in range(len(self._blocks)) for name in of_a_layer)
-        passed_over = ("transformer_blocks", "norm_out", *of_layers)
-        return next((path for path in passed_over if is_watched(attrgetter(path)(self._model))), None)
-
-    def foreign_layer(self) -> str | None:
-        ends = () if self.has_plain_ends else ("pos_embed", "proj_out_2")
-        called = (f"transformer_blocks.{i}.{name}" for i in range(len(self._blocks)) for name in ("attn1", "ff"))
-        return first_foreign((path, attrgetter(path)(self._model)) for path in (*ends, *called))
 
     @property
     def has_plain_ends(self) -> bool:

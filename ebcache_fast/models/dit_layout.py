@@ -31,6 +31,23 @@ def check_norms(model: nn.Module, paths: Iterable[str]) -> None:
             )
 
 
+def self_attention(width: int, tokens: int) -> BranchShape:
+    """What a layer's self-attention costs."""
+    square = width * width
+    return BranchShape(Branch.SELF_ATTN, macs=4 * square * tokens + 2 * tokens * tokens * width, weights=4 * square)
+
+
+def cross_attention(width: int, tokens: int, keys: int) -> BranchShape:
+    """What attention to so many keys costs, which are computed once for a run, as their values are."""
+    square = width * width
+    return BranchShape(Branch.CROSS_ATTN, macs=2 * square * tokens + 2 * tokens * keys * width, weights=2 * square)
+
+
+def mlp(width: int, hidden: int, tokens: int) -> BranchShape:
+    """What a layer's MLP costs."""
+    return BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
+
+
 def shape_of(
     depth: int,
     width: int,
@@ -43,18 +60,12 @@ def shape_of(
     conditioning: int,
 ) -> ModelShape:
     """The shape of a DiT of these sizes; ``channels`` in and out, ``conditioning`` the weights that make modulation."""
-    attention = BranchShape(
-        Branch.SELF_ATTN,
-        macs=4 * width * width * tokens + 2 * tokens * tokens * width,
-        weights=4 * width * width,
-    )
-    mlp = BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
     ends = patch_size**2 * sum(channels) * width
     return ModelShape(
         depth=depth,
         width=width,
         tokens=tokens,
-        branches=(attention, mlp),
+        branches=(self_attention(width, tokens), mlp(width, hidden, tokens)),
         fixed_macs=conditioning + ends * tokens,
         fixed_weights=conditioning + ends,
         fingerprint=(

@@ -1,0 +1,70 @@
+"""What the adapters of diffusers' transformers have in common: blocks of known parts, named by a `Layout`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from ebcache_fast.models.diffusers_layers import first_foreign, refuse_other_ways
+from ebcache_fast.models.dit_layout import check_layout, check_norms
+from ebcache_fast.models.layers import is_watched
+
+BLOCKS = "transformer_blocks"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a transformer has its parts: paths from it or, where a block's are meant, from each block."""
+
+    name: str
+    known_by: tuple[str, ...]  # what a module of another layout lacks
+    norms: tuple[str, ...]  # LayerNorms that the fused operations compute
+    block_norms: tuple[str, ...]
+    branches: tuple[str, ...]  # of a block: modules that the engine calls, or the parts of which it calls
+    ends: tuple[str, ...]  # modules that are called unless the ends are plain
+    called: tuple[str, ...] = ()  # what else is called in a step
+    passed_over: tuple[str, ...] = ()  # modules of which parts are called, and never they themselves
+    block_passed_over: tuple[str, ...] = ()
+
+
+class DiffusersDenoiser(ABC):
+    """A transformer of diffusers, known by its attributes.
+
+    Raises InputError, naming the attribute, for a module that lacks one or has other norms, and for one that diffusers
+    itself caches or casts layer by layer.
+    """
+
+    layout: ClassVar[Layout]
+
+    def __init__(self, model: nn.Module) -> None:
+        check_layout(model, self.layout.known_by, f"diffusers' {self.layout.name}")
+        refuse_other_ways(model)
+        self._model = cast(Any, model)  # known by its attributes: there is no type to name
+        self._blocks = list(self._model.transformer_blocks)
+        check_norms(model, (*self._of_blocks(self.layout.block_norms), *self.layout.norms))
+
+    @property
+    @abstractmethod
+    def has_plain_ends(self) -> bool: ...
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, next(self._blocks[0].attn1.to_q.parameters()))
+
+    def passed_over_hooks(self) -> str | None:
+        where, norms = self.layout, (*self.layout.norms, *self._of_blocks(self.layout.block_norms))
+        of_blocks = (*self._of_blocks(("", *where.block_passed_over)), *norms)
+        return next((path for path in (BLOCKS, *where.passed_over, *of_blocks) if is_watched(self._at(path))), None)
+
+    def foreign_layer(self) -> str | None:
+        ends = () if self.has_plain_ends else self.layout.ends
+        paths = (*ends, *self.layout.called, *self._of_blocks(self.layout.branches))
+        return first_foreign((path, self._at(path)) for path in paths)
+
+    def _of_blocks(self, names: Sequence[str]) -> Iterator[str]:
+        return (f"{BLOCKS}.{i}{name and '.'}{name}" for i in range(len(self._blocks)) for name in names)
+
+    def _at(self, path: str) -> Any:
+        return attrgetter(path)(self._model)
