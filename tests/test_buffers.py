@@ -1,8 +1,9 @@
 """The memory of a trajectory that fits more than one batch."""
 
 import pytest
+import torch
 
-from ebcache_fast.engine.buffers import room_for
+from ebcache_fast.engine.buffers import Ending, room_for
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,16 @@ from ebcache_fast.engine.buffers import room_for
 )
 def test_room_for_labels_is_one_of_two_sizes(distinct: int, rows: int, room: int) -> None:
     assert room_for(distinct, rows) == room
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_the_ending_is_told_by_coefficients_and_noise(steps: int) -> None:
+    plain, longer = torch.zeros(steps, 6), torch.zeros(steps, 9)
+    latents, all_noise = torch.zeros(1, 2, 1, 4, 4), torch.zeros(steps + 1, 2, 1, 4, 4)
+    endings = [Ending.of_sampler(rows, noise) for rows in (plain, longer) for noise in (latents, all_noise)]
+    assert [(one.has_memory, one.draws_noise) for one in endings] == [
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    ]

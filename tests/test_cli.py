@@ -27,6 +27,7 @@ from ebcache_fast.models import DiT, as_denoiser
 from ebcache_fast.pictures import to_pixels
 from ebcache_fast.plan import StepType
 from ebcache_fast.presets import Preset, load_letters
+from ebcache_fast.samplers import SAMPLERS
 from ebcache_fast.sampling import sample
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP = StepType
@@ -294,7 +295,7 @@ def test_info(run: Run) -> None:
 
 
 def test_help_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> None:
-    for line, words in (("--help", cli.COMMANDS), ("sample --help", ("--cfg-scale", "--sample-dir"))):
+    for line, words in (("--help", cli.COMMANDS), ("sample --help", ("--cfg-scale", "--sample-dir", *SAMPLERS))):
         with pytest.raises(SystemExit) as stopped:
             cli.main(line.split())
         assert not stopped.value.code
