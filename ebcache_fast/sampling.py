@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
@@ -162,6 +162,7 @@ def _plan_of(denoiser: Denoiser, table: CacheTable | Plan | None, steps: int | N
         raise InputError(f"steps={steps}: the sampler given has {stepper.steps}; make it for {steps} steps")
     if table is None:
         return _uncached(denoiser, stepper)
+    _sampler_of_table(table, stepper.name)
     plan = plan_for(denoiser, table)
     if len(plan) != stepper.steps:
         raise TableError(f"the table is for {len(plan)} steps, the sampler given has {stepper.steps}; use equal ones")
@@ -173,9 +174,7 @@ def _plan_of(denoiser: Denoiser, table: CacheTable | Plan | None, steps: int | N
 
 def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | None) -> tuple[Plan, str, int]:
     """The table's plan for this model, the sampler's name, and the length of its training schedule."""
-    spec = getattr(table, "sampler", None)
-    if spec is not None and sampler not in (None, spec.name):
-        raise TableError(f"sampler={sampler!r}: the table is for {spec.name!r}; leave the argument out, or retime it")
+    spec = _sampler_of_table(table, sampler)
     plan = plan_for(denoiser, table)
     if spec is None:
         return plan, sampler or DEFAULT_SAMPLER, TRAIN_STEPS
@@ -184,6 +183,14 @@ def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | Non
             f"sampler.train_steps={spec.train_steps} is above {MAX_TRAIN_STEPS}; models are trained with 1000"
         )
     return plan, spec.name, spec.train_steps
+
+
+def _sampler_of_table(table: CacheTable | Plan, sampler: str | None) -> SamplerSpec | None:
+    """What the table says of its sampler; TableError where another one is asked for by name."""
+    spec: SamplerSpec | None = getattr(table, "sampler", None)
+    if spec is not None and sampler not in (None, spec.name):
+        raise TableError(f"sampler={sampler!r}: the table is for {spec.name!r}; leave the argument out, or retime it")
+    return spec
 
 
 def _sample_batch(

@@ -17,6 +17,7 @@ from ebcache_fast.samplers import Sampler, make_sampler, sampler_of
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
+# A DDPMScheduler takes its variances as 1 - a ratio of two float32: near 100 steps that alone adds up to 1e-5.
 STEP_COUNTS = [1, 7, 20, 50]
 SHAPE = (2, 3, 5, 5)
 V = {"prediction_type": "v_prediction"}

@@ -11,6 +11,7 @@ from schedulers import scheduler_loop, with_scaled_eps
 from tiny import LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
 from torch import Tensor
 
+from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import DiT
@@ -104,6 +105,10 @@ def test_a_sampler_and_what_else_is_said_of_the_run() -> None:
     assert relative_error(sample(model, LABELS, sampler="dpm-solver++", steps=4), expected) < 1e-4  # betas in float64
     with pytest.raises(InputError, match="steps=5: the sampler given has 4"):
         sample(model, LABELS, sampler=sampler, steps=5)
+    table = CacheTable(sampler.timesteps, [NO] * 4, sampler=SamplerSpec(name="dpm-solver++", steps=4, train_steps=1000))
+    assert torch.equal(sample(model, LABELS, sampler=sampler, table=table), expected)
+    with pytest.raises(TableError, match="sampler='sde-dpm-solver\\+\\+': the table is for 'dpm-solver"):
+        sample(model, LABELS, sampler=sampler_of(dpm(algorithm_type="sde-dpmsolver++"), 4), table=table)
     with pytest.raises(TableError, match="table is for 9 steps, the sampler given has 4"):
         sample(model, LABELS, sampler=sampler, table=plan_for(sampler_of(dpm(), len(TYPES))))
     with pytest.raises(TableError, match="step 3: the table is for timestep 249, the sampler is at 250"):
