@@ -32,10 +32,12 @@ class Contexts:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._seen: OrderedDict[int, _Seen] = OrderedDict()
-        self._numbers = count()
+        self._numbers = count(1)
 
     def number_of(self, context: Context) -> int:
-        """The number of this context, a new one for one that is not known."""
+        """The number of this context, a new one for one that is not known; 0 where there is none."""
+        if not context:
+            return 0
         known = reversed(self._seen.items())
         found = next((number for number, seen in known if seen.is_same(context)), None)
         if found is None:
