@@ -16,7 +16,11 @@ import torch
 from bench.kernel_operands import LETTERS, XL_256, KernelOperands, ModelSizes
 from ebcache_fast.kernels.attention import attention
 from ebcache_fast.kernels.embed import embed, embed_norm_modulate
-from ebcache_fast.kernels.gated_residual import gated_residual, gated_residual_norm_modulate
+from ebcache_fast.kernels.gated_residual import (
+    gated_residual,
+    gated_residual_norm_modulate,
+    gated_residual_norm_quantise,
+)
 from ebcache_fast.kernels.gated_sum import gated_sum
 from ebcache_fast.kernels.head import head_predict, head_update
 from ebcache_fast.kernels.linear_gelu import linear_gelu
@@ -56,6 +60,10 @@ def _residual_norm_of_two(o: KernelOperands) -> None:
     gated_residual_norm_modulate(o.h, [o.first, o.second], [o.gates[:, 0], o.gates[:, 1]], o.norm, o.at, o.u)
 
 
+def _residual_norm_in_float8(o: KernelOperands) -> None:
+    gated_residual_norm_quantise(o.h, [o.first], [o.gates[:, 0]], o.norm, o.at, o.quantised())
+
+
 def _norm(o: KernelOperands) -> None:
     gated_residual_norm_modulate(o.h, [], [], o.norm, o.at, o.u)
 
@@ -91,6 +99,7 @@ CALLS: dict[str, Call] = {
     "residual, norm": _residual_norm,
     "2 residuals, norm": _residual_norm_of_two,
     "norm": _norm,
+    "residual, norm, float8": _residual_norm_in_float8,
     "sum for 1 step": lambda o: gated_sum(o.slots(), o.gates, o.at, o.h, o.sums(1)),
     "sum for 2 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(2)),
     "sum for 3 steps": lambda o: gated_sum(o.slots(), o.gates, o.at, None, o.sums(3)),
@@ -108,7 +117,8 @@ CALLS: dict[str, Call] = {
 OWN_MATMULS = ("linear, GELU", "attention")
 WITH_MEMORY = ("head, DPM-Solver++", "run of 3 steps, DPM-Solver++")  # the same kernels: compiled at one size alone
 ENDS = ("embed", "embed, norm", "head", "head, DDPM", "head, DDIM", "run of 3 steps")
-LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", *OWN_MATMULS)
+LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", "residual, norm, float8", *OWN_MATMULS)
+OLDEST_ARCHS = {"residual, norm, float8": 90}  # of those that this module compiles for; others from 80 on
 
 
 def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype) -> Case:
@@ -124,6 +134,7 @@ def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype) -> Cas
         vectorised=model is not LETTERS,
         wgmma=gemm,
         tma=gemm,
+        oldest_arch=OLDEST_ARCHS.get(name, 80),
     )
 
 

@@ -73,6 +73,8 @@ def work(kernel: str, model: ModelSizes, samples: int, itemsize: int) -> Work:
         "residual, norm": (4 * stream + 3 * table, 0),  # h in and out, branch, u; gate, shift, scale
         "2 residuals, norm": (5 * stream + 4 * table, 0),  # one branch and its gate more
         "norm": (2 * stream + 2 * table, 0),  # h in, u out; shift, scale
+        # u in bytes, a scale a token
+        "residual, norm, float8": (3 * stream + stream // itemsize + 4 * rows * T + 3 * table, 0),
         "sum for 1 step": ((model.slots + 2) * stream + model.slots * table, 0),  # slots, base, sum; gates
         "sum for 2 steps": ((model.slots + 2) * stream + 2 * model.slots * table, 0),  # slots, 2 sums; gates of 2 steps
         "sum for 3 steps": ((model.slots + 3) * stream + 3 * model.slots * table, 0),

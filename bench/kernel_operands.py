@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Quantised, Update
 
 STEPS = 50
 
@@ -71,6 +71,11 @@ class KernelOperands:
     def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Small normal numbers: zeros would run faster than what a model computes with."""
         return torch.randn(shape, dtype=dtype or self.dtype, device=self.device).mul_(0.1)
+
+    def quantised(self) -> Quantised:
+        """Memory for a branch's input in float8, with a scale a token; zeros, which the call overwrites."""
+        values = torch.zeros(self.u.shape, dtype=torch.float8_e4m3fn, device=self.device)
+        return Quantised(values, torch.zeros(self.u.shape[:2], device=self.device))
 
     def slots(self) -> Tensor:
         """Every cache slot, (K, R, T, D): made when asked for, because they are by far the largest."""

@@ -28,6 +28,7 @@ def enable(
     allow_amplify: bool = False,
     trust_order: bool = False,
     strict: bool = False,
+    fp8: bool = False,
     max_graphs: int = 64,
     max_trajectories: int = 4,
 ) -> Target:
@@ -53,6 +54,8 @@ def enable(
         trust_order: the caller promises one call a step, in the table's order; then no call waits for the device. A
             broken promise gives NaN and TrajectoryError, and never a wrong picture.
         strict: raise TrajectoryError or CaptureError where the model would be run uncached, or without CUDA graphs.
+        fp8: QKV's and fc1's products in float8; see `EngineOptions`. The model is still held against what it computes
+            without.
         max_graphs: CUDA graphs held at most; steps beyond that run eagerly.
         max_trajectories: runs that can be interleaved, each with caches of its own; the one that was called longest
             ago gives way to a new one.
@@ -67,7 +70,7 @@ def enable(
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     denoiser = as_denoiser(module)
     plan = with_eps_scale(plan_for(denoiser, table), eps_scale, allow_amplify)
-    options = EngineOptions(strict=strict, max_graphs=max_graphs, max_trajectories=max_trajectories)
+    options = EngineOptions(strict=strict, fp8=fp8, max_graphs=max_graphs, max_trajectories=max_trajectories)
     before = _cached_forward(module)
     with before.own.asked() if before is not None else nullcontext():
         velocity = VelocityScaling.of(model, module, plan.eps_scale)

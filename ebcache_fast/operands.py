@@ -38,6 +38,13 @@ class Norm(NamedTuple):
     bias: Tensor | None = None  # (D,)
 
 
+class Quantised(NamedTuple):
+    """A matrix in float8_e4m3fn with a scale for each row: ``values * scales[..., None]``."""
+
+    values: Tensor  # (..., D) float8_e4m3fn
+    scales: Tensor  # (...) float32
+
+
 class Patches(NamedTuple):
     """The map from latents to tokens: one linear map of each p x p patch, and a position embedding."""
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ebcache_fast import reference
 from ebcache_fast.errors import InputError
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
 
 OLDEST_ARCH = (8, 0)  # Ampere: what the kernels are compiled and checked for, from here on
 OLDEST_DEPENDENT_ARCH = (9, 0)  # Hopper
+OLDEST_FLOAT8_ARCH = (8, 9)  # Ada
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,6 +31,10 @@ class Operations:
     embed_norm_modulate: Callable[[Tensor, Patches, Norm, At, Tensor, Tensor], None]
     gated_residual: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], At], None]
     gated_residual_norm_modulate: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Norm, At, Tensor], None]
+    gated_residual_norm_quantise: Callable[
+        [Tensor, Sequence[Tensor], Sequence[Tensor], Norm, At, Quantised],
+        None,
+    ]
     gated_sum: Callable[[Tensor, Tensor, At, Tensor | None, Tensor], None]
     head_predict: Callable[
         [Tensor, Sequence[Tensor], Sequence[Tensor], Norm, At, Linear, Guide, Tensor],
@@ -40,6 +45,7 @@ class Operations:
         None,
     ]
     run_update: Callable[[Tensor, Tensor, Patches, Norm, At, Linear, Guide, Update], None]
+    scaled_linear: Callable[[Quantised, Quantised, Tensor, Tensor], None]
     linear_gelu: Callable[[Tensor, Linear, Tensor], None] | None = None
     attention: Callable[[Tensor, int, Tensor], None] | None = None
 
@@ -55,10 +61,12 @@ TORCH = Operations(
     embed_norm_modulate=reference.embed_norm_modulate,
     gated_residual=reference.gated_residual,
     gated_residual_norm_modulate=reference.gated_residual_norm_modulate,
+    gated_residual_norm_quantise=reference.gated_residual_norm_quantise,
     gated_sum=reference.gated_sum,
     head_predict=reference.head_predict,
     head_update=reference.head_update,
     run_update=reference.run_update,
+    scaled_linear=reference.scaled_linear,
 )
 
 
@@ -75,10 +83,12 @@ def triton_operations(*, dependent_launch: bool = False) -> Operations:
         embed_norm_modulate=partial(embed.embed_norm_modulate, early=dependent_launch),
         gated_residual=partial(gated_residual.gated_residual, early=dependent_launch),
         gated_residual_norm_modulate=partial(gated_residual.gated_residual_norm_modulate, early=dependent_launch),
+        gated_residual_norm_quantise=partial(gated_residual.gated_residual_norm_quantise, early=dependent_launch),
         gated_sum=partial(gated_sum.gated_sum, early=dependent_launch),
         head_predict=partial(head.head_predict, early=dependent_launch),
         head_update=partial(head.head_update, early=dependent_launch),
         run_update=partial(run.run_update, early=dependent_launch),
+        scaled_linear=_scaled_mm,
         linear_gelu=_addmm_gelu,
     )
 
@@ -122,9 +132,34 @@ def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def why_not_float8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no model of this dtype has float8 products there, in a few words; None where it has.
+
+    On a CPU they are torch's reference, for tests and to measure their error: nothing is gained.
+    """
+    if device.type == "cpu":
+        return None
+    if (reason := why_torch(device, dtype)) is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_FLOAT8_ARCH:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.9"
+    # Products scaled by rows come in other dtypes on some cards only.
+    return None if dtype == torch.bfloat16 else f"the model is {dtype} and not torch.bfloat16"
+
+
 @cache
 def _say_once(reason: str) -> None:
     logging.getLogger(__name__).warning("torch operations run instead of the Triton kernels: %s", reason)
+
+
+def _scaled_mm(u: Quantised, weight: Quantised, bias: Tensor, out: Tensor) -> None:
+    """cuBLASLt's or CUTLASS's float8 product, by torch's choice, with scales and bias in its epilogue.
+
+    The tensor cores add up as fast as they can, with about 14 bits: far finer than what they multiply.
+    """
+    scales = u.scales.unsqueeze(1), weight.scales.unsqueeze(0)  # (M, 1), (1, F)
+    torch._scaled_mm(u.values, weight.values.t(), *scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
 
 def _addmm_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
+
+LARGEST_FLOAT8 = 448.0  # of e4m3
+SMALLEST_ROW = 1e-12  # what counts as the largest of a row of zeros, which has a scale above 0 as well
 
 
 def embed(x: Tensor, patches: Patches, h: Tensor) -> None:
@@ -61,6 +64,26 @@ def gated_residual_norm_modulate(
     add_gated(h, branches, gates, at)
     norm_modulate(h, norm, at, u)
     advance(at)
+
+
+def gated_residual_norm_quantise(
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: At, u: Quantised
+) -> None:
+    """`gated_residual_norm_modulate` with the next branch's input in float8: u (R, T, D), a scale a token, (R, T)."""
+    add_gated(h, branches, gates, at)
+    quantise(norm_modulate(h, norm, at), u)
+    advance(at)
+
+
+def quantise(rows: Tensor, out: Quantised) -> None:
+    """Rows (..., D) in float8: ``scale = max |row| / 448`` and ``value = row / scale``, to nearest.
+
+    An element is wrong by at most a sixteenth of itself, or, where it is small, by 2^-10 of its row's scale. Source of
+    the format: Micikevicius et al., arXiv 2209.05433, E4M3.
+    """
+    largest = rows.abs().amax(dim=-1).float().clamp(min=SMALLEST_ROW)
+    torch.div(largest, LARGEST_FLOAT8, out=out.scales)
+    out.values.copy_(rows / out.scales.unsqueeze(-1))
 
 
 def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor) -> None:
@@ -222,6 +245,13 @@ def linear_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
     Source: Hendrycks and Gimpel, arXiv 1606.08415, the tanh approximation that the original DiT uses.
     """
     out.copy_(F.gelu(F.linear(u, linear.weight, linear.bias), approximate="tanh"))
+
+
+def scaled_linear(u: Quantised, weight: Quantised, bias: Tensor, out: Tensor) -> None:
+    """``u @ weight.T + bias`` of float8 matrices: u (M, D), a scale a row; weight (F, D), a scale a row; out (M, F)."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    product = F.linear(u.values.to(dtype), weight.values.to(dtype))
+    out.copy_(product * u.scales.unsqueeze(1) * weight.scales + bias)
 
 
 def attention(qkv: Tensor, heads: int, out: Tensor) -> None:

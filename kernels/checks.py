@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,6 +33,18 @@ def alike(tensor: Tensor, h: Tensor, shape: Sequence[int]) -> None:
     if tensor.dtype != h.dtype:
         raise InputError(f"an operand is {tensor.dtype}, but the residual stream is {h.dtype}; convert one of them")
     same_device(tensor, h)
+
+
+def quantised(rows: Quantised, h: Tensor) -> None:
+    """Rows like the stream's in float8_e4m3fn, and the scale of each in float32; both contiguous, on h's device."""
+    wanted = (h.shape, torch.float8_e4m3fn), (h.shape[:2], torch.float32)
+    for tensor, (shape, dtype) in zip(rows, wanted, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise InputError(
+                f"an operand of shape {tuple(tensor.shape)}, {tensor.dtype} and strides {tensor.stride()} does not "
+                f"fit; it must be {tuple(shape)} {_names([dtype])}, contiguous"
+            )
+        same_device(tensor, h)
 
 
 def same_device(tensor: Tensor, h: Tensor) -> None:

@@ -1,11 +1,13 @@
-"""Gated residual, and with it the next branch's modulated LayerNorm.
+"""Gated residual, and with it the next branch's modulated LayerNorm, as it is or in float8.
 
     h <- h + sum_k gate_k * branch_k                                                          k up to 2
     u <- (h - mean(h)) / sqrt(var(h) + eps) * (1 + scale) + shift                             over the D channels
+    scale8 <- max |u| / 448,   u8 <- u / scale8                                               e4m3, a scale a token
 
 A branch is a fresh output or lies in the cache, ungated: with a cached attention output this is the cached-attention
 substitution. A program holds whole rows, cut into the largest power of two that fits in D and a masked rest (1152 =
-1024 + 128), because one masked tile of 2048 would need twice the registers.
+1024 + 128), because one masked tile of 2048 would need twice the registers. Float8 is made of u before it is rounded to
+anything else: for one reduction more of what the program holds, half the bytes are written.
 """
 
 from collections.abc import Sequence
@@ -18,9 +20,11 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._stream import modulate, residual, vector_offsets
-from ebcache_fast.operands import At, Norm
+from ebcache_fast.operands import At, Norm, Quantised
 
 MAX_BRANCHES = 2
+LARGEST_FLOAT8 = tl.constexpr(448.0)  # of e4m3
+SMALLEST_ROW = tl.constexpr(1e-12)  # what counts as the largest of a row of zeros
 
 
 @triton.jit
@@ -41,7 +45,7 @@ def _residual_kernel(
 
 @triton.jit
 def _norm_kernel(
-    h, branches, gates, norm, at, strides, u, M, T, D,
+    h, branches, gates, norm, at, strides, u, scales, M, T, D,
     launch_pdl: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     begin(launch_pdl)
@@ -73,11 +77,23 @@ def _norm_kernel(
         variance += tl.sum(rest * rest, axis=1)
     scale = tl.rsqrt(variance / D + norm.eps)[:, None]
 
-    main = modulate(main * scale, norm, vectors, col, keep)
-    tl.store(u + start + col, main, mask=keep)
+    main = modulate(main * scale, norm, vectors, col, keep)  # 0 where it is not kept
+    if scales is None:
+        tl.store(u + start + col, main, mask=keep)
     if REST > 0:
         rest = modulate(rest * scale, norm, vectors, rest_col, rest_keep)
-        tl.store(u + start + rest_col, rest, mask=rest_keep)
+        if scales is None:
+            tl.store(u + start + rest_col, rest, mask=rest_keep)
+    if scales is not None:
+        largest = tl.maximum(tl.max(tl.abs(main), axis=1), SMALLEST_ROW)
+        if REST > 0:
+            largest = tl.maximum(tl.max(tl.abs(rest), axis=1), largest)
+        scale8 = largest / LARGEST_FLOAT8
+        tl.store(scales + row, scale8, mask=keep_row)
+        factor = (1.0 / scale8)[:, None]
+        tl.store(u + start + col, (main * factor).to(u.dtype.element_ty), mask=keep)
+        if REST > 0:
+            tl.store(u + start + rest_col, (rest * factor).to(u.dtype.element_ty), mask=rest_keep)
 
 
 def gated_residual(
@@ -127,7 +143,40 @@ def gated_residual_norm_modulate(
 
     Raises InputError for more than two branches and what `checks` refuses.
     """
-    rows, tokens, width = checks.stream(h, u, *branches)
+    checks.alike(u, h, h.shape)
+    _launch_norm(h, branches, gates, norm, at, u, None, early)
+
+
+def gated_residual_norm_quantise(
+    h: Tensor,
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    norm: Norm,
+    at: At,
+    u: Quantised,
+    *,
+    early: bool = False,
+) -> None:
+    """`gated_residual_norm_modulate` into float8; see the reference of this name. From compute capability 8.9.
+
+    Raises InputError as that does.
+    """
+    checks.quantised(u, h)
+    _launch_norm(h, branches, gates, norm, at, u.values, u.scales, early)
+
+
+def _launch_norm(
+    h: Tensor,
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    norm: Norm,
+    at: At,
+    u: Tensor,
+    scales: Tensor | None,
+    early: bool,
+) -> None:
+    """Launch the kernel; without scales u is written as it is."""
+    rows, tokens, width = checks.stream(h, *branches)
     checks.branch_count(branches, gates, MAX_BRANCHES)
     strides = checks.norm(h, norm, *gates)
     checks.at(h, at)
@@ -142,6 +191,7 @@ def gated_residual_norm_modulate(
             at,
             strides,
             u,
+            scales,
             rows * tokens,
             tokens,
             width,

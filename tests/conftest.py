@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
 from hypothesis import settings
-from interpreter import call_helpers_quickly, repair_bfloat16
+from interpreter import call_helpers_quickly, repair_numbers
 from torch import Tensor
 
 torch.set_num_threads(1)
@@ -41,9 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def honest_interpreter() -> Iterator[None]:
-    """Triton's interpreter with bfloat16 as it should be, and quicker; see `interpreter`."""
+    """Triton's interpreter with bfloat16 and float8 as they should be, and quicker; see `interpreter`."""
     with pytest.MonkeyPatch.context() as patch:
-        repair_bfloat16(patch)
+        repair_numbers(patch)
         call_helpers_quickly(patch)
         yield
 

@@ -1,7 +1,9 @@
-"""Triton's interpreter, made honest about bfloat16 and quicker.
+"""Triton's interpreter, made honest about bfloat16 and float8, and quicker.
 
 It keeps bfloat16 as raw bits in uint16 and computes with those as if they were integers, and it truncates where a GPU
-rounds to nearest even. Here conversions and dot products are right, and any other bfloat16 arithmetic is an error.
+rounds to nearest even. Here conversions and dot products are right, and any other bfloat16 arithmetic is an error. Of
+float8 (e4m3) it truncates as well, is wrong about the smallest, and returns NaN where a GPU stays at the largest: here
+conversions from and to float32 are right, and all else is an error.
 """
 
 from collections.abc import Iterator
@@ -30,7 +32,27 @@ def narrow(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
-def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
+UNCOUNTABLE = {tl.bfloat16: "bfloat16", tl.float8e4nv: "float8"}  # kept as bits
+# The 127 numbers of e4m3 from 0 on, by their bits: 3 of mantissa, 4 of exponent with bias 7; the one after them is NaN.
+FLOAT8 = np.array([(bits % 8 + 8 * (bits > 7)) * 2.0 ** (max(bits // 8, 1) - 10) for bits in range(127)], np.float32)
+BETWEEN = (FLOAT8[1:] + FLOAT8[:-1]) / 2
+
+
+def widen8(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """e4m3 bits -> float32, exactly."""
+    return np.array([*FLOAT8, np.nan, *-FLOAT8, np.nan], np.float32)[bits]
+
+
+def narrow8(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32 -> e4m3 bits as a GPU does: to nearest, ties to even, at most the largest; NaN stays NaN."""
+    size = np.abs(values)
+    bits = np.searchsorted(BETWEEN, size)  # of the lower one where it lies between two
+    is_tie = size == BETWEEN[np.minimum(bits, len(BETWEEN) - 1)]
+    bits = np.where(np.isnan(values), 127, bits + (is_tie & (bits % 2 == 1)))
+    return (bits + 128 * np.signbit(values)).astype(np.uint8)
+
+
+def repair_numbers(patch: pytest.MonkeyPatch) -> None:
     """Patch the interpreter for as long as ``patch`` lasts."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     binary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
@@ -42,7 +64,11 @@ def repair_bfloat16(patch: pytest.MonkeyPatch) -> None:
             return TensorHandle(widen(src.data), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
             return TensorHandle(narrow(src.data), tl.bfloat16)
-        if tl.bfloat16 in kinds:
+        if kinds == (tl.float8e4nv, tl.float32):
+            return TensorHandle(widen8(src.data), tl.float32)
+        if kinds == (tl.float32, tl.float8e4nv):
+            return TensorHandle(narrow8(src.data), tl.float8e4nv)
+        if not UNCOUNTABLE.keys().isdisjoint(kinds):
             raise NotImplementedError(f"the interpreter can't convert {kinds[0]} to {kinds[1]}; go through float32")
         return cast(self, src, dst_type)
 
@@ -94,9 +120,11 @@ def call_helpers_quickly(patch: pytest.MonkeyPatch) -> None:
 
 
 def refuse(*handles: TensorHandle) -> None:
-    """Raise for bfloat16 operands: the interpreter would compute with their bits."""
-    if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
-        raise NotImplementedError("the interpreter has no bfloat16 arithmetic; a kernel computes in float32")
+    """Raise for bfloat16 and float8 operands: the interpreter would compute with their bits."""
+    for handle in handles:
+        if handle.dtype.scalar in UNCOUNTABLE:
+            name = UNCOUNTABLE[handle.dtype.scalar]
+            raise NotImplementedError(f"the interpreter has no {name} arithmetic; a kernel computes in float32")
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class CachedForward:
     def __init__(
         self, model: nn.Module, plan: Plan, options: EngineOptions, velocity: VelocityScaling | None = None
     ) -> None:
+        options.check(as_denoiser(model))
         self.model, self.options, self.velocity = model, options, velocity
         self.plan = plan if velocity is None else replace(plan, eps_scale=1.0)
         self.own = OwnForward(model)
@@ -161,6 +162,7 @@ class CachedForward:
         self._misfit = None
         try:
             self._denoiser: Denoiser = as_denoiser(self.model)
+            self.options.check(self._denoiser)
             if (weight := self._denoiser.weight()).is_meta:
                 raise InputError("its weights are on the meta device, as offloading leaves them")
             self._device_type = weight.device.type

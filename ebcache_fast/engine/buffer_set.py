@@ -16,6 +16,7 @@ from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError
 from ebcache_fast.models.denoiser import Context, Denoiser
+from ebcache_fast.models.float8 import Float8Branches
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Plan
 
@@ -50,8 +51,9 @@ class BufferSet:
     ) -> None:
         self.spec = spec
         self.buffers = buffers = allocate(spec, denoiser)
+        self._float8 = Float8Branches(model, buffers.constants) if spec.float8 else None
         self._runner = StepRunner(
-            denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace, buffers.constants
+            denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace, buffers.constants, self._float8
         )
         self._model, self._denoiser, self._counts = model, denoiser, counts
         self._backend, self._why_no_graphs = graphs, why_no_graphs
@@ -82,6 +84,8 @@ class BufferSet:
         """Make ready for runs in this context; before anything is captured that reads what it says."""
         self.streams.join()
         self._denoiser.prepare(context, self.buffers.constants)
+        if self._float8 is not None:
+            self._float8.prepare()
 
     def load(self, plan: Plan, row_labels: Tensor, context: Context, scale: float) -> None:
         """Make ready for a run under ``plan`` over rows of these labels (R,), guided by ``scale``."""

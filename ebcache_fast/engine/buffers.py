@@ -64,6 +64,7 @@ class BufferSpec:
     numerics: Numerics
     latents: tuple[int, ...]  # one of them, as the caller has it
     context: tuple[tuple[torch.Size, torch.dtype] | None, ...]  # what each tensor of it is like
+    float8: bool = False  # whether branches take their input so where they can
 
     @property
     def rows(self) -> int:
@@ -82,7 +83,7 @@ class Buffers:
     guide: Guide
     modulation: ModulationTable
     cache: FeatureCache
-    constants: Workspace  # what `Denoiser.prepare` wrote
+    constants: Workspace  # what `Denoiser.prepare` and `Float8Branches.prepare` wrote
     workspace: Workspace
 
     @property

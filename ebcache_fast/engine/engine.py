@@ -24,16 +24,19 @@ from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
 from ebcache_fast.models import Context, Denoiser, as_denoiser
+from ebcache_fast.models.float8 import check_float8, ready_slots
 from ebcache_fast.plan import Plan
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine runs; none of it changes a result.
+    """How an engine runs; none of it but fp8 changes a result.
 
     strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
     whole_trajectory: our own loop is one graph, instead of one for each kind of step.
     dependent_launch: kernels are launched while the one before still runs; from compute capability 9.0.
+    fp8: QKV's and fc1's products in float8, which rounds what they multiply to 4 bits; see `Float8Branches`. On a GPU,
+    of a DiT of the original layout in bfloat16, from compute capability 8.9; a CPU gains nothing by it.
     max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
     Raises InputError for a limit below 1.
     """
@@ -41,6 +44,7 @@ class EngineOptions:
     strict: bool = False
     whole_trajectory: bool = False
     dependent_launch: bool = False
+    fp8: bool = False
     max_graphs: int = 64
     max_trajectories: int = 4
 
@@ -48,6 +52,11 @@ class EngineOptions:
         for name in ("max_graphs", "max_trajectories"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")
+
+    def check(self, denoiser: Denoiser) -> None:
+        """InputError where a model, or the device that it lies on, can't be run so."""
+        if self.fp8:
+            check_float8(denoiser)
 
 
 class Batch(NamedTuple):
@@ -74,6 +83,7 @@ class Engine:
 
     operations: what runs them; None means what `ops.select` chooses. make_graphs: what captures over one set of
     buffers. make_denoiser: how the model is seen. Threads may share an engine: each trajectory has its own memory.
+    Raises InputError for options that the model does not allow, also later where it was moved or converted.
     """
 
     def __init__(
@@ -101,7 +111,7 @@ class Engine:
         return self.counts.snapshot(
             graphs=sum(one.graphs for one in sets),
             cache_bytes=sum(one.buffers.cache.nbytes for one in sets),
-            operations=self.operations.implementations() | self._ends,
+            operations=self.operations.implementations() | self._ends | {"scaled_linear": self._in_float8},
         )
 
     @contextmanager
@@ -167,6 +177,14 @@ class Engine:
                 self._idle.append(place)
 
     @property
+    def _in_float8(self) -> str:
+        """Which products run so."""
+        if not self.options.fp8:
+            return "nothing: fp8=False"
+        ready, shape = len(ready_slots(self.model)), self.denoiser.shape
+        return f"float8, in {ready} of {shape.depth * len(shape.branches)} branches"
+
+    @property
     def operations(self) -> ops.Operations:
         """What runs the fused operations."""
         return self._operations or ops.select(*self._kind, dependent_launch=self.options.dependent_launch)
@@ -186,6 +204,7 @@ class Engine:
                 numerics=Numerics.now(batch.row_labels.device),
                 latents=batch.latents,
                 context=tuple(None if one is None else (one.shape, one.dtype) for one in batch.context),
+                float8=self.options.fp8,
             )
             place = next((one for one in reversed(self._idle) if one.spec == spec), None)
             if place is None:
@@ -210,6 +229,7 @@ class Engine:
 
     def _see(self) -> None:
         self.denoiser = self._make_denoiser(self.model)
+        self.options.check(self.denoiser)
         weight = self.denoiser.weight()
         self._kind = weight.device, weight.dtype  # kept: a model that is changed later may have no such weight
         self._ends = {} if self.denoiser.has_plain_ends else dict.fromkeys(OF_ENDS, "the model's own layers")

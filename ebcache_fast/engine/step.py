@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ebcache_fast.engine.ends import Ends, Pending, ends_of
@@ -10,9 +11,10 @@ from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.step_clock import StepClock
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.models.denoiser import Denoiser, Means
-from ebcache_fast.operands import At, Guide, Norm, Update
+from ebcache_fast.models.float8 import FLOAT8, Float8Branches
+from ebcache_fast.operands import At, Guide, Norm, Quantised, Update
 from ebcache_fast.ops import Operations
-from ebcache_fast.plan import StepPlan
+from ebcache_fast.plan import Slot, StepPlan
 
 MAX_PENDING = 2  # branches that one fused operation adds
 LONGEST_RUN = 3  # ATTN_MLP steps of which one pass over the cache makes the sums
@@ -23,6 +25,7 @@ class StepRunner:
 
     ``clock`` says which step it is, and moves on with each. Computed branches write their ungated output into their
     slots; reused ones are read from theirs. Gates, of the step at hand always, are applied when a branch is added.
+    What ``float8`` takes of them runs there.
     """
 
     def __init__(
@@ -33,10 +36,12 @@ class StepRunner:
         guide: Guide,
         workspace: Workspace,
         constants: Workspace,
+        float8: Float8Branches | None = None,
     ) -> None:
         self._denoiser, self._operations = denoiser, operations
         self._modulation, self._guide, self._workspace = modulation, guide, workspace
         self._constants, self._means = constants, Means(operations, workspace, constants)
+        self._float8 = float8
         self.clock = StepClock(modulation.row_of.device)
         # To the fused operations a row is what has one condition: a single token where the text among them has its own.
         tokens = 1 if denoiser.text_tokens else denoiser.shape.tokens
@@ -84,12 +89,16 @@ class StepRunner:
                 if (layer, branch) in computed:
                     layer_norm = self._denoiser.norm(layer, branch)
                     norm = None if layer_norm is None else self._modulation.norm(layer, b, layer_norm)
-                    if not started and (pending.branches or norm is None):
+                    float8 = self._float8_for((layer, branch))
+                    if not started and (pending.branches or norm is None or float8 is not None):
                         self._ends.embed(x, h)
-                        started = True
-                    u = self._input_of_branch(x, h, pending, norm, reads)
+                    if float8 is not None and norm is not None:
+                        quantised = self._quantised_input_of_branch(h, pending, norm, reads)
+                        float8.run((layer, branch), quantised, slot, self._means)
+                    else:
+                        u = self._input_of_branch(x, h, pending, norm, reads)
+                        self._denoiser.run_branch(layer, branch, u.view(slot.shape), slot, self._means)
                     started, pending = True, Pending()
-                    self._denoiser.run_branch(layer, branch, u.view(slot.shape), slot, self._means)
                 pending.branches.append(slot.view(h.shape))
                 pending.gates.append(self._modulation.gate(layer, b))
         return h, self._add_all_but_the_last(h, pending, reads)
@@ -109,6 +118,18 @@ class StepRunner:
         else:
             last = self._add_all_but_the_last(h, pending, reads)
             self._operations.gated_residual_norm_modulate(h, last.branches, last.gates, norm, next(reads), u)
+        return u
+
+    def _float8_for(self, slot: Slot) -> Float8Branches | None:
+        """What runs the branch in float8, if it is to."""
+        return self._float8 if self._float8 is not None and self._float8.takes(slot) else None
+
+    def _quantised_input_of_branch(self, h: Tensor, pending: Pending, norm: Norm, reads: Iterator[At]) -> Quantised:
+        """Bring the stream up to date, in which the tokens are already, and normalize it into float8."""
+        values = self._workspace.buffer("u", *h.shape, dtype=FLOAT8)
+        u = Quantised(values, self._workspace.buffer("scales of u", *h.shape[:2], dtype=torch.float32))
+        last = self._add_all_but_the_last(h, pending, reads)
+        self._operations.gated_residual_norm_quantise(h, last.branches, last.gates, norm, next(reads), u)
         return u
 
     def _add_all_but_the_last(self, h: Tensor, pending: Pending, reads: Iterator[At]) -> Pending:

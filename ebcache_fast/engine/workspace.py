@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Named buffers of one trajectory, each of one shape; what they hold means nothing between two steps."""
+    """Named buffers of one trajectory, each of one shape and dtype; what they hold means nothing between two steps."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device

@@ -115,7 +115,7 @@ class DiTDenoiser(LabelConditioned):
     def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, means: Means) -> None:
         block = self._blocks[layer]
         if branch is Branch.SELF_ATTN:
-            linear_into(block.attn.proj, _attend(block.attn, u, means), out)
+            linear_into(block.attn.proj, attend(block.attn, block.attn.qkv(u), means), out)
         else:
             linear_into(block.mlp.fc2, _widen(block.mlp, u, means), out)
 
@@ -168,11 +168,10 @@ class DiTDenoiser(LabelConditioned):
         return cast(int, self._model.x_embedder.proj.kernel_size[0])
 
 
-def _attend(attention: Any, u: Tensor, means: Means) -> Tensor:
-    """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
-    n, tokens, width = u.shape
+def attend(attention: Any, qkv: Tensor, means: Means) -> Tensor:
+    """Self-attention before its output projection, of projections (N, T, 3 * D) -> (N, T, D)."""
+    n, tokens, width = *qkv.shape[:2], qkv.shape[2] // 3
     heads = attention.num_heads
-    qkv = attention.qkv(u)  # (N, T, 3 * D)
     has_norms = hasattr(attention, "q_norm")  # timm's: identities in the original
     if means.operations.attention is not None and not has_norms:
         out = means.scratch.buffer("attention", n, tokens, width)
