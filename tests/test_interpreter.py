@@ -1,4 +1,4 @@
-"""The interpreter's repairs: its bfloat16 is torch's, or an error."""
+"""The interpreter's repairs: its bfloat16 and float8 are torch's, or an error."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import triton.language as tl
 from accuracy import DEVICE, draw
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import narrow, only_program, widen
+from interpreter import narrow, narrow8, only_program, widen, widen8
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -52,6 +52,37 @@ def test_widen_is_exact_for_every_bfloat16() -> None:
     np.testing.assert_array_equal(widen(bits), torchs)
 
 
+def bits_of_float8_by_torch(values: np.ndarray) -> np.ndarray:
+    """Torch's float8 has NaN for what is too large, so that nothing may be."""
+    return torch.from_numpy(values.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def every_float8() -> np.ndarray:
+    """By torch."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
+def test_widen8_is_exact_for_every_float8() -> None:
+    np.testing.assert_array_equal(widen8(np.arange(256, dtype=np.uint8)), every_float8())
+
+
+def test_narrow8_rounds_as_torch_does_at_and_beside_every_number_and_every_tie() -> None:
+    numbers = np.sort(every_float8()[np.isfinite(every_float8())])
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    exact = np.concatenate([every_float8(), middles])
+    for values in (exact, np.nextafter(exact, np.float32(0)), np.nextafter(middles, middles * 2)):
+        np.testing.assert_array_equal(narrow8(values), bits_of_float8_by_torch(values))
+
+
+@given(st.lists(st.floats(-448, 448, width=32), min_size=1))
+def test_narrow8_rounds_any_number_as_torch_does(numbers: list[float]) -> None:
+    values = np.array(numbers, np.float32)
+    np.testing.assert_array_equal(narrow8(values), bits_of_float8_by_torch(values))
+
+
+TOO_LARGE = [448.1, 464.0, 465.0, 1e30, np.inf]  # where torch makes NaN of the last three
+
+
 @triton.jit
 def product(a, b, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
@@ -84,6 +115,20 @@ def test_a_kernel_converts_as_torch_does() -> None:
     assert torch.equal(back, out.float())
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs 8.9"
+)
+def test_a_kernel_converts_to_float8_as_torch_does_and_stays_at_the_largest() -> None:
+    numbers = [*every_float8()[:127], *TOO_LARGE, 17.0, 19.0, -17.0, -19.0, 2**-10, 3 * 2**-10, np.nan]
+    x = torch.tensor([*numbers, *[0.0] * (256 - len(numbers))], dtype=torch.float32, device=DEVICE)
+    out, back = torch.empty(256, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(256, device=DEVICE)
+    converted[(1,)](x, out, SIZE=256)
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+    converted[(1,)](out, back, SIZE=256)
+    torch.testing.assert_close(back, expected.float(), rtol=0, atol=0, equal_nan=True)
+
+
 @interpreted
 def test_conversions_past_float32_are_refused() -> None:
     with pytest.raises(InterpreterError, match="go through float32"):
@@ -112,6 +157,13 @@ def test_arithmetic_of_bfloat16_is_refused(kernel: object) -> None:
     with pytest.raises(InterpreterError, match="no bfloat16 arithmetic"):
         kernel[(1,)](x, out)
     assert out == 5.0
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", [plus, times, minus], ids=lambda kernel: kernel.__name__)
+def test_arithmetic_of_float8_is_refused(kernel: object) -> None:
+    with pytest.raises(InterpreterError, match="no float8 arithmetic"):
+        kernel[(1,)](torch.ones(1).to(torch.float8_e4m3fn), torch.ones(1).to(torch.float8_e4m3fn))
 
 
 def test_functions_of_bfloat16_are_refused() -> None:
