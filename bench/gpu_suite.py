@@ -54,7 +54,7 @@ from bench.telemetry import telemetry
 
 RESULTS = ROOT / "bench" / "results"
 DRY_SECONDS = 600  # a stage's in a dry run, where nothing is measured
-ENGINE_TESTS = ("test_engine_triton.py", "test_launches.py", "test_cuda_graphs.py")
+ENGINE_TESTS = ("test_engine_triton.py", "test_engine_float8.py", "test_launches.py", "test_cuda_graphs.py")
 SANITIZER = "compute-sanitizer"
 
 

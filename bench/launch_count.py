@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
 from ebcache_fast import ops
-from ebcache_fast.engine.engine import Engine, no_graphs
+from ebcache_fast.engine.engine import Engine, EngineOptions, no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, launch, linear_gelu, run
 from ebcache_fast.models import as_denoiser
@@ -84,7 +84,11 @@ def few_programs() -> Iterator[None]:
 
 
 def count_trajectory(
-    model: nn.Module, types: Sequence[StepType], cfg_scale: float = 1.5, sampler: str = "ddpm"
+    model: nn.Module,
+    types: Sequence[StepType],
+    cfg_scale: float = 1.5,
+    sampler: str = "ddpm",
+    options: EngineOptions | None = None,
 ) -> dict[int, Counter[str]]:
     """What each dispatch of our own sampler's loop launched, by its first step; one sample, operation by operation."""
     denoiser = as_denoiser(model)
@@ -93,7 +97,7 @@ def count_trajectory(
     branches = tuple(cost.branch for cost in denoiser.shape.branches)
     plan = Plan.from_types(types, stepper.timesteps, denoiser.shape.depth, branches)
     noise = trajectory_noise(0, range(1), len(types) if stepper.draws_noise else 0, denoiser.latent_shape)
-    engine = Engine(model, operations=operations(device), make_graphs=no_graphs)
+    engine = Engine(model, options, operations(device), no_graphs)
     labels, rows = torch.tensor([1], device=device), torch.tensor(stepper.rows)
     counts, done = {}, 0
     with engine.sampling(plan, labels, Guidance(cfg_scale), rows, noise) as trajectory:

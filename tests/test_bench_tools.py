@@ -122,6 +122,7 @@ BY_HAND = {
     "residual, norm": Work(4 * 160 + 3 * 40, 0),
     "2 residuals, norm": Work(5 * 160 + 4 * 40, 0),
     "norm": Work(2 * 160 + 2 * 40, 0),
+    "residual, norm, float8": Work(3 * 160 + 80 + 8 * 4 + 3 * 40, 0),
     "sum for 1 step": Work(8 * 160 + 6 * 40, 0),
     "sum for 2 steps": Work(8 * 160 + 12 * 40, 0),
     "sum for 3 steps": Work(9 * 160 + 18 * 40, 0),

@@ -9,6 +9,7 @@ from accuracy import DEVICE
 from tiny import tiny_dit
 
 from bench.launch_count import count_trajectory, few_programs
+from ebcache_fast.engine.engine import EngineOptions
 from ebcache_fast.plan import StepType
 
 NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
@@ -32,3 +33,12 @@ def test_launches_are_what_the_formula_says(cfg_scale: float, sampler: str, dept
     model = tiny_dit(depth=depth, dtype=torch.float32).to(DEVICE)
     counts = count_trajectory(model, [NO, ATTENTION, ATTN_MLP, NO, ATTENTION, ATTN_MLP, ATTN_MLP], cfg_scale, sampler)
     assert {i: counts[i].total() for i in (3, 4, 5)} == {3: 7 * depth + 1, 4: 3 * depth + 2, 5: 2}, counts
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_float8_costs_a_launch_a_computed_mlp_for_its_gelu_and_one_for_the_tokens(depth: int) -> None:
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    model = tiny_dit(depth=depth, dtype=dtype).to(DEVICE)
+    types = [NO, ATTENTION, ATTN_MLP, NO, ATTENTION, ATTN_MLP, ATTN_MLP]
+    counts = count_trajectory(model, types, options=EngineOptions(fp8=True))
+    assert {i: counts[i].total() for i in (3, 4, 5)} == {3: 8 * depth + 2, 4: 4 * depth + 2, 5: 2}, counts

@@ -64,8 +64,8 @@ def test_every_rival_computes_the_method_again_and_again(rival: Rival) -> None:
     run = rival.make(case)
     first, second = run(), run()
     assert torch.equal(first.latents, second.latents)
-    if not rival.is_another:
-        assert relative_error(first.latents, race.truth(case)) < 1e-5
+    error = relative_error(first.latents, race.truth(case))
+    assert rival.is_another or (1e-4 < error < 0.1 if rival.is_rounded else error < 1e-5)
     assert sum(first.steps or [1] * (len(first.marks) - 1)) == len(case.plan)
     assert first.host_seconds > 0
 

@@ -15,6 +15,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     engine.launches,
     engine.kernels,
     engine.host_cost,
+    letters.float8,
     rivals.rivals,
     *OF_THE_PAPER,
 )

@@ -16,7 +16,7 @@ def kernels() -> str:
             found[name][entry["arch"]] = entry
     archs = sorted({arch for entries in found.values() for arch in entries})
     rows = [
-        (name, *(f"{e['registers']}, {e['shared_bytes'] / 1024:.0f} KB" for e in map(entries.__getitem__, archs)))
+        (name, *(f"{e['registers']}, {e['shared_bytes'] / 1024:.0f} KB" if e else "-" for e in map(entries.get, archs)))
         for name, entries in found.items()
     ]
     head = ("registers a thread, shared memory", *(f"sm_{arch}" for arch in archs))

@@ -26,6 +26,26 @@ def demo() -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
+def float8() -> str:
+    """How far float8 products take it from itself, beside what bfloat16 does."""
+    report = read("float8-accuracy.json")
+    rows = [
+        (
+            way["name"],
+            *(
+                f"{100 * figure:.2f}%"
+                for figure in (way["eps_error_median"], way["eps_error"][0], way["eps_error"][-1])
+            ),
+            f"{way['picture_error']:.3f} ± {way['picture_error_stderr']:.3f}",
+        )
+        for way in report["ways"]
+        if way["eps_error"]
+    ]
+    head = ("against float32", "noise, median step", "first step", "last step", "error of pictures")
+    note = f"{report['samples']} samples, {report['steps']} steps, uncached, same noise. {machine(report)}."
+    return f"{table(head, rows)}\n\n{note}"
+
+
 def quality() -> str:
     """How good the bundled model is."""
     q = read("letters-quality.json")

@@ -1,4 +1,4 @@
-"""Ourselves: our own loop with a graph a step type or one graph for all, and the drop-in in a user's loop."""
+"""Ourselves: our own loop, a graph a step type, one for all, or in float8; and the drop-in in a user's loop."""
 
 import time
 from copy import copy
@@ -16,9 +16,10 @@ from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.engine.guidance import Guidance
 
 
-def own_loop(case: Case, *, whole: bool) -> Trajectory:
+def own_loop(case: Case, *, whole: bool, fp8: bool = False) -> Trajectory:
     """`Engine.sampling`; on a GPU nothing may run but graphs."""
-    options = EngineOptions(strict=case.device.type == "cuda", whole_trajectory=whole, max_trajectories=1)
+    on_gpu = case.device.type == "cuda"
+    options = EngineOptions(strict=on_gpu, whole_trajectory=whole, fp8=fp8, max_trajectories=1)
     return trajectory(case, Engine(case.model, options))
 
 

@@ -19,6 +19,7 @@ class Rival:
     make: Callable[[Case], Trajectory]
     is_cached: bool = True  # else it computes every step
     is_another: bool = False  # a method of its own: its latents need not be ours
+    is_rounded: bool = False  # ours, in fewer bits than the model has: its latents are ours but for that
     needs: tuple[str, ...] = ()  # modules
 
     @property
