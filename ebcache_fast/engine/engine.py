@@ -111,7 +111,7 @@ class Engine:
         return self.counts.snapshot(
             graphs=sum(one.graphs for one in sets),
             cache_bytes=sum(one.buffers.cache.nbytes for one in sets),
-            operations=self.operations.implementations() | self._ends | {"scaled_linear": self._in_float8},
+            operations=self.operations.implementations() | self._runs_otherwise,
         )
 
     @contextmanager
@@ -177,14 +177,6 @@ class Engine:
                 self._idle.append(place)
 
     @property
-    def _in_float8(self) -> str:
-        """Which products run so."""
-        if not self.options.fp8:
-            return "nothing: fp8=False"
-        ready, shape = len(ready_slots(self.model)), self.denoiser.shape
-        return f"float8, in {ready} of {shape.depth * len(shape.branches)} branches"
-
-    @property
     def operations(self) -> ops.Operations:
         """What runs the fused operations."""
         return self._operations or ops.select(*self._kind, dependent_launch=self.options.dependent_launch)
@@ -232,7 +224,15 @@ class Engine:
         self.options.check(self.denoiser)
         weight = self.denoiser.weight()
         self._kind = weight.device, weight.dtype  # kept: a model that is changed later may have no such weight
-        self._ends = {} if self.denoiser.has_plain_ends else dict.fromkeys(OF_ENDS, "the model's own layers")
+        ends = () if self.denoiser.has_plain_ends else OF_ENDS
+        self._runs_otherwise = dict.fromkeys(ends, "the model's own layers") | {"scaled_linear": self._in_float8()}
+
+    def _in_float8(self) -> str:
+        """Which products run so."""
+        if not self.options.fp8:
+            return "nothing: fp8=False"
+        ready, shape = len(ready_slots(self.model)), self.denoiser.shape
+        return f"float8, in {ready} of {shape.depth * len(shape.branches)} branches"
 
     def _make_room(self) -> None:
         limit = self.options.max_trajectories
