@@ -1,6 +1,5 @@
 """The method written around diffusers' own blocks, and what an enabled pipeline may return beside it."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers_kinds import NO, STEPS, TYPES, Call, Kind, drive, table_of, timesteps
+from diffusers_kinds import NO, STEPS, TYPES, Call, Kind, drive, table_of, timesteps, twin
 from tiny import relative_error
 from torch import Tensor, nn
 
@@ -48,7 +47,7 @@ def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale:
 
     None stands for `TYPES` over as many steps of its scheduler.
     """
-    pipe = copy.deepcopy(pipe)
+    pipe = twin(pipe)
     model, of_step = pipe.transformer, by_timestep(pipe) if types is None else types
     assert "forward" not in vars(model), "a pipeline that is enabled is no oracle"
     found: list[Replaying] = []
@@ -119,9 +118,8 @@ def fate(pipe: Any, draw: Callable[[Any], Tensor], before: Callable[[Any], Any],
     "refused" where enabling raises InputError, "counted" where the model itself answers every call, bit for bit,
     "cached" where the method does; anything else in words.
     """
-    pipe, other, method = (copy.deepcopy(pipe) for _ in range(3))
-    for each in (pipe, other, method):
-        before(each)
+    plain, pipe = pipe, twin(pipe)
+    before(pipe)
     try:
         enable(pipe, table_of(pipe))
     except InputError as error:
@@ -130,15 +128,17 @@ def fate(pipe: Any, draw: Callable[[Any], Tensor], before: Callable[[Any], Any],
         return "refused" if has_remedy else f"refused without a remedy: {message}"
     if after is not nothing:
         draw(pipe)
-    for each in (pipe, other, method):
-        after(each)
+    after(pipe)
     done = stats(pipe)
     ours, counted = draw(pipe), stats(pipe)
     calls = sum(counted.originals.values()) - sum(done.originals.values())
+    other = twin(plain)  # that was never enabled
+    before(other)
+    after(other)
     if calls:
         is_own = torch.equal(ours, draw(other)) and calls == STEPS
         return "counted" if is_own else f"{calls} calls were the model's own, of a result that is not"
-    error = relative_error(ours, draw(replaying(method)))
+    error = relative_error(ours, draw(replaying(other)))
     return "cached" if error < 1e-5 else f"differs from the method by {error:.2g}"
 
 

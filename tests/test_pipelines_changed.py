@@ -1,19 +1,19 @@
 """diffusers' pipelines whose weights change after they were enabled: LoRA, loading, conversion."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_5B, SIGMA, Kind, drive, table_of, timesteps
+from diffusers_kinds import COG_2B, COG_5B, SIGMA, Kind, drive, table_of, timesteps, twin
 from diffusers_oracle import bare, drive_replaying, fate, nothing, replaying
 from tiny import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ebcache_fast import disable, enable, stats
+from ebcache_fast.errors import InputError
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -79,37 +79,36 @@ def loaded(path: str, pipe: Any) -> None:
 
 
 BLOCK = "transformer_blocks.1"
-LAYERS: dict[Kind, dict[str, Change]] = {
+LAYERS: dict[Kind, dict[str, tuple[Change, ...]]] = {
     SIGMA: {
-        "pos_embed.proj": loaded,
-        "caption_projection.linear_1": adapted,
-        "adaln_single.linear": parametrized,
-        f"{BLOCK}.attn1.to_q": parametrized,
-        f"{BLOCK}.attn2.to_k": parametrized,
-        f"{BLOCK}.attn2.to_v": adapted,
-        f"{BLOCK}.attn2.to_out.0": loaded,
-        f"{BLOCK}.ff.net.0.proj": adapted,
-        "proj_out": parametrized,
+        "pos_embed.proj": (written, loaded),
+        "caption_projection.linear_1": (written, adapted),
+        "adaln_single.linear": (parametrized,),
+        f"{BLOCK}.attn1.to_q": (loaded,),
+        f"{BLOCK}.attn2.to_k": (written, parametrized),
+        f"{BLOCK}.attn2.to_v": (adapted,),
+        f"{BLOCK}.attn2.to_out.0": (written,),
+        f"{BLOCK}.ff.net.0.proj": (adapted,),
+        "proj_out": (parametrized,),
     },
     COG_5B: {
-        "patch_embed.proj": parametrized,
-        "patch_embed.text_proj": adapted,
-        "time_embedding.linear_1": adapted,
-        f"{BLOCK}.norm1.linear": parametrized,
-        f"{BLOCK}.norm1.norm": loaded,
-        f"{BLOCK}.attn1.to_v": adapted,
-        f"{BLOCK}.attn1.norm_q": loaded,
-        f"{BLOCK}.norm2.linear": adapted,
-        f"{BLOCK}.ff.net.2": parametrized,
-        "norm_out.linear": loaded,
-        "proj_out": adapted,
+        "patch_embed.proj": (parametrized,),
+        "patch_embed.text_proj": (written, adapted),
+        "time_embedding.linear_1": (adapted,),
+        f"{BLOCK}.norm1.linear": (written, parametrized),
+        f"{BLOCK}.norm1.norm": (loaded,),
+        f"{BLOCK}.attn1.to_v": (adapted,),
+        f"{BLOCK}.attn1.norm_q": (written,),
+        f"{BLOCK}.ff.net.2": (loaded,),
+        "norm_out.linear": (written,),
+        "proj_out": (adapted,),
     },
 }
 CHANGES = [
     pytest.param(kind, partial(change, path), id=f"{kind}-{change.__name__}-{path}")
     for kind, layers in LAYERS.items()
-    for path, another in layers.items()
-    for change in (written, another)
+    for path, changes in layers.items()
+    for change in changes
 ]
 
 
@@ -119,7 +118,7 @@ def test_changed_weights_are_followed_or_the_model_answers_itself(kind: Kind, ch
     before = draw(replaying(pipe))
     assert fate(pipe, draw, nothing, change) in {"cached", "counted"}
     assert fate(pipe, draw, change, nothing) in {"cached", "refused"}
-    changed = copy.deepcopy(pipe)
+    changed = twin(pipe)
     change(changed)
     assert relative_error(draw(replaying(changed)), before) > 1e-4
 
@@ -137,3 +136,64 @@ def test_another_dtype_after_enabling(kind: Kind, pipe: Any) -> None:
     for one, other in zip(ours, drive_replaying(disable(pipe), call, ts), strict=True):
         assert one.dtype == torch.float64
         assert relative_error(one, other) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------ offloading
+
+
+class Offloading:
+    """accelerate's hook around a module's forward: weights are there while it runs, and on the meta device else."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.before = module, module.forward
+        self.kept = {name: parameter.data for name, parameter in module.named_parameters()}
+        self.leave()
+        module.forward = self.forward  # type: ignore[method-assign]
+
+    def leave(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.to("meta")
+
+    def arrive(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.data = self.kept[name].clone()  # in other memory each time
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        self.arrive()
+        try:
+            return self.before(*args, **named)
+        finally:
+            self.leave()
+
+
+@pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
+def test_weights_that_come_and_go_with_every_call(kind: Kind, pipe: Any) -> None:
+    """Enabled before: eagerly, and counted, since the weights of each step lie elsewhere."""
+    ts, call, model = timesteps(pipe), kind.call(pipe), pipe.transformer
+    plain, replayed = drive(model, call, ts), drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    drive(model, call, ts)
+    offloading = Offloading(model)
+    for ours, own, cached in zip(drive(model, call, ts), plain, replayed, strict=True):
+        assert min(relative_error(ours, own), relative_error(ours, cached)) < 1e-5
+    disable(pipe)
+    assert model.forward == offloading.forward
+    assert all(map(torch.equal, drive(model, call, ts), plain))
+
+
+@pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
+def test_weights_that_were_elsewhere_when_enabled(kind: Kind, pipe: Any) -> None:
+    """Enabled after: refused, or the module's own forward, which brings the weights, answers and is counted."""
+    ts, call, model = timesteps(pipe), kind.call(pipe), pipe.transformer
+    plain = drive(model, call, ts)
+    offloading = Offloading(model)
+    try:
+        enable(pipe, table_of(pipe))
+    except InputError as error:
+        assert "meta device" in str(error)  # noqa: PT017
+    else:
+        assert all(map(torch.equal, drive(model, call, ts), plain))
+        assert sum(stats(pipe).originals.values()) == len(ts)
+    disable(pipe)
+    assert model.forward == offloading.forward
+    assert all(map(torch.equal, drive(model, call, ts), plain))

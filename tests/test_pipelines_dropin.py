@@ -34,7 +34,8 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 every_kind = pytest.mark.parametrize("kind", [*PIXARTS, *COGS], ids=str)
-every_layout = pytest.mark.parametrize("kind", [SIGMA, ALPHA_1024, COG_2B, COG_IMAGE], ids=str)
+LAYOUTS = (SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)
+every_layout = pytest.mark.parametrize("kind", LAYOUTS, ids=str)
 both_models = pytest.mark.parametrize("kind", [SIGMA, COG_5B], ids=str)
 
 
@@ -51,8 +52,15 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------- the method
 
 
-@pytest.mark.parametrize(("guidance_scale", "trust_order"), [(1.0, False), (4.0, False), (4.0, True)])
-@every_kind
+@pytest.mark.parametrize(
+    ("kind", "guidance_scale", "trust_order"),
+    [
+        *((kind, 4.0, False) for kind in (*PIXARTS, *COGS)),
+        *((kind, 1.0, False) for kind in (SIGMA, COG_5B)),
+        *((kind, 4.0, True) for kind in (SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)),
+    ],
+    ids=str,
+)
 def test_uncached_it_is_the_pipeline_and_cached_the_method(
     kind: Kind, pipe: Any, guidance_scale: float, trust_order: bool
 ) -> None:
@@ -84,7 +92,7 @@ def test_pictures_and_films(kind: Kind, pipe: Any) -> None:
 def test_prompts_that_change_from_run_to_run(kind: Kind, pipe: Any, trust_order: bool) -> None:
     other = replaying(pipe)
     enable(pipe, table_of(pipe), trust_order=trust_order)
-    for rows in ((0, 1), (2, 1), (0, 1), (0, 1), (3,), (4, 4), (1, 0, 2)):
+    for rows in ((0, 1), (2, 1), (0, 1), (0, 1), (4, 4, 3)):
         assert_same(kind.draw(pipe, rows), kind.draw(other, rows))
     assert not stats(pipe).originals
     assert not stats(pipe).refreshed
@@ -102,13 +110,16 @@ def test_negative_prompts(kind: Kind, pipe: Any) -> None:
     assert relative_error(drawn[1], drawn[0]) > 1e-4
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-@pytest.mark.parametrize("kind", [kind for kind in (*PIXARTS, *COGS) if kind.other_sizes], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "trust_order"),
+    [*((kind, False) for kind in (SIGMA, ALPHA_1024, COG_2B, COG_5B)), (SIGMA, True), (COG_2B, True)],
+    ids=str,
+)
 def test_other_sizes_in_the_next_call(kind: Kind, pipe: Any, trust_order: bool) -> None:
     other = replaying(pipe)
     enable(pipe, table_of(pipe), trust_order=trust_order)
     for size in ({}, *kind.other_sizes, {}):
-        ours, theirs = (kind.draw(one, rows=(2, 5), **size) for one in (pipe, other))
+        ours, theirs = (kind.draw(one, rows=(2,), **size) for one in (pipe, other))
         assert ours.shape == theirs.shape
         assert_same(ours, theirs)
     assert not stats(pipe).originals
@@ -119,7 +130,7 @@ def test_other_sizes_in_the_next_call(kind: Kind, pipe: Any, trust_order: bool) 
 # ------------------------------------------------------------------------------------------- there and back
 
 
-@every_kind
+@every_layout
 def test_disable_gives_the_pipeline_back(kind: Kind, pipe: Any) -> None:
     plain, attributes = kind.draw(pipe), dict(vars(pipe.transformer))
     enable(pipe.transformer, table_of(pipe))
@@ -162,8 +173,7 @@ def test_a_copy_is_enabled_by_itself(kind: Kind, pipe: Any) -> None:
 # ------------------------------------------------------------------------------------------ the module alone
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-@every_layout
+@pytest.mark.parametrize(("kind", "trust_order"), [(SIGMA, True), *((kind, False) for kind in LAYOUTS)], ids=str)
 def test_the_module_alone(kind: Kind, pipe: Any, trust_order: bool) -> None:
     ts, call = timesteps(pipe), kind.call(pipe)
     replayed = drive_replaying(pipe, call, ts)
@@ -256,24 +266,3 @@ def test_what_the_model_itself_must_answer_is_its_own_and_counted(kind: Kind, pi
         assert torch.equal(run(), plain[why])
         assert stats(model).originals[why] == 1
     assert not stats(model).steps
-
-
-@both_models
-def test_whoever_compiles_it_gets_the_same(kind: Kind, pipe: Any) -> None:
-    enable(pipe, table_of(pipe))
-    cached = kind.draw(pipe)
-    pipe.transformer.compile(backend="eager")
-    assert torch.equal(kind.draw(pipe), cached)
-    assert not stats(pipe).originals
-
-
-@every_layout
-def test_the_off_switch(kind: Kind, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = kind.draw(pipe)
-    enable(pipe, table_of(pipe), strict=True)
-    cached = kind.draw(pipe)
-    monkeypatch.setenv("EBCACHE_DISABLE", "1")
-    assert torch.equal(kind.draw(pipe), plain)
-    assert stats(pipe).originals == {"EBCACHE_DISABLE": STEPS}
-    monkeypatch.delenv("EBCACHE_DISABLE")
-    assert torch.equal(kind.draw(pipe), cached)
