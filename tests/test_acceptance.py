@@ -201,7 +201,7 @@ def test_calls_that_warm_up(kind: Kind, pipe: Any) -> None:
         assert torch.equal(kind.draw(pipe), expected)
 
 
-@pytest.mark.parametrize("steps", [2, 7, 50])
+@pytest.mark.parametrize("steps", [2, 50])
 @three
 def test_any_number_of_steps(kind: Kind, pipe: Any, steps: int) -> None:
     """KJNodes#232, unsloth#6864: where 50 was written into the code."""
