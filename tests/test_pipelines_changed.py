@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_kinds import COG_2B, COG_5B, SIGMA, Kind, drive, table_of, timesteps, twin
-from diffusers_oracle import bare, drive_replaying, fate, nothing, replaying
+from diffusers_oracle import bare, drive_replaying, fate, nothing
 from tiny import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
