@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
 
-LARGEST_FLOAT8 = 448.0  # of e4m3
 SMALLEST_ROW = 1e-12  # what counts as the largest of a row of zeros, which has a scale above 0 as well
 
 
@@ -76,13 +75,12 @@ def gated_residual_norm_quantise(
 
 
 def quantise(rows: Tensor, out: Quantised) -> None:
-    """Rows (..., D) in float8: ``scale = max |row| / 448`` and ``value = row / scale``, to nearest.
+    """Rows (..., D) in float8: ``scale = max |row| / 448`` and ``value = row / scale``, to nearest; 448 is the largest.
 
     An element is wrong by at most a sixteenth of itself, or, where it is small, by 2^-10 of its row's scale. Source of
     the format: Micikevicius et al., arXiv 2209.05433, E4M3.
     """
-    largest = rows.abs().amax(dim=-1).float().clamp(min=SMALLEST_ROW)
-    torch.div(largest, LARGEST_FLOAT8, out=out.scales)
+    torch.div(rows.abs().amax(dim=-1).float().clamp(min=SMALLEST_ROW), 448, out=out.scales)
     out.values.copy_(rows / out.scales.unsqueeze(-1))
 
 

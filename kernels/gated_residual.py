@@ -91,9 +91,9 @@ def _norm_kernel(
         scale8 = largest / LARGEST_FLOAT8
         tl.store(scales + row, scale8, mask=keep_row)
         factor = (1.0 / scale8)[:, None]
-        tl.store(u + start + col, (main * factor).to(u.dtype.element_ty), mask=keep)
+        tl.store(u + start + col, main * factor, mask=keep)
         if REST > 0:
-            tl.store(u + start + rest_col, (rest * factor).to(u.dtype.element_ty), mask=rest_keep)
+            tl.store(u + start + rest_col, rest * factor, mask=rest_keep)
 
 
 def gated_residual(

@@ -1,8 +1,15 @@
 """float8 (e4m3) from its definition: how far numbers in it lie apart, and rows rounded to it."""
 
+import pytest
+import torch
+from accuracy import DEVICE
 from torch import Tensor
 
+from ebcache_fast.ops import OLDEST_FLOAT8_ARCH
+
 LARGEST = 448.0
+HAS_NONE = DEVICE.type == "cuda" and torch.cuda.get_device_capability() < OLDEST_FLOAT8_ARCH
+needs_float8 = pytest.mark.skipif(HAS_NONE, reason="float8 needs compute capability 8.9")
 
 
 def half_a_step(values: Tensor) -> Tensor:

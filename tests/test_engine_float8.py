@@ -11,7 +11,7 @@ from accuracy import DEVICE
 from diffusers_tiny import tiny_transformer
 from fake_graphs import FakeGraphs
 from fake_runs import BRANCHES, TYPES, Job, bits, call, calls, enable_over, over, plan_of, sampling, states
-from float8 import largest_error, rounded_rows
+from float8 import largest_error, needs_float8, rounded_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import naive_sample, relative_error, tiny_dit
@@ -123,6 +123,7 @@ def derived_errors(model: DiT, x: Tensor, y: Tensor, outputs: Tensor) -> tuple[T
 WAYS = {"torch": (None, torch.float64), "kernels": (KERNELS, torch.float32), "bfloat16": (KERNELS, torch.bfloat16)}
 
 
+@needs_float8
 @pytest.mark.parametrize("way", WAYS)
 def test_its_error_is_what_float8_must_give(way: str) -> None:
     """No output's is above its bound; all together they are as large as rounding to nearest makes them."""
@@ -164,11 +165,12 @@ def empty_quantised(rows: int, width: int) -> Quantised:
     )
 
 
+@needs_float8
 @pytest.mark.parametrize("operations", [ops.TORCH, KERNELS], ids=["reference", "torch's own"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_product_of_float8(dtype: torch.dtype, operations: ops.Operations) -> None:
-    if DEVICE.type == "cuda" and (dtype == torch.float32 or torch.cuda.get_device_capability() < (8, 9)):
-        pytest.skip("on a GPU products scaled by rows come in bfloat16, from compute capability 8.9")
+    if DEVICE.type == "cuda" and dtype == torch.float32:
+        pytest.skip("on a GPU products scaled by rows come in bfloat16")
     generator = torch.Generator().manual_seed(0)
     numbers = (torch.randn(*shape, generator=generator) for shape in ((33, 48), (64, 48), (64,)))
     u, weight, bias = (each.to(DEVICE) for each in numbers)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from accuracy import DEVICE, draw
+from float8 import needs_float8
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import narrow, narrow8, only_program, widen, widen8
@@ -115,9 +116,7 @@ def test_a_kernel_converts_as_torch_does() -> None:
     assert torch.equal(back, out.float())
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs 8.9"
-)
+@needs_float8
 def test_a_kernel_converts_to_float8_as_torch_does_and_stays_at_the_largest() -> None:
     numbers = [*every_float8()[:127], *TOO_LARGE, 17.0, 19.0, -17.0, -19.0, 2**-10, 3 * 2**-10, np.nan]
     x = torch.tensor([*numbers, *[0.0] * (256 - len(numbers))], dtype=torch.float32, device=DEVICE)

@@ -6,6 +6,7 @@ Counted are every Triton launch and every ATen operation that is not a view; 28 
 import pytest
 import torch
 from accuracy import DEVICE
+from float8 import needs_float8
 from tiny import tiny_dit
 
 from bench.launch_count import count_trajectory, few_programs
@@ -35,6 +36,7 @@ def test_launches_are_what_the_formula_says(cfg_scale: float, sampler: str, dept
     assert {i: counts[i].total() for i in (3, 4, 5)} == {3: 7 * depth + 1, 4: 3 * depth + 2, 5: 2}, counts
 
 
+@needs_float8
 @pytest.mark.parametrize("depth", [1, 3])
 def test_float8_costs_a_launch_a_computed_mlp_for_its_gelu_and_one_for_the_tokens(depth: int) -> None:
     dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16

@@ -79,13 +79,13 @@ def _is_of_kernels(name: str) -> bool:
 
 
 def _kernel_tests(root: Path, file: str) -> tuple[str, ...]:
-    own = f"tests/test_kernels_{Path(file).stem}.py"
-    if (root / own).is_file():
-        return (own,)
+    own = f"tests/test_kernels_{Path(file).stem}"
+    if found := [*root.glob(f"{own}.py"), *sorted(root.glob(f"{own}_*.py"))]:
+        return tuple(f"tests/{path.name}" for path in found)
     importers = [other for other in kernel_files(root) if Path(file).stem in imports(root / other)]
     tests = {test for other in importers for test in _kernel_tests(root, other)}
     if not tests:
-        raise MutationError(f"{file} has no test: neither {own} nor one of a kernel that imports it; write one")
+        raise MutationError(f"{file} has no test: neither {own}.py nor one of a kernel that imports it; write one")
     return tuple(sorted(tests))
 
 

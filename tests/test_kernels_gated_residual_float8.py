@@ -1,23 +1,22 @@
-"""The next branch's input in float8: the kernel's, and the reference's, each against float64."""
+"""The next branch's input in float8, by the kernel and by its reference, each against float64."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, GUARD, Guarded, assert_accurate, in_float64, ulp
-from float8 import LARGEST, half_a_step
+from float8 import LARGEST, half_a_step, needs_float8
 from step_operands import advancing, assert_advanced
 from test_kernels_gated_residual import SHAPES, Case
 from torch import Tensor
 
-from ebcache_fast import ops, reference
+from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.gated_residual import gated_residual_norm_quantise
 from ebcache_fast.operands import Quantised
 
-if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < ops.OLDEST_FLOAT8_ARCH:
-    pytest.skip("float8 needs compute capability 8.9", allow_module_level=True)
+pytestmark = needs_float8
 
 NAN = 0x7F  # of e4m3
 SENTINEL = 0x55
@@ -90,6 +89,16 @@ def test_a_last_tile_that_is_not_full(shape: tuple[int, int, int], monkeypatch: 
     several = {80: ((launch.ALL, launch.Launch(rows=4, cols=0, warps=8)),)}
     monkeypatch.setattr(launch, "TABLE", {"gated_residual": several})
     case, u = Case(shape, 1, torch.float32), GuardedFloat8(shape)
+    exact = exact_input(case)
+    gated_residual_norm_quantise(case.h, case.branches, case.gates, case.norm, case.at, u.rows)
+    assert_quantised(u.written(), *exact)
+
+
+@pytest.mark.parametrize("width", [16, 17, 19, 96])
+def test_the_largest_counts_wherever_it_is(width: int) -> None:
+    """The last channel's may be alone in what is left of a row beyond its largest power of two."""
+    case, u = Case((1, 2, width), 1, torch.float32), GuardedFloat8((1, 2, width))
+    case.norm.shift[..., -1] = 100
     exact = exact_input(case)
     gated_residual_norm_quantise(case.h, case.branches, case.gates, case.norm, case.at, u.rows)
     assert_quantised(u.written(), *exact)
