@@ -237,3 +237,9 @@ def test_what_is_neither_a_module_nor_a_pipeline() -> None:
     for refused in (object(), "facebook/DiT-XL-2-256"):
         with pytest.raises(InputError, match="is no module and has no transformer; pass a model or its pipeline"):
             enable(refused, TABLE)
+
+
+def test_it_has_no_float8_products(pipe: Any) -> None:
+    with pytest.raises(InputError, match="fp8=True needs a DiT of the original layout.* DiffusersDiTDenoiser sees"):
+        enable(pipe, TABLE, fp8=True)
+    assert "forward" not in vars(pipe.transformer)
