@@ -240,6 +240,6 @@ def test_what_is_neither_a_module_nor_a_pipeline() -> None:
 
 
 def test_it_has_no_float8_products(pipe: Any) -> None:
-    with pytest.raises(InputError, match="fp8=True needs a DiT of the original layout.* DiffusersDiTDenoiser sees"):
+    with pytest.raises(InputError, match=r"fp8=True needs a DiT of the original layout.* DiffusersDiTDenoiser sees"):
         enable(pipe, TABLE, fp8=True)
     assert "forward" not in vars(pipe.transformer)
