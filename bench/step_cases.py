@@ -27,7 +27,8 @@ from ebcache_fast.samplers import make_sampler
 NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 CFG_SCALE = 1.5
 # In turn: a step of every kind, each after one that keeps the device busy while the host goes ahead.
-STEPS = (NO, ATTENTION, NO, ATTN_MLP, NO, *[ATTN_MLP] * 3) * 6
+EVERY_KIND = NO, ATTENTION, NO, ATTN_MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP
+STEPS = EVERY_KIND * 6
 RELEASED = CacheTable.named("eb-cache-released-50").step_types  # 34 NO_CACHE, 16 ATTN_MLP in 12 runs
 MIXED = (NO, *((NO, ATTENTION, ATTN_MLP, ATTN_MLP, ATTENTION, ATTN_MLP, ATTN_MLP) * 7))
 TABLES: Mapping[str, tuple[StepType, ...]] = {"steps": STEPS, "released table": RELEASED, "mixed": MIXED}
@@ -70,10 +71,10 @@ def plan_of(table: str, shape: ModelShape) -> Plan:
     return plan_from(TABLES[table], shape)
 
 
-def plan_from(types: Sequence[StepType], shape: ModelShape) -> Plan:
-    """Steps of these types, over as many of DDPM's timesteps."""
+def plan_from(types: Sequence[StepType], shape: ModelShape, sampler: str = "ddpm") -> Plan:
+    """Steps of these types, over as many of a sampler's timesteps."""
     branches = tuple(cost.branch for cost in shape.branches)
-    return Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, shape.depth, branches)
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.depth, branches)
 
 
 def kind_of(dispatch: Dispatch) -> str:

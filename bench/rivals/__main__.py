@@ -13,18 +13,14 @@ import torch
 from torch import nn
 
 import bench.rivals
-from bench.ceilings import measure_ceilings, product_rates
 from bench.rivals.case import Case
-from bench.rivals.race import LEAST_ROUNDS, needed_bytes, race
-from bench.rivals.rival import Rival
-from bench.rivals.roof import floors, products
-from bench.rivals.roster import OURS, RIVALS
+from bench.rivals.outcome import RESULTS, chosen, lines, machine, outcome, worst
+from bench.rivals.race import LEAST_ROUNDS
+from bench.rivals.roster import RIVALS
 from bench.rivals.switches import SWITCHES
 from bench.step_cases import MIXED, RELEASED, model_of, plan_from
-from bench.telemetry import telemetry
 from ebcache_fast.models import DIT_MODELS, as_denoiser
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROSTERS = {"rivals": RIVALS, "switches": SWITCHES}
 TABLES = {"released": RELEASED, "mixed": MIXED}
 DRY_STEPS = 8
@@ -43,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(*lines(found["contenders"]), args.out, sep="\n")
-    return 1 if any(one["why"] and not one["why"].startswith("needs") for one in found["contenders"]) else 0
+    return worst(found["contenders"])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,35 +66,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.rounds < LEAST_ROUNDS:
         parser.error(f"--rounds {args.rounds} is below {LEAST_ROUNDS}, of which no quartiles can be taken")
     if args.out is None:
-        name = f"{machine(args)}-{args.roster}-{args.table}-{args.px}px-B{args.samples}.json"
+        name = f"{machine(dry_run=args.dry_run)}-{args.roster}-{args.table}-{args.px}px-B{args.samples}.json"
         args.out = Path(os.environ.get("OUT") or RESULTS) / name
     return args
 
 
-def machine(args: argparse.Namespace) -> str:
-    """What results are called after: h200 for NVIDIA's H200."""
-    return "dry" if args.dry_run or not torch.cuda.is_available() else torch.cuda.get_device_name().split()[-1].lower()
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the race; all that was found, ready for JSON."""
-    start = telemetry()
     device = torch.device("cpu" if args.dry_run else "cuda")
     model = tiny_model() if args.dry_run else model_of(args.px, device, torch.bfloat16)
     case = case_of(model, args.table, args.samples, DRY_STEPS if args.dry_run else None)
+    about = {
+        "dry_run": args.dry_run,
+        "model": "tiny" if args.dry_run else f"DiT-XL/2 {args.px} px",
+        "table": args.table,
+    }
     rivals = chosen(ROSTERS[args.roster], args.only)
-    ceilings, rates = measure_ceilings(device, 15), product_rates(products(case), device, case.dtype, 15)
-    entries = race(case, rivals, args.rounds, lambda text: print(text, flush=True), 60 * args.minutes)
-    return {
-        "dry_run": args.dry_run, "model": "tiny" if args.dry_run else f"DiT-XL/2 {args.px} px",
-        "samples": args.samples, "table": args.table, "steps": len(case.plan),
-        "dtype": str(case.dtype).removeprefix("torch."), "cfg_scale": case.cfg_scale,
-        "step_types": {kind.name: count for kind, count in case.plan.counts().items() if kind is not None},
-        "mac_limit": case.plan.mac_limit(case.denoiser.shape), "needed_bytes": needed_bytes(case),
-        "ceilings": vars(ceilings), "floor_ms": floors(case, ceilings),
-        "product_flops_per_second": rates,
-        "contenders": [entry.told() for entry in entries], "telemetry": {"start": start, "end": telemetry()},
-    }  # fmt: skip
+    return about | outcome(case, rivals, args.rounds, 60 * args.minutes)
 
 
 def case_of(model: nn.Module, table: str, samples: int, steps: int | None) -> Case:
@@ -113,24 +97,6 @@ def tiny_model() -> nn.Module:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.1)
     return made.eval().requires_grad_(False)
-
-
-def chosen(roster: Sequence[Rival], names: Sequence[str] | None) -> list[Rival]:
-    """Those of these names, or all; SystemExit where one is nobody's."""
-    known = {rival.name: rival for rival in roster}
-    if unknown := [name for name in names or () if name not in known]:
-        raise SystemExit(f"--only {unknown[0]!r} is none of {', '.join(known)}; --list says who they are")
-    return list(roster) if names is None else [known[name] for name in names]
-
-
-def lines(contenders: Sequence[dict[str, Any]]) -> list[str]:
-    """One each: its time, and how many times ours that is."""
-    loops = {one["name"]: one["loop_ms"]["median"] for one in contenders if not one["why"]}
-    base = loops.get(OURS)
-    return [
-        f"{name}: {loop:.2f} ms" + (f", {loop / base:.2f} times ours" if base and name != OURS else "")
-        for name, loop in loops.items()
-    ]
 
 
 if __name__ == "__main__":

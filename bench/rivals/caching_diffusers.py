@@ -1,4 +1,4 @@
-"""Caches that a user of diffusers would pick instead of ours, on its own DiT: cache-dit's, and those it comes with.
+"""Caches that a user of diffusers would pick instead of ours, on its transformer: cache-dit's, and those it has.
 
     cache_dit                    follows the table; keeps what all blocks but the first add
     mag_cache                    follows the table; keeps what all blocks add
@@ -26,7 +26,7 @@ import torch
 
 from bench.rivals.case import Case
 from bench.rivals.compiled import compiler
-from bench.rivals.diffusers_dit import trajectory, transformer
+from bench.rivals.layouts import call, trajectory, transformer
 from bench.rivals.loop import Run, sample
 from bench.rivals.plain import timesteps_of
 from bench.rivals.rival import Trajectory
@@ -149,11 +149,11 @@ def pyramid_attention_broadcast(case: Case) -> Trajectory:
         current_timestep_callback=lambda: now[0],
     )
     model.enable_cache(config)
+    once = call(case, model)
 
     def predict(x: torch.Tensor, i: int) -> torch.Tensor:
         now[0] = timesteps[i]
-        out: torch.Tensor = model(x, timestep=t[i], class_labels=case.row_labels, return_dict=False)[0]
-        return out
+        return once(x, t[i])
 
     return _reset(model, lambda: sample(case, predict))
 

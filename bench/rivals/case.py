@@ -8,24 +8,29 @@ from torch import Tensor, nn
 
 from bench.step_cases import CFG_SCALE
 from ebcache_fast.engine.buffers import latent_dtype
-from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.engine.guidance import GUIDED_CHANNELS
+from ebcache_fast.models import Context, Denoiser, as_denoiser
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import Sampler, make_sampler, trajectory_noise
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the original layout, a plan of whole steps over DDPM's timesteps, and a guided batch."""
+    """A model, a plan of whole steps, and a guided batch: by labels, or by the context of all its rows."""
 
     model: nn.Module
     plan: Plan
     samples: int
     cfg_scale: float = CFG_SCALE
+    context: Context = ()
+    sampler_name: str = "ddpm"
+    guided_channels: int = GUIDED_CHANNELS
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """The model as our engine sees it."""
-        return as_denoiser(self.model)
+        """The model as our engine sees it, for its own size of latents."""
+        denoiser = as_denoiser(self.model)
+        return denoiser.sized(denoiser.latent_shape, self.context)
 
     @property
     def device(self) -> torch.device:
@@ -39,8 +44,8 @@ class Case:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """DDPM over the plan's steps."""
-        return make_sampler("ddpm", len(self.plan))
+        """The sampler over the plan's steps."""
+        return make_sampler(self.sampler_name, len(self.plan))
 
     @cached_property
     def types(self) -> tuple[StepType, ...]:
@@ -52,18 +57,34 @@ class Case:
     @cached_property
     def labels(self) -> Tensor:
         """(N,)"""
-        return torch.arange(self.samples, device=self.device) % self.denoiser.num_classes
+        return self.row_labels[: self.samples]
 
     @cached_property
     def row_labels(self) -> Tensor:
         """(2N,): the labels, then as many null labels."""
-        return torch.cat([self.labels, torch.full_like(self.labels, self.denoiser.num_classes)])
+        return self._row_labels.to(self.device)
+
+    @property
+    def conditions(self) -> int:
+        """How many different ones modulation is computed for."""
+        return len(self.denoiser.conditions(self._row_labels).unique())
+
+    @property
+    def _row_labels(self) -> Tensor:
+        """On the host."""
+        labels = torch.arange(self.samples) % self.denoiser.num_classes
+        return torch.cat([labels, torch.full_like(labels, self.denoiser.num_classes)])
 
     @cached_property
     def noise(self) -> Tensor:
-        """(S + 1, N, C, H, W): the initial latents, and the noise of each step."""
-        drawn = trajectory_noise(0, range(self.samples), len(self.plan), self.denoiser.latent_shape)
+        """(S + 1, N, C, H, W): the initial latents, and the noise of each step; (1, N, C, H, W) where none is drawn."""
+        steps = len(self.plan) if self.sampler.draws_noise else 0
+        drawn = trajectory_noise(0, range(self.samples), steps, self.denoiser.latent_shape)
         return drawn.to(self.device, latent_dtype(self.denoiser))
+
+    def noise_at(self, step: int) -> Tensor | None:
+        """What a step adds (N, C, H, W); None where nothing is drawn."""
+        return self.noise[step + 1] if self.sampler.draws_noise else None
 
     @cached_property
     def rows(self) -> Tensor:

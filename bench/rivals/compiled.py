@@ -18,11 +18,15 @@ from ebcache_fast.plan import StepType
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def options_of(case: Case, mode: str, *, fullgraph: bool = True) -> dict[str, Any]:
+    """torch.compile's, for a mode; on a CPU, where nothing is measured, all of it runs but the code generation."""
+    how = {"mode": mode} if case.device.type == "cuda" else {"backend": "aot_eager"}
+    return how | {"dynamic": False, "fullgraph": fullgraph}
+
+
 def compiler(case: Case, mode: str, *, fullgraph: bool = True) -> Compile:
-    """torch.compile in a mode; on a CPU, where nothing is measured, all of it but the code generation."""
-    if case.device.type == "cuda":
-        return partial(torch.compile, mode=mode, dynamic=False, fullgraph=fullgraph)
-    return partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=fullgraph)
+    """torch.compile in a mode."""
+    return partial(torch.compile, **options_of(case, mode, fullgraph=fullgraph))
 
 
 def whole_model(case: Case, mode: str) -> Trajectory:

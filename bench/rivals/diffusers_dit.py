@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.rivals.case import Case
-from bench.rivals.plain import module
-from bench.rivals.rival import Trajectory
+from bench.rivals.loop import Call
 
 
 def transformer(case: Case) -> Any:
@@ -64,16 +63,11 @@ def state_dict_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-def trajectory(case: Case, model: Callable[..., Any]) -> Trajectory:
-    """The transformer at every step, as DiTPipeline calls it."""
+def call(case: Case, model: Callable[..., Any]) -> Call:
+    """The transformer as DiTPipeline calls it."""
 
-    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = model(x, timestep=t, class_labels=y, return_dict=False)[0]
+    def once(x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = model(x, timestep=t, class_labels=case.row_labels, return_dict=False)[0]
         return out
 
-    return module(case, call)
-
-
-def eager(case: Case) -> Trajectory:
-    """Operation by operation, uncached."""
-    return trajectory(case, transformer(case))
+    return once

@@ -1,4 +1,4 @@
-"""The loop that rivals are run by: guidance, eps scaling and DDPM in a few tensor operations, nothing awaited."""
+"""The loop that rivals are run by: guidance, eps scaling and a sampler in a few tensor operations, nothing awaited."""
 
 import time
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from torch import Tensor
 from bench.marks import Mark, mark
 from bench.rivals.case import Case
 
-GUIDED = 3  # channels, as the original guides them
 Predict = Callable[[Tensor, int], Tensor]  # rows' latents (2N, C, H, W) and the step -> raw output (2N, Cout, H, W)
+
+Call = Callable[[Tensor, Tensor], Tensor]  # the same of rows' latents and timesteps (2N,)
 
 
 class Run(NamedTuple):
@@ -24,13 +25,15 @@ class Run(NamedTuple):
     began: Mark | None = None  # where it had to be prepared before the first dispatch, which counts as well
 
 
-def step_on(case: Case, x: Tensor, out: Tensor, row: Tensor, noise: Tensor) -> Tensor:
-    """x (N, C, H, W) one step on, by a raw output (2N, Cout, H, W), coefficients (6,) and noise like x."""
-    channels, (cx, ce, min_log, max_log, noise_on, sigma) = x.shape[1], row
+def step_on(case: Case, x: Tensor, out: Tensor, row: Tensor, noise: Tensor | None) -> Tensor:
+    """x (N, C, H, W) one step on, by a raw output (2N, Cout, H, W), coefficients (6,) and noise like x, if any."""
+    channels, guided, (cx, ce, min_log, max_log, noise_on, sigma) = x.shape[1], case.guided_channels, row
     cond, uncond = out.to(x.dtype).chunk(2)
-    eps = torch.cat([torch.lerp(uncond, cond, case.cfg_scale)[:, :GUIDED], cond[:, GUIDED:channels]], dim=1)
-    log_var = torch.lerp(min_log, max_log, (cond[:, channels:] + 1) / 2)
+    eps = torch.cat([torch.lerp(uncond, cond, case.cfg_scale)[:, :guided], cond[:, guided:channels]], dim=1)
     mean = cx * x + (ce * case.plan.eps_scale) * eps
+    if noise is None:
+        return mean
+    log_var = torch.lerp(min_log, max_log, (cond[:, channels:] + 1) / 2)
     return mean + (torch.exp(log_var / 2) * noise_on + sigma) * noise
 
 
@@ -41,6 +44,6 @@ def sample(case: Case, predict: Predict) -> Run:
     start = time.perf_counter()
     for i in range(len(case.plan)):
         rows = torch.cat([x, x]).to(case.dtype)
-        x = step_on(case, x, predict(rows, i), case.rows[i], case.noise[i + 1])
+        x = step_on(case, x, predict(rows, i), case.rows[i], case.noise_at(i))
         marks.append(mark(case.device))
     return Run(x, marks, time.perf_counter() - start)

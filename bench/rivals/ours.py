@@ -1,4 +1,4 @@
-"""Ourselves: our own loop, a graph a step type, one for all, or in float8; and the drop-in in a user's loop."""
+"""Ourselves: our own loop, a graph a step type, one for all, none, or in float8; and the drop-in in a user's loop."""
 
 import time
 from copy import copy
@@ -12,7 +12,7 @@ from bench.rivals.loop import Run, sample
 from bench.rivals.plain import timesteps_of
 from bench.rivals.rival import Trajectory
 from ebcache_fast import enable
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine, EngineOptions, no_graphs
 from ebcache_fast.engine.guidance import Guidance
 
 
@@ -23,13 +23,18 @@ def own_loop(case: Case, *, whole: bool, fp8: bool = False) -> Trajectory:
     return trajectory(case, Engine(case.model, options))
 
 
+def without_graphs(case: Case) -> Trajectory:
+    """The same, operation by operation."""
+    return trajectory(case, Engine(case.model, EngineOptions(max_trajectories=1), make_graphs=no_graphs))
+
+
 def trajectory(case: Case, engine: Engine) -> Trajectory:
     """Our own loop over an engine. The modulation, which others compute at every step, is computed before the first."""
-    guidance = Guidance(case.cfg_scale)
+    guidance = Guidance(case.cfg_scale, case.guided_channels)
 
     def run() -> Run:
         began = mark(case.device)
-        with engine.sampling(case.plan, case.labels, guidance, case.rows, case.noise) as running:
+        with engine.sampling(case.plan, case.labels, guidance, case.rows, case.noise, case.context) as running:
             marks, steps = [mark(case.device)], list[int]()
             start = time.perf_counter()
             while done := running.advance():

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from bench.marks import seconds_between
 from bench.rivals import plain
 from bench.rivals.case import Case
+from bench.rivals.layouts import method
 from bench.rivals.loop import Run
 from bench.rivals.rival import Rival, Trajectory
+from ebcache_fast.plan import Branch
 
 PREPARING = 0.6  # of the time, after which nobody else is prepared
 LEAST_ROUNDS = 2  # of which quartiles can be taken
@@ -141,21 +143,28 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def needed_bytes(case: Case) -> int:
-    """Weights, live caches, modulation, noise and the activations of a layer: what our own loop can't do without."""
+    """Weights, live caches, modulation, context, noise, a layer's activations: what our own loop can't do without."""
     shape, rows, itemsize = case.denoiser.shape, 2 * case.samples, case.dtype.itemsize
     caches = case.plan.cache_bytes(shape, rows, itemsize)
     vectors = 3 * len(shape.branches) * shape.depth + 2  # shift, scale, gate; of the head no gate
-    conditions = len(case.row_labels.unique())
-    modulation = vectors * len(case.plan) * conditions * shape.width * itemsize
+    modulation = vectors * len(case.plan) * case.conditions * shape.width * itemsize
     activations = ACTIVATIONS * rows * shape.slot_elements * itemsize
-    return weight_bytes(case.model) + caches + modulation + case.noise.nbytes + activations
+    return weight_bytes(case.model) + caches + modulation + context_bytes(case) + case.noise.nbytes + activations
+
+
+def context_bytes(case: Case) -> int:
+    """Of what is given besides latents, and of the text's keys and values where layers attend to it apart."""
+    given = [one for one in case.context if one is not None]
+    attending = case.denoiser.shape.depth * (Branch.CROSS_ATTN in case.plan.branches)
+    text = math.prod(given[0].shape[:2]) if given else 0
+    return sum(one.nbytes for one in given) + 2 * attending * text * case.denoiser.shape.width * case.dtype.itemsize
 
 
 def truth(case: Case) -> Tensor:
     """The latents by the method's definition, in float32 or better, without TF32."""
     model = case.model if case.dtype == torch.float64 else deepcopy(case.model).float()
     with plain.float32_products("ieee"):
-        return plain.eager(replace(case, model=model))().latents
+        return method(replace(case, model=model))().latents
 
 
 def relative_rms(ours: Tensor, theirs: Tensor) -> float:
