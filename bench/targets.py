@@ -16,7 +16,7 @@ from typing import Any
 from bench.rivals.roster import FP8, OURS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OUT = "h200-targets.json"
+OUT, TEXT_STEPS = "h200-targets.json", "h200-text-steps.json"
 Measure = Callable[["Results"], float | None]
 
 
@@ -28,13 +28,11 @@ class Results:
 
     def race(self, samples: int, table: str = "released", px: int = 256) -> dict[str, Any]:
         """A race of `bench.rivals`; {} where there is none."""
-        path = self.folder / f"h200-rivals-{table}-{px}px-B{samples}.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return self._read(f"h200-rivals-{table}-{px}px-B{samples}.json")
 
     def contender(self, samples: int, name: str, table: str = "released", px: int = 256) -> dict[str, Any]:
         """What a race found of one contender; {} where it did not run."""
-        contenders = self.race(samples, table, px).get("contenders", ())
-        return next((one for one in contenders if one["name"] == name and not one["why"]), {})
+        return contender_of(self.race(samples, table, px), name)
 
     def loop(self, samples: int, name: str) -> float | None:
         """Milliseconds of a run under the released table."""
@@ -43,8 +41,27 @@ class Results:
 
     def step(self, samples: int, kind: str, table: str) -> float | None:
         """Milliseconds of our step of a type."""
-        found = self.contender(samples, OURS, table).get("step_ms", {}).get(kind)
-        return float(found["median"]) if found else None
+        return step_of(self.contender(samples, OURS, table), kind)
+
+    def text_step(self, model: str, kind: str) -> float | None:
+        """The same of a model of `bench.text_steps`."""
+        races = self._read(TEXT_STEPS).get("models", ())
+        return step_of(contender_of(next((one for one in races if one["model"] == model), {}), OURS), kind)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def contender_of(race: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a race found of one contender; {} where it did not run."""
+    return next((one for one in race.get("contenders", ()) if one["name"] == name and not one["why"]), {})
+
+
+def step_of(contender: dict[str, Any], kind: str) -> float | None:
+    """Milliseconds of its step of a type."""
+    found = contender.get("step_ms", {}).get(kind)
+    return float(found["median"]) if found else None
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,9 @@ def over(one: Measure, other: Measure) -> Measure:
     return ratio
 
 
-def nothing(results: Results) -> None:
-    """What nothing measures yet."""
+def at_most_of_text(model: str, kind: str, limit: float) -> Target:
+    """A step of ours of a model of `bench.text_steps`, in milliseconds."""
+    return Target(f"{model}, B=1: {kind}", limit, lambda results: results.text_step(model, kind), "ms", at_most=True)
 
 
 def against(samples: int, rivals: dict[str, float]) -> tuple[Target, ...]:
@@ -118,10 +136,10 @@ TARGETS: tuple[Target, ...] = (
     Target("256 px, B=64: NO_CACHE", 52, step(64, "NO_CACHE", "released"), "ms", at_most=True),
     *against(64, {"P1": 1.4, "P3": 1.6, "P5": 1.12}),
     Target("256 px, B=64: bfloat16 over FP8", 1.2, over(loop(64), loop(64, FP8))),
-    Target("PixArt-Sigma 1024, B=1: NO_CACHE", 24, nothing, "ms", at_most=True),
-    Target("PixArt-Sigma 2048, B=1: NO_CACHE", 190, nothing, "ms", at_most=True),
-    Target("CogVideoX-2B, B=1: NO_CACHE", 400, nothing, "ms", at_most=True),
-    Target("CogVideoX-2B, B=1: ATTENTION", 95, nothing, "ms", at_most=True),
+    at_most_of_text("PixArt-Sigma 1024", "NO_CACHE", 24),
+    at_most_of_text("PixArt-Sigma 2048", "NO_CACHE", 190),
+    at_most_of_text("CogVideoX-2B", "NO_CACHE", 400),
+    at_most_of_text("CogVideoX-2B", "ATTENTION", 95),
     Target("host, a step of our own loop", 10, lambda results: host(results), "µs", at_most=True),
     Target("256 px, B=1: memory over what the run needs", 1.15, lambda results: memory(results, 1), at_most=True),
     Target("256 px, B=64: memory over what the run needs", 1.15, lambda results: memory(results, 64), at_most=True),

@@ -13,13 +13,20 @@ TYPES = ("NO_CACHE", "ATTENTION", "ATTN_MLP")
 def rivals() -> str:
     """A table of every race, a plot of all, and the targets; docs/rivals.png."""
     paths = (path for kind in ("rivals", "switches") for path in sorted(tables.RESULTS.glob(f"h200-{kind}-*.json")))
-    found = [read(path.name) for path in paths]
+    found = [read(path.name) for path in paths] + text_models()
     if not found:
         return "Not measured yet."
     plot([(title(one), one) for one in found])
     parts = [race(one) for one in found]
     parts.append("![Milliseconds a run of every contender](docs/rivals.png)")
     return "\n\n".join([*parts, reached(targets.judge(targets.Results(tables.RESULTS)))])
+
+
+def text_models() -> list[dict[str, Any]]:
+    """The races of `bench.text_steps` that took place."""
+    if not (tables.RESULTS / targets.TEXT_STEPS).exists():
+        return []
+    return [one for one in read(targets.TEXT_STEPS)["models"] if not one["why"]]
 
 
 def title(found: dict[str, Any]) -> str:
