@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import DIT, MLP, NO, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
+from diffusers_kinds import DIT, MLP, NO, SIGMA, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
 from diffusers_oracle import drive_replaying, replaying
 from fake_graphs import FakeGraphs
 from fake_runs import enable_over, over
@@ -72,6 +72,15 @@ def test_the_kill_switch(kind: Kind, pipe: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("EBCACHE_DISABLE", "1")
     assert all(map(torch.equal, drive(pipe.transformer, call, ts), plain))
     assert stats(pipe).originals == {"EBCACHE_DISABLE": STEPS}
+
+
+def test_the_kill_switch_for_arguments_that_the_method_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = SIGMA.pipeline()
+    ts, call = timesteps(pipe), SIGMA.call(pipe) | dict(cross_attention_kwargs={"scale": 1.0})
+    plain = drive(pipe.transformer, call, ts)
+    enable(pipe, table_of(pipe), strict=True)
+    monkeypatch.setenv("EBCACHE_DISABLE", "1")
+    assert all(map(torch.equal, drive(pipe.transformer, call, ts), plain))
 
 
 # --------------------------------------------------------------------------------------------------------- weights

@@ -24,7 +24,7 @@ from diffusers_kinds import (
     uncached,
 )
 from diffusers_oracle import alpha_bar, by_timestep, drive_replaying, replaying, scaled_v
-from diffusers_tiny import TEXT_WIDTH, cogvideox_scheduler, tiny_cogvideox
+from diffusers_tiny import ROTARY, TEXT_WIDTH, cogvideox_scheduler, tiny_cogvideox
 from tiny import relative_error
 from torch import Tensor
 
@@ -247,6 +247,26 @@ def test_version_1_5_is_cached_or_refused(kind: Kind, pipe: Any) -> None:
         before = stats(pipe).originals
         ours = drive(pipe.transformer, call | dict(ofs=torch.full((1,), ofs)), ts)
         assert_all_same(ours, replayed if stats(pipe).originals == before else plain)
+
+
+@only_5b
+def test_an_offset_for_each_row_is_the_models_own(kind: Kind, pipe: Any) -> None:
+    pipe.transformer = tiny_cogvideox(ofs_embed_dim=8, **ROTARY)
+    ts, call = timesteps(pipe), kind.call(kind.pipeline()) | dict(ofs=torch.tensor([2.0, 9.0]))
+    plain = drive(pipe.transformer, call, ts)
+    enable(pipe, table_of(pipe))
+    assert all(map(torch.equal, drive(pipe.transformer, call, ts), plain))
+    assert [*stats(pipe).originals.values()] == [STEPS]
+
+
+@only_5b
+def test_rotary_embeddings_in_one_tensor(kind: Kind, pipe: Any) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+    replayed = drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    together = call | dict(image_rotary_emb=torch.stack(call["image_rotary_emb"]))
+    assert_all_same(drive(pipe.transformer, together, ts), replayed)
+    assert not stats(pipe).refreshed
 
 
 # ----------------------------------------------------------------------------------- noise under v-prediction

@@ -225,6 +225,29 @@ def test_the_variance_is_not_scaled(pipe: Any) -> None:
 # ------------------------------------------------------------------------------------------- the model's own
 
 
+UNKNOWN_MASKS = {
+    "bools for scores": masked((4, 2)).bool().unsqueeze(1),
+    "one for each token of the latents": masked((4, 2)).unsqueeze(1).float() * torch.arange(16.0).view(1, 16, 1),
+    "of four dimensions": masked((4, 2)).float().view(2, 1, 1, TEXT_LENGTH),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_MASKS)
+def test_masks_that_the_method_does_not_know(pipe: Any, name: str) -> None:
+    ts, call = timesteps(pipe), SIGMA.call(pipe) | dict(encoder_attention_mask=UNKNOWN_MASKS[name])
+    plain = drive(pipe.transformer, call, ts)
+    enable(pipe, table_of(pipe))
+    assert all(map(torch.equal, drive(pipe.transformer, call, ts), plain))
+    assert [*stats(pipe).originals.values()] == [STEPS]
+
+
+def test_a_mask_that_is_too_short_is_refused_as_the_model_does(pipe: Any) -> None:
+    call = SIGMA.call(pipe) | dict(encoder_attention_mask=masked((2, 2))[:, :1])
+    enable(pipe, table_of(pipe))
+    with pytest.raises(RuntimeError, match="size of tensor"):  # what it says itself
+        ask(pipe.transformer, call, timesteps(pipe)[0])
+
+
 EXTRAS: dict[str, Any] = {
     "cross_attention_kwargs": {"scale": 1.0},
     "attention_mask": torch.ones(2, 16).tril(3),

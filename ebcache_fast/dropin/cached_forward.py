@@ -122,10 +122,7 @@ class CachedForward:
             return self.own.answer(name, *args)
         with self._lock:
             try:
-                if call is None:
-                    raise DeclinedError("arguments that the engine does not know")
-                self._decline_what_must_be(call)
-                return self._cached(call)
+                return self._cached(self._answerable(call))
             except DeclinedError as declined:
                 why = str(declined)
             if self.options.strict and why != OFF_SWITCH:
@@ -133,15 +130,18 @@ class CachedForward:
             _count(self._originals, why, "the model's own forward answers, uncached")
         return self.own.answer(name, *args)
 
-    def _decline_what_must_be(self, call: ModelCall) -> None:
+    def _answerable(self, call: ModelCall | None) -> ModelCall:
         if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
             raise DeclinedError(OFF_SWITCH)
+        if call is None:
+            raise DeclinedError("arguments that the engine does not know")
         if self.model.training:
             raise DeclinedError("the model is in training mode")
         if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *self.model.parameters())):
             raise DeclinedError("gradients are recorded")
         if call.is_guided_by_row:
             raise DeclinedError("cfg_scale differs within the batch")
+        return call
 
     def _cached(self, call: ModelCall) -> Tensor:
         weights = self._watch.look()  # while the device may be busy with the last call still

@@ -104,7 +104,8 @@ class PixArtCalls(_DiffusersCalls):
             context = PixArtContext(
                 encoder_hidden_states, encoder_attention_mask, sizes.get("resolution"), sizes.get("aspect_ratio")
             )
-            if all(one is None or one.shape[:1] == hidden_states.shape[:1] for one in context):
+            of_each_row = all(one is None or one.shape[:1] == hidden_states.shape[:1] for one in context)
+            if of_each_row and _is_known_mask(context):
                 call = _of_label_0(hidden_states, timestep, context)
         return self._answer(
             call,
@@ -143,10 +144,11 @@ class CogVideoXCalls(_DiffusersCalls):
         """As the model's: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
         call = None
         if timestep_cond is None and not attention_kwargs and hidden_states.ndim == 5:
-            cos, sin = image_rotary_emb or (None, None)
+            cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
             shift = None if ofs is None else torch.as_tensor(ofs, device=hidden_states.device)
             context = CogVideoXContext(encoder_hidden_states, cos, sin, shift)
-            if encoder_hidden_states.shape[:1] == hidden_states.shape[:1]:
+            is_one = shift is None or shift.numel() == 1  # not one for each row
+            if is_one and encoder_hidden_states.shape[:1] == hidden_states.shape[:1]:
                 call = _of_label_0(hidden_states.transpose(1, 2), torch.as_tensor(timestep), context)
         return self._answer(
             call,
@@ -162,6 +164,14 @@ class CogVideoXCalls(_DiffusersCalls):
 
     def _ours(self, out: Tensor) -> Tensor:
         return out.transpose(1, 2).contiguous()
+
+
+def _is_known_mask(context: PixArtContext) -> bool:
+    """Whether there is a mask of tokens, one to be added to the scores of all latents alike, or none."""
+    mask, (rows, *tokens) = context.mask, context.text.shape[:2]
+    if mask is None or mask.shape == (rows, *tokens):
+        return True
+    return mask.shape == (rows, 1, *tokens) and mask.dtype == context.text.dtype  # of bools attention makes another
 
 
 def _of_label_0(x: Tensor, t: Tensor, context: Context) -> ModelCall:
