@@ -104,6 +104,37 @@ def test_the_same(change: Change) -> None:
     assert not before.watched
 
 
+class Adapted(nn.Linear):
+    """What peft's layers keep beside their weights."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.scaling = {"one": 2.0}
+        self._active_adapter = ["one"]
+        self._disable_adapters = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.scaling.update(one=0.5),
+        lambda layer: layer._active_adapter.append("other"),
+        lambda layer: setattr(layer, "_disable_adapters", True),
+    ],
+    ids=["a scale", "one more", "off"],
+)
+def test_an_adapter_that_counts_otherwise_is_another_version(change: Callable[[Adapted], object]) -> None:
+    model = tiny_dit()
+    model.blocks[-1].attn.proj = adapted = Adapted()
+    watch = Watch(model)
+    before = watch.look()
+    assert watch.look() is before
+    change(adapted)
+    after = watch.look()
+    assert after.versions != before.versions
+    assert after.parts == before.parts
+
+
 @torch.no_grad()
 def test_a_write_is_another_version_of_the_same_parts() -> None:
     model = tiny_dit()

@@ -16,12 +16,14 @@ INSIDE = list(map(itemgetter, ("_modules", "_parameters", "_buffers", "_forward_
 class Fingerprint(NamedTuple):
     """Two models of equal parts lie at the same addresses; of equal versions, nothing wrote there since.
 
+    Adapters of peft that were scaled, or turned on and off, count as written to.
+
     A write through ``.data`` changes neither. So whatever is computed from weights is computed anew for each
     trajectory, and graphs read the weights themselves.
     """
 
     parts: Columns
-    versions: list[int]
+    versions: list[Any]
     watched: bool  # hooks, or a forward of its own, on some part of the model: Python that a graph would not run
 
 
@@ -71,11 +73,21 @@ def _look_at(modules: Sequence[nn.Module], insides: Sequence[dict[str, Any]]) ->
     kinds = map(type, modules), processors
     columns = *kinds, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
-    return Fingerprint(parts, _versions(tensors), others or any(chain(*python)))
+    versions = [*_versions(tensors), *_adapters(insides)]
+    return Fingerprint(parts, versions, others or any(chain(*python)))
 
 
 def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, filter(None, dicts)))  # most are empty
+
+
+def _adapters(insides: Sequence[dict[str, Any]]) -> list[Any]:
+    """Whether and how much each of peft's adapters counts, which are plain numbers beside its weights."""
+    switches = list(map(dict.get, insides, repeat("_disable_adapters")))
+    if switches.count(None) == len(switches):  # as most models are: no look at each
+        return []
+    layers = [inside for inside, switch in zip(insides, switches, strict=True) if switch is not None]
+    return [(one["_disable_adapters"], str(one.get("_active_adapter")), str(one.get("scaling"))) for one in layers]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
