@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_2B, COG_5B, SIGMA, Kind, drive, table_of, timesteps, twin
+from diffusers_kinds import COG_2B, COG_5B, SIGMA, Kind, ask, drive, table_of, timesteps, twin, uncached
 from diffusers_oracle import bare, drive_replaying, fate, nothing
 from tiny import relative_error
 from torch import Tensor, nn
@@ -126,6 +126,33 @@ def test_changed_weights_are_followed_or_the_model_answers_itself(kind: Kind, ch
 def test_weights_that_were_changed_before(kind: Kind, change: Change) -> None:
     for path in (f"{BLOCK}.attn1.to_v", "proj_out"):
         assert fate(*bare(kind), partial(change, path), nothing) in {"cached", "refused"}
+
+
+ONCE_A_RUN = [  # what steps share, the keys of the text among it, is otherwise asked when a run begins
+    *((SIGMA, path) for path in ("caption_projection", f"{BLOCK}.attn2.to_k", "adaln_single.linear")),
+    *((COG_5B, path) for path in ("patch_embed.text_proj", f"{BLOCK}.norm1.linear")),
+]
+
+
+@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize(("kind", "path"), ONCE_A_RUN, ids=str)
+def test_hooks_that_say_another_thing_at_each_step(kind: Kind, pipe: Any, path: str, trust_order: bool) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+    now = 1.0
+
+    def drawn() -> list[Tensor]:
+        nonlocal now
+        outs = []
+        for i, t in enumerate(ts):
+            now = 1.0 + i
+            outs.append(ask(pipe.transformer, call, t, seed=i))
+        return outs
+
+    pipe.transformer.get_submodule(path).register_forward_hook(lambda _, args, out: now * out)
+    plain = drawn()
+    enable(pipe, uncached(pipe), trust_order=trust_order)
+    assert max(map(relative_error, drawn(), plain)) < 1e-5
+    assert not stats(pipe).originals
 
 
 @pytest.mark.parametrize("kind", [SIGMA, COG_5B], ids=str)

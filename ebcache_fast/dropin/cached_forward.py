@@ -228,6 +228,7 @@ class CachedForward:
         trajectory, step = lane.trajectory, arrival.step
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
+        self._renew(lane, t, step)
         if step is None:
             return self._scaled(trajectory.refresh_at(t, call.x), call, t)
         out = (trajectory.predict if arrival.planned else trajectory.refresh)(step, call.x)
@@ -235,6 +236,11 @@ class CachedForward:
         if lane.expected == len(self.plan):
             self._end(key)
         return self._scaled(out, call, t)
+
+    def _renew(self, lane: Lane, t: float, step: int | None) -> None:
+        """Let hooks say what they say at this step, of parts that otherwise are asked when a run begins."""
+        if lane.weights.watched and lane.expected > 0:
+            lane.trajectory.place.renew(len(self.plan) if step is None else step, t)
 
     def _scaled(self, out: Tensor, call: ModelCall, t: float) -> Tensor:
         """What the engine could not scale, as it knows no schedule, in place."""

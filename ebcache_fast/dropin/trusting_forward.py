@@ -33,6 +33,7 @@ class TrustingForward(CachedForward):
         trajectory.give(call.t, call.y)
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
+        self._renew(lane, self.plan.timesteps[lane.expected], lane.expected)
         try:
             out = trajectory.predict(lane.expected, call.x)
         except BaseException:

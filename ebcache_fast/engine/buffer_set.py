@@ -96,6 +96,13 @@ class BufferSet:
         if self.spec.ending is Ending.PREDICT_GUARDED:
             buffers.guard.load(plan.timesteps, row_labels)
 
+    @torch.no_grad()
+    def renew(self, step: int, t: float) -> None:
+        """Compute anew what the step at timestep ``t`` shares with others, for hooks that may say another thing now."""
+        modulation = self.buffers.modulation
+        self.set_context(modulation.context)
+        modulation.load_row(step, t)
+
     def run(self, ready: Ready, step: int) -> None:
         """Run work of which ``step`` is the first."""
         self.streams.join()

@@ -52,8 +52,13 @@ class ModulationTable:
         self.row_of.copy_(row_of)
         self._fill(0, timesteps)
 
+    @property
+    def context(self) -> Context:
+        """That of the last `load`."""
+        return self._context
+
     def load_row(self, step: int, t: float) -> None:
-        """Fill one row for a timestep that nobody planned, and the labels of the last `load`."""
+        """Fill one row for this timestep, and the labels of the last `load`."""
         self._fill(step, (t,))
 
     def norm(self, layer: int, branch: int, norm: nn.LayerNorm) -> Norm:
