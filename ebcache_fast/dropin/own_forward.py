@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ebcache_fast.dropin.hooked import Place, innermost, places
+
 Method = Callable[..., Any]
 
 
@@ -34,28 +36,44 @@ class OwnForward:
         self._asking = _Asking()
 
     def replace(self, methods: Mapping[str, Method]) -> None:
-        """Let the model answer with these."""
-        own = vars(self._model)
-        free = [name for name in methods if name not in self._above or own.get(name) is not self._above[name]]
-        self._replaced.update({name: own[name] for name in free if name in own})
-        own.update({name: methods[name] for name in free})
+        """Let the model answer with these, below the hooks around its forward."""
+        for name, method in methods.items():
+            place = innermost(self._model, name)
+            if name in self._above and place.held is self._above[name]:
+                continue  # what is around it gets to it still
+            if place.held is not None:
+                self._replaced[name] = place.held
+            place.attributes[place.name] = method
         self.is_replaced = True
 
     def restore(self, methods: Mapping[str, Method]) -> None:
         """Put back what ``methods`` replaced. What somebody put around one of them stays: that gets the model's own."""
-        own = vars(self._model)
         self.is_replaced = False
-        self._above = {name: own[name] for name in methods if name in own and own[name] != methods[name]}
-        for name in methods:
-            if own.get(name) == methods[name]:
-                del own[name]
-                own.update({name: self._replaced.pop(name)} if name in self._replaced else {})
+        self._above = {}
+        for name, method in methods.items():
+            place = next((place for place in places(self._model, name) if place.held == method), None)
+            if place is not None:
+                self._put_back(place, name)
+            elif (above := innermost(self._model, name).held) is not None:
+                self._above[name] = above
 
-    def answer(self, name: str, *args: Any) -> Any:
+    def _put_back(self, place: Place, name: str) -> None:
+        if name in self._replaced:
+            place.attributes[place.name] = self._replaced.pop(name)
+        elif place.name == name and place.attributes is vars(self._model):
+            del place.attributes[name]  # its class has it
+        else:
+            place.attributes[place.name] = self._of_class(name)
+
+    def _of_class(self, name: str) -> Method:
+        method: Method = getattr(type(self._model), name).__get__(self._model)
+        return method
+
+    def answer(self, name: str, *args: Any, **named: Any) -> Any:
         """What the model itself answers."""
-        own = self._replaced.get(name) or getattr(type(self._model), name).__get__(self._model)
+        own = self._replaced.get(name) or self._of_class(name)
         with self.asked():
-            return own(*args)
+            return own(*args, **named)
 
     @property
     def is_asked(self) -> bool:

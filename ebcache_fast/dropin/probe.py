@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.dropin.diffusers_calls import calls_class
+from ebcache_fast.dropin.hooked import bare
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine, no_graphs
@@ -24,9 +25,12 @@ def probe(model: nn.Module, plan: Plan) -> int:
     Raises InputError where its forward is not what the engine would run in its place.
     """
     weight = as_denoiser(model).weight()
-    if weight.is_meta:
-        raise InputError(f"{type(model).__name__} is on the meta device, without weights; load them first")
-    with torch.autocast(weight.device.type, enabled=False):
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} is on the meta device, without weights; load them first, and offload whole "
+            "models (enable_model_cpu_offload), not layers"
+        )
+    with torch.autocast(weight.device.type, enabled=False), bare(model):
         return _probe(model, plan)
 
 

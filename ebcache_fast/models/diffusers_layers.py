@@ -11,15 +11,16 @@ from ebcache_fast.models.layers import is_watched, linear_gelu, linear_into
 
 
 def refuse_other_ways(model: nn.Module) -> None:
-    """InputError where hooks of diffusers keep features from call to call, or weights in a dtype of their own."""
+    """InputError where hooks of diffusers keep features, or weights in a dtype of their own or somewhere else."""
     for path, module in model.named_modules():
         registry = vars(module).get("_diffusers_hook")
         for name, hook in registry.hooks.items() if registry is not None else ():
-            if hook._is_stateful or name == "layerwise_casting":
+            if hook._is_stateful or name == "layerwise_casting" or name.endswith("group_offloading"):
                 whose = type(model).__name__ + (path and f".{path}")
                 raise InputError(
-                    f"{whose} has diffusers' hook {name!r}, and what it computes or keeps is not what its parts say; "
-                    "remove diffusers' own caches and layerwise casting first"
+                    f"{whose} has diffusers' hook {name!r}, and what it computes, keeps or holds is not what its parts "
+                    "say; remove diffusers' own caches, layerwise casting and group offloading first: of offloading, "
+                    "that of whole models (enable_model_cpu_offload) may stay"
                 )
 
 
