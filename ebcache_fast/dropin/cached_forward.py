@@ -108,18 +108,18 @@ class CachedForward:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
             return replace(done, originals=dict(self._originals), refreshed=dict(self._refreshed))
 
-    def answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
+    def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         """What a method called with these arguments returns: ours, or what the model's own of that name does.
 
         ``call`` is None where the arguments mean something that the engine does not know.
         """
         if torch.compiler.is_compiling():  # of whoever compiles the model, none of it can be traced
-            return torch.compiler.disable(self._answer)(call, name, *args)  # type: ignore[no-untyped-call]
-        return self._answer(call, name, *args)
+            return torch.compiler.disable(self._answer)(call, name, *args, **named)  # type: ignore[no-untyped-call]
+        return self._answer(call, name, *args, **named)
 
-    def _answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
+    def _answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         if self.own.is_asked:
-            return self.own.answer(name, *args)
+            return self.own.answer(name, *args, **named)
         with self._lock:
             try:
                 return self._cached(self._answerable(call))
@@ -128,7 +128,7 @@ class CachedForward:
             if self.options.strict and why != OFF_SWITCH:
                 raise TrajectoryError(f"the plan can't be followed here: {why}; strict=False runs the model uncached")
             _count(self._originals, why, "the model's own forward answers, uncached")
-        return self.own.answer(name, *args)
+        return self.own.answer(name, *args, **named)
 
     def _answerable(self, call: ModelCall | None) -> ModelCall:
         if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):

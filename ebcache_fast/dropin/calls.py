@@ -14,7 +14,7 @@ class Answering(Protocol):
 
     guided_channels: int
 
-    def answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
+    def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         """Our output (R, Cout, H, W), or whatever the model's own method of that name returns."""
         ...
 

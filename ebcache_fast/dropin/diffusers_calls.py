@@ -35,12 +35,11 @@ class _DiffusersCalls:
     def methods(self) -> Mapping[str, Method]:
         return {"forward": self.forward}
 
-    def _answer(self, call: ModelCall | None, *args: Any) -> Any:
-        """What a call with these arguments returns, of which the last says in which form."""
-        out = self._answering.answer(call, "forward", *args)
+    def _answer(self, call: ModelCall | None, hidden_states: Tensor, return_dict: bool, **named: Any) -> Any:
+        """What a call with these arguments returns; the model's own gets them by name, as its decorators want them."""
+        out = self._answering.answer(call, "forward", hidden_states, return_dict=return_dict, **named)
         if not isinstance(out, Tensor):  # the model's own
             return out
-        *_, return_dict = args
         if not return_dict:
             return (self._ours(out),)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -73,7 +72,14 @@ class DiffusersDiTCalls(_DiffusersCalls):
         call = None
         if timestep is not None and class_labels is not None and not cross_attention_kwargs:
             call = ModelCall(hidden_states, timestep, class_labels)
-        return self._answer(call, hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
+        return self._answer(
+            call,
+            hidden_states,
+            return_dict,
+            timestep=timestep,
+            class_labels=class_labels,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
 
 
 class PixArtCalls(_DiffusersCalls):
@@ -110,13 +116,13 @@ class PixArtCalls(_DiffusersCalls):
         return self._answer(
             call,
             hidden_states,
-            encoder_hidden_states,
-            timestep,
-            added_cond_kwargs,
-            cross_attention_kwargs,
-            attention_mask,
-            encoder_attention_mask,
             return_dict,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            added_cond_kwargs=added_cond_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
         )
 
 
@@ -153,13 +159,13 @@ class CogVideoXCalls(_DiffusersCalls):
         return self._answer(
             call,
             hidden_states,
-            encoder_hidden_states,
-            timestep,
-            timestep_cond,
-            ofs,
-            image_rotary_emb,
-            attention_kwargs,
             return_dict,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            timestep_cond=timestep_cond,
+            ofs=ofs,
+            image_rotary_emb=image_rotary_emb,
+            attention_kwargs=attention_kwargs,
         )
 
     def _ours(self, out: Tensor) -> Tensor:
