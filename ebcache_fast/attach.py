@@ -116,11 +116,16 @@ def stats(model: Any) -> Stats:
 
 
 def module_of(model: Any) -> nn.Module:
-    """The module itself, or a pipeline's transformer; InputError for anything else."""
+    """The module itself, or a pipeline's transformer, within what peft and torch.compile wrap around it.
+
+    InputError for anything else.
+    """
     module = model if isinstance(model, nn.Module) else getattr(model, "transformer", None)
     if not isinstance(module, nn.Module):
         raise InputError(f"{type(model).__name__} is no module and has no transformer; pass a model or its pipeline")
-    return module
+    wrapped: Any = getattr(module, "_orig_mod", module)
+    inner: nn.Module = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    return inner
 
 
 def _cached_forward(model: nn.Module) -> CachedForward | None:

@@ -266,3 +266,18 @@ def test_what_the_model_itself_must_answer_is_its_own_and_counted(kind: Kind, pi
         assert torch.equal(run(), plain[why])
         assert stats(model).originals[why] == 1
     assert not stats(model).steps
+
+
+@pytest.mark.parametrize("enabled_first", [True, False])
+@pytest.mark.parametrize("kind", [SIGMA], ids=str)
+def test_what_compiling_wraps_around_it(kind: Kind, pipe: Any, enabled_first: bool) -> None:
+    plain, replayed = kind.draw(pipe), kind.draw(replaying(pipe))
+    if enabled_first:
+        enable(pipe, table_of(pipe))
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    if not enabled_first:
+        assert torch.equal(kind.draw(pipe), plain)
+        enable(pipe, table_of(pipe))
+    assert_same(kind.draw(pipe), replayed)
+    assert sum(stats(pipe).steps.values()) == STEPS
+    assert torch.equal(kind.draw(disable(pipe)), plain)
