@@ -71,6 +71,8 @@ setup(
             "setuptools>=77",  # the wheel test builds with it
             DIFFUSERS,  # its schedulers are the samplers' oracle, its pipelines what the drop-in is tested on
             "transformers>=5",  # text encoders and tokenizers, made in memory
+            "accelerate>=1",  # offloading, as users of diffusers' pipelines switch it on
+            "peft>=0.17",  # LoRA, as they load it
         ],
     },
     entry_points={"console_scripts": ["ebcache-fast = ebcache_fast.cli:main"]},
