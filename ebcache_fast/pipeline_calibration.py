@@ -18,6 +18,17 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import Context, as_denoiser
 from ebcache_fast.samplers import sampler_of
 
+_DECIDED = ("sampler", "guided_channels", "prompted")  # among the options: by the pipeline
+_NOT_OF_A_CALL = {  # what stands elsewhere, or would change what the table is for
+    "prompt": "pass prompts",
+    "num_inference_steps": "pass steps",
+    "guidance_scale": "pass cfg_scale",
+    "timesteps": "the scheduler's are taken",
+    "sigmas": "the scheduler's are taken",
+    "eta": "the scheduler's own noise is taken",
+    "use_dynamic_cfg": "guidance is constant here",
+}
+
 
 def calibrate(
     model: Any,
@@ -47,6 +58,7 @@ def calibrate(
             raise InputError(f"prompts and call are for pipelines, not for a {type(model).__name__}; pass its pipeline")
         return calibration.calibrate(model, **options)
     module, usual = module_of(model), inspect.signature(model.__call__).parameters
+    _refuse_what_is_decided(model, call or {}, options)
     denoiser = as_denoiser(module)
     steps = options.pop("steps", usual["num_inference_steps"].default)
     scale = options.pop("cfg_scale", usual["guidance_scale"].default)
@@ -65,6 +77,16 @@ def calibrate(
         "prompted": _prompted(model, list(prompts), run),
     }
     return calibration.calibrate(module, **(by_prompt | options | chosen))
+
+
+def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """InputError for arguments that would be overruled, or leave the table to another run than it is made from."""
+    for name in _DECIDED:
+        if name in options:
+            raise InputError(f"{name}={options[name]!r} is decided by the {type(pipe).__name__}; leave it out")
+    for name, instead in _NOT_OF_A_CALL.items():
+        if name in call:
+            raise InputError(f"call has {name}={call[name]!r}, which can't be chosen there; {instead}, leave it out")
 
 
 def _prompted(pipe: Any, prompts: list[str], run: Mapping[str, Any]) -> Prompted:

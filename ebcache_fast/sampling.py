@@ -117,7 +117,12 @@ def resolve_run(
 
 
 def plan_for(denoiser: Denoiser, table: CacheTable | Plan) -> Plan:
-    """The plan that a table means for this model; TableError where it is for another one."""
+    """The plan that a table means for this model; TableError where it is for another one, InputError for no table."""
+    if not isinstance(table, CacheTable | Plan):
+        raise InputError(
+            f"table={table!r} is no table but a {type(table).__name__}; pass a Plan, or a CacheTable, which "
+            "CacheTable.load(path) reads"
+        )
     plan = table.plan(denoiser.shape) if isinstance(table, CacheTable) else table
     plan.macs(denoiser.shape)  # raises where the plan is for another model
     return plan

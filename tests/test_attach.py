@@ -316,6 +316,7 @@ REFUSED: dict[str, tuple[Callable[[DiT], object], Any, dict[str, Any], type[EBCa
         for b in (0.0, -1.0, 1.01, math.nan, math.inf)
     },
     "b=inf, allowed": (nothing, TABLE, {"eps_scale": math.inf, "allow_amplify": True}, InputError, "eps_scale=inf"),
+    "a table's path": (nothing, "table.json", {}, InputError, "table='table.json' is no table but a str"),
     "no graphs": (nothing, TABLE, {"max_graphs": 0}, InputError, "max_graphs=0 is below 1"),
     "no runs": (nothing, TABLE, {"max_trajectories": 0}, InputError, "max_trajectories=0 is below 1"),
 }

@@ -131,6 +131,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {"prompts": ["a cat"], "call": SIGMA | {"num_images_per_prompt": 2}, "steps": 4},
         "4 rows for 1 prompts",
     ),
+    "steps in the call": (
+        tiny_pixart_sigma,
+        {"prompts": ["a cat"], "call": SIGMA | {"num_inference_steps": 4}},
+        "call has num_inference_steps=4, which can't be chosen there; pass steps",
+    ),
+    "timesteps of one's own": (
+        tiny_pixart_sigma,
+        {"prompts": ["a cat"], "call": SIGMA | {"timesteps": [900, 500, 100]}, "steps": 3},
+        "call has timesteps=.900, 500, 100., which can't be chosen there; the scheduler's are taken",
+    ),
+    "another sampler": (
+        tiny_pixart_sigma,
+        {"prompts": ["a cat"], "call": SIGMA, "sampler": "ddpm"},
+        "sampler='ddpm' is decided by the PixArtSigmaPipeline; leave it out",
+    ),
+    "a module that follows a text": (
+        lambda: tiny_cogvideox_2b().transformer,
+        {"samples": 1, "steps": 8},
+        "CogVideoXTransformer3DModel is given no text to follow here; use its pipeline",
+    ),
     "attention arguments": (
         tiny_cogvideox_2b,
         {"prompts": ["a cat"], "call": VIDEO | {"attention_kwargs": {"scale": 0.5}}, "steps": 4},

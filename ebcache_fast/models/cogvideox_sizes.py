@@ -70,6 +70,7 @@ class CogVideoXSizes(DiffusersDenoiser):
         self.rows, self.rotates = 1, False  # of the text, and whether the attention does
 
     def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+        self._check_there_is_text(context)
         given = cast(CogVideoXContext, context)
         if len(latents) != 4 or latents[0] != self.in_channels or _leaves_a_rest(latents[1:], self.patch):
             raise InputError(

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.denoiser import Context
 from ebcache_fast.models.diffusers_layers import first_foreign, refuse_other_ways
 from ebcache_fast.models.dit_layout import check_layout, check_norms
 from ebcache_fast.models.layers import is_watched
@@ -49,6 +51,10 @@ class DiffusersDenoiser(ABC):
     @property
     @abstractmethod
     def has_plain_ends(self) -> bool: ...
+
+    def _check_there_is_text(self, context: Context) -> None:
+        if not context:
+            raise InputError(f"{type(self._model).__name__} is given no text to follow here; use its pipeline instead")
 
     def weight(self) -> Tensor:
         return cast(Tensor, next(self._blocks[0].attn1.to_q.parameters()))

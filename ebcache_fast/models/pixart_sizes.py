@@ -66,6 +66,7 @@ class PixArtSizes(DiffusersDenoiser):
         self.text = USUAL_TEXT
 
     def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+        self._check_there_is_text(context)
         given = cast(PixArtContext, context)
         channels, patch = self.latent_shape[0], self.patch_size
         if len(latents) != 3 or latents[0] != channels or any(not side or side % patch for side in latents[1:]):
