@@ -81,6 +81,48 @@ def test_strength_in_turn(kind: Kind, pipe: Any) -> None:
         assert relative_error(ours, theirs) < 1e-5
 
 
+class CancelledError(Exception):
+    pass
+
+
+def give_up_after_three(pipe: Any, i: int, t: Any, named: dict[str, Any]) -> dict[str, Any]:
+    if i == 2:
+        raise CancelledError
+    return named
+
+
+@pytest.mark.parametrize("trust_order", [False, True])
+@only_video
+def test_a_run_that_begins_where_another_was_given_up(kind: Kind, pipe: Any, trust_order: bool) -> None:
+    """Of the same prompt, at the very step that would have come next."""
+    ts = timesteps(pipe, len(TEN))
+    oracle = replaying(pipe, by_timestep(pipe, TEN) | {ts[3]: NO})
+    enable(pipe, table_of(pipe, TEN), trust_order=trust_order)
+    with pytest.raises(CancelledError):
+        kind.draw(pipe, steps=len(TEN), strength=1.0, callback_on_step_end=give_up_after_three)
+    if trust_order:
+        with pytest.raises(TrajectoryError, match="other prompt tensors"):
+            kind.draw(pipe, steps=len(TEN), strength=0.7)
+    else:
+        theirs = kind.draw(oracle, steps=len(TEN), strength=0.7)
+        assert relative_error(kind.draw(pipe, steps=len(TEN), strength=0.7), theirs) < 1e-5
+        assert stats(pipe).refreshed == {"a run did not begin with the first step": 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trust_order", [False, True])
+@only_2b
+def test_a_loop_that_makes_its_prompts_anew_at_each_step(kind: Kind, pipe: Any, trust_order: bool) -> None:
+    model, ts = pipe.transformer, timesteps(pipe, len(TEN))
+    enable(model, table_of(pipe, TEN), trust_order=trust_order)
+    x, text = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 6, TEXT_WIDTH)
+    for t in ts:
+        model(x, text.clone(), torch.tensor([t]))
+    assert sum(stats(model).refreshed.values()) == (not trust_order)
+    assert stats(model).hits > 0
+    assert not stats(model).originals
+
+
 @only_video
 def test_strict_refuses_to_begin_in_the_middle(kind: Kind, pipe: Any) -> None:
     enable(pipe, table_of(pipe, TEN), strict=True)

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +192,8 @@ class CachedForward:
         arrival = self._scheduler.arrive(t, lane.expected if lane else 0)
         if lane is not None:
             lane.refuse_twins(arrival, t)
-        why = _why_not_planned(lane, arrival, weights)
+        is_taken_over = lane is not None and lane.is_taken_over(self._makes_of(key))
+        why = _why_not_planned(lane, arrival, weights, is_taken_over=is_taken_over)
         if why is not None:
             if self.options.strict:
                 raise TrajectoryError(f"t={t:g} was not expected: {why}; strict=False computes such a step in full")
@@ -207,7 +208,13 @@ class CachedForward:
         """What sets the runs apart that a call could be of, besides labels."""
         return call.guided_channels, call.x.shape, self._contexts.number_of(call.context)
 
-    def _begin(self, key: Hashable, call: ModelCall, weights: Fingerprint, *, began_anew: bool = False) -> Lane:
+    def _makes_of(self, key: tuple[Hashable, ...]) -> int:
+        *_, number = key
+        return self._contexts.makes_of(cast(int, number))
+
+    def _begin(
+        self, key: tuple[Hashable, ...], call: ModelCall, weights: Fingerprint, *, began_anew: bool = False
+    ) -> Lane:
         if key in self._lanes:
             self._end(key)
         elif len(self._lanes) >= self.options.max_trajectories:
@@ -218,7 +225,7 @@ class CachedForward:
             if self.options.strict:
                 raise
             raise DeclinedError("too little memory for the caches") from error
-        lane = self._lanes[key] = Lane(trajectory, weights, began_anew)
+        lane = self._lanes[key] = Lane(trajectory, weights, began_anew, self._makes_of(key))
         return lane
 
     def _end(self, key: Hashable) -> None:
@@ -260,10 +267,12 @@ def _count(counter: Counter[str], why: str, what: str) -> None:
         logging.getLogger(__name__).warning("%s: %s; ebcache_fast.stats counts how often", what, why)
 
 
-def _why_not_planned(lane: Lane | None, arrival: Arrival, weights: Fingerprint) -> str | None:
+def _why_not_planned(lane: Lane | None, arrival: Arrival, weights: Fingerprint, *, is_taken_over: bool) -> str | None:
     """Why everything has to be computed; None where the plan can be followed."""
     if lane is not None and not arrival.begins and lane.weights != weights:
         return "weights changed within a run"
+    if is_taken_over and not arrival.begins:
+        return "a run did not begin with the first step"
     if arrival.planned:
         return None
     if arrival.step is None:

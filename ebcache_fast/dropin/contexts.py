@@ -12,8 +12,8 @@ from ebcache_fast.models import Context
 class _Seen:
     """One context, as it was when it was first seen."""
 
-    def __init__(self, context: Context) -> None:
-        self._given, self._versions = context, _versions(context)
+    def __init__(self, context: Context, makes: int) -> None:
+        self._given, self._versions, self.makes = context, _versions(context), makes
         self._kept = tuple(None if one is None else one.detach().clone() for one in context)
 
     def is_same(self, context: Context) -> bool:
@@ -43,15 +43,23 @@ class Contexts:
         if found is None:
             known = reversed(self._seen.items())
             found = next((number for number, seen in known if seen.is_equal(context)), next(self._numbers))
-            self._seen[found] = _Seen(context)
+            self._seen[found] = _Seen(context, self.makes_of(found) + 1)
         self._seen.move_to_end(found)
         while len(self._seen) > self._limit:
             self._seen.popitem(last=False)
         return found
 
+    def makes_of(self, number: int) -> int:
+        """How often the context of this number came in other tensors than before; 0 where it is not known."""
+        return self._seen[number].makes if number in self._seen else 0
+
 
 def _is(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other
+    """Whether they are one tensor, or views of one place in memory that is still in use."""
+    if one is None or other is None:
+        return one is other
+    places = ((each.data_ptr(), each.shape, each.stride(), each.dtype, each.device) for each in (one, other))
+    return one is other or next(places) == next(places)
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

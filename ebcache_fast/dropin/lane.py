@@ -15,12 +15,23 @@ class Lane:
     trajectory: ForwardTrajectory
     weights: Fingerprint
     began_anew: bool  # with the first step, before a run of the same labels had come to its end
+    makes: int = 0  # of its context: how often that came in other tensors than before
+    is_remade: bool = False  # at each step, so that other tensors mean nothing
     expected: int = 0  # the step that comes next
     is_shared: bool = False  # by two runs
 
     def is_begun_anew(self, arrival: Arrival) -> bool:
         """Whether the run that replaces this one may take turns with it; runs that were refused are over."""
         return not self.is_shared and (self.expected > 0 if arrival.step == 0 else self.began_anew)
+
+    def is_taken_over(self, makes: int) -> bool:
+        """Whether a run that began in the middle goes on where this one was given up.
+
+        Its prompts are equal, but other tensors. A loop that makes them anew at each step looks alike once, no more.
+        """
+        is_other, self.makes = makes != self.makes, makes
+        is_taken, self.is_remade = is_other and not self.is_remade, is_other
+        return is_taken
 
     def refuse_twins(self, arrival: Arrival, t: float) -> None:
         """TrajectoryError where two runs of the same labels take turns, until one of them begins again.

@@ -30,6 +30,9 @@ class TrustingForward(CachedForward):
         if lane.weights != weights:
             self._end(key)
             raise TrajectoryError("weights changed within a run; begin it again")
+        if lane.is_taken_over(self._makes_of(key)) and lane.expected > 1:
+            self._end(key)
+            raise TrajectoryError("a run of other prompt tensors goes on in the middle; begin it with the first step")
         trajectory.give(call.t, call.y)
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
