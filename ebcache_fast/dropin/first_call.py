@@ -20,7 +20,7 @@ class _Waiting:
 
     guided_channels = 0
 
-    def answer(self, call: ModelCall | None, name: str, *args: Any) -> Any:
+    def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         """Raise what carries the call."""
         raise _SeenError(call)
 
