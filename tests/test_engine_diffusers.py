@@ -11,6 +11,7 @@ import torch
 from accuracy import DEVICE
 from diffusers_tiny import ROTARY, tiny_cogvideox, tiny_pixart
 from fake_graphs import FakeGraphs
+from test_engine_faults import ALLOCATIONS, no_memory
 from tiny import relative_error
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from ebcache_fast.engine.ends import OF_ENDS
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import Context, as_denoiser
 from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
@@ -133,6 +135,13 @@ def test_hooked_ends_run_as_modules(model: nn.Module) -> None:
     assert len(set(called)) == 2
     ran = Engine(model).stats.operations
     assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_ENDS)
+
+
+@pytest.mark.parametrize("room", range(1, 1 + ALLOCATIONS + 2))  # after the noise: buffers, then what steps share
+def test_too_little_memory_is_said(model: nn.Module, room: int) -> None:
+    plan = plan_of(model, [NO, ATTN_MLP])
+    with no_memory(room), pytest.raises(InputError, match=r"Tried to allocate 7 GiB.\); sample fewer"):
+        run(model, plan)
 
 
 def test_memory_is_said_before_it_is_taken() -> None:

@@ -25,7 +25,7 @@ class Facts(NamedTuple):
 class ModelCall(NamedTuple):
     """``forward(x, t, y)``, or with guided channels ``forward_with_cfg(x, t, y, cfg_scale)``."""
 
-    x: Tensor  # (R, C, H, W), in the model's dtype
+    x: Tensor  # (R, C, H, W), or of videos (R, C, F, H, W), in the model's dtype
     t: Tensor  # (R,) of any real dtype, or (1,) or () for all rows; on the model's device or the host
     y: Tensor  # (R,) integers
     cfg_scale: float | Tensor = 1.0  # one number

@@ -7,16 +7,14 @@ from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import CogVideoXDenoiser, as_denoiser
-
-SMALLEST_ALPHA = 0.05  # below it a latent is noise alone, and what is divided by alpha would swamp it
+from ebcache_fast.samplers import scaled_v
 
 
 @dataclass(frozen=True)
 class VelocityScaling:
     """Multiplies the noise within a velocity by b: ``v' = v + (b - 1) * eps / alpha`` with ``eps = sigma*x + alpha*v``.
 
-    The predicted x0 then stays what it was with noise ``b * eps`` in its place. Source of v: Salimans and Ho, arXiv
-    2202.00512, appendix D.
+    The predicted x0 then stays what it was with noise ``b * eps`` in its place. See `scaled_v`.
     """
 
     eps_scale: float
@@ -49,8 +47,6 @@ class VelocityScaling:
         """
         if t not in range(len(self.alpha_bar)):
             raise InputError(f"t={t} is no timestep of the scheduler's {len(self.alpha_bar)}; pass one of them")
-        alpha, sigma = self.alpha_bar[int(t)] ** 0.5, (1 - self.alpha_bar[int(t)]) ** 0.5
-        if alpha >= SMALLEST_ALPHA:
-            channels = min(out.shape[1], x.shape[1])
-            noise_in_x = (self.eps_scale - 1) * sigma / alpha
-            out[:, :channels].mul_(self.eps_scale).add_(x[:, :channels], alpha=noise_in_x)
+        of_v, of_x = scaled_v(self.eps_scale, self.alpha_bar[int(t)])
+        channels = min(out.shape[1], x.shape[1])
+        out[:, :channels].mul_(of_v).add_(x[:, :channels], alpha=of_x)

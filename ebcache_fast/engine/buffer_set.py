@@ -14,7 +14,7 @@ from ebcache_fast.engine.stats import Counts
 from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.engine.stream_order import StreamOrder
-from ebcache_fast.errors import CaptureError
+from ebcache_fast.errors import CaptureError, InputError
 from ebcache_fast.models.denoiser import Context, Denoiser
 from ebcache_fast.models.float8 import Float8Branches
 from ebcache_fast.ops import Operations
@@ -83,9 +83,15 @@ class BufferSet:
     def set_context(self, context: Context) -> None:
         """Make ready for runs in this context; before anything is captured that reads what it says."""
         self.streams.join()
-        self._denoiser.prepare(context, self.buffers.constants)
-        if self._float8 is not None:
-            self._float8.prepare()
+        try:
+            self._denoiser.prepare(context, self.buffers.constants)
+            if self._float8 is not None:
+                self._float8.prepare()
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{self.buffers.x.device} has too little memory for what the steps of a run share "
+                f"({str(error).splitlines()[0]}); sample fewer at once"
+            ) from error
 
     def load(self, plan: Plan, row_labels: Tensor, context: Context, scale: float) -> None:
         """Make ready for a run under ``plan`` over rows of these labels (R,), guided by ``scale``."""

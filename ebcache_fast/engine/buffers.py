@@ -77,8 +77,8 @@ class Buffers:
     """A trajectory's memory at fixed addresses. Every graph over it reads and writes here, and weights, alone."""
 
     guard: OrderGuard
-    x: Tensor  # (N, C, H, W) latents, float32 or float64
-    out: Tensor  # (R, Cout, H, W) the same: what a step predicts
+    x: Tensor  # (N, C, H, W), or of videos (N, C, F, H, W): latents, float32 or float64
+    out: Tensor  # (R, Cout, H, W) or (R, Cout, F, H, W), the same: what a step predicts
     update: Update  # the sampler's steps
     guide: Guide
     modulation: ModulationTable

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.noise_schedule import NoiseSchedule
-from ebcache_fast.samplers.coefficients import Sampler, StepRow
+from ebcache_fast.samplers.coefficients import Sampler, StepRow, scaled_v
 from ebcache_fast.samplers.ddim import ddim, ddim_over
 from ebcache_fast.samplers.ddpm import ddpm, ddpm_over
 from ebcache_fast.samplers.dpm_solver import dpm_solver, dpm_solver_over
@@ -27,6 +27,7 @@ __all__ = [
     "make_sampler",
     "sampler_of",
     "sampler_over",
+    "scaled_v",
     "trajectory_noise",
 ]
 

@@ -102,10 +102,16 @@ class Sampler:
         return replace(self, step_rows=rows), 1.0
 
 
-def _with_scaled_v(row: StepRow, b: float, alpha_bar: float) -> StepRow:
-    """The row for v' = b * v + (b - 1) * sigma / alpha * x in place of v."""
+def scaled_v(b: float, alpha_bar: float) -> tuple[float, float]:
+    """The factors of v and of x in a v whose noise is b times what it was: ``b`` and ``(b - 1) * sigma / alpha``.
+
+    1 and 0 where alpha < 0.05. Source of v: Salimans and Ho, arXiv 2202.00512, appendix D.
+    """
     alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
-    if alpha < LEAST_ALPHA:
-        return row
-    of_x = (b - 1.0) * sigma / alpha
-    return row._replace(cx=row.cx + row.ce * of_x, ce=row.ce * b, px=row.px + row.pe * of_x, pe=row.pe * b)
+    return (1.0, 0.0) if alpha < LEAST_ALPHA else (b, (b - 1.0) * sigma / alpha)
+
+
+def _with_scaled_v(row: StepRow, b: float, alpha_bar: float) -> StepRow:
+    """The row for a scaled v in place of v."""
+    of_v, of_x = scaled_v(b, alpha_bar)
+    return row._replace(cx=row.cx + row.ce * of_x, ce=row.ce * of_v, px=row.px + row.pe * of_x, pe=row.pe * of_v)
