@@ -59,6 +59,7 @@ def calibrate(
         return calibration.calibrate(model, **options)
     module, usual = module_of(model), inspect.signature(model.__call__).parameters
     _refuse_what_is_decided(model, call or {}, options)
+    _refuse_offloaded(model, module)
     denoiser = as_denoiser(module)
     steps = options.pop("steps", usual["num_inference_steps"].default)
     scale = options.pop("cfg_scale", usual["guidance_scale"].default)
@@ -87,6 +88,16 @@ def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping
     for name, instead in _NOT_OF_A_CALL.items():
         if name in call:
             raise InputError(f"call has {name}={call[name]!r}, which can't be chosen there; {instead}, leave it out")
+
+
+def _refuse_offloaded(pipe: Any, module: nn.Module) -> None:
+    """InputError where weights lie elsewhere than the pipeline runs: hooks that fetch them would not be asked."""
+    lie_on, runs_on = {one.device.type for one in module.parameters()}, pipe._execution_device.type
+    if lie_on != {runs_on}:
+        raise InputError(
+            f"the {type(pipe).__name__} runs on {runs_on}, and weights of its transformer lie on "
+            f"{' and '.join(sorted(lie_on))}, as offloading leaves them; calibrate first, and offload afterwards"
+        )
 
 
 def _prompted(pipe: Any, prompts: list[str], run: Mapping[str, Any]) -> Prompted:

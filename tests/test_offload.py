@@ -11,7 +11,7 @@ from diffusers_oracle import bare, replaying
 from tiny import relative_error
 from torch import Tensor, nn
 
-from ebcache_fast import disable, enable, enabled, stats
+from ebcache_fast import calibrate, disable, enable, enabled, stats
 from ebcache_fast.errors import InputError, TrajectoryError
 
 accelerate = pytest.importorskip("accelerate")
@@ -189,6 +189,13 @@ def test_layer_by_layer_it_is_refused_until_that_is_gone(kind: Kind, offload: Ch
     assert torch.equal(draw(pipe), plain)
     undo(pipe)
     assert relative_error(draw(enable(pipe, table_of(pipe))), replayed) < 1e-5
+
+
+def test_calibration_comes_first() -> None:
+    pipe = SIGMA.pipeline()
+    by_layer(pipe)
+    with pytest.raises(InputError, match=r"runs on cpu, .* lie on meta, .*; calibrate first"):
+        calibrate(pipe, prompts=["the dog"], steps=2, call=dict(SIGMA.size))
 
 
 @of_layers
