@@ -162,6 +162,7 @@ def test_binned_resolutions(pipe: Any) -> None:
 SIZES: dict[str, dict[str, Any]] = {
     "eps alone": dict(out_channels=4),
     "no projection of captions": dict(caption_channels=None, cross_attention_dim=TEXT_WIDTH),
+    "captions of another width": dict(caption_channels=None, cross_attention_dim=TEXT_WIDTH, attention_head_dim=12),
     "3 layers, larger patches": dict(num_layers=3, patch_size=4),
     "other heads": dict(num_attention_heads=4, attention_head_dim=4),
     "no biases": dict(attention_bias=False),
@@ -178,6 +179,15 @@ def test_transformers_of_other_sizes(pipe: Any, sizes: dict[str, Any]) -> None:
     replayed = SIGMA.draw(replaying(pipe))
     enable(pipe, table_of(pipe))
     assert relative_error(SIGMA.draw(pipe), replayed) < 1e-5
+    assert not stats(pipe).originals
+
+
+def test_captions_of_another_width_for_another_processor(pipe: Any) -> None:
+    pipe.transformer = tiny_pixart(**SIZES["captions of another width"])
+    for block in pipe.transformer.transformer_blocks:
+        block.attn2.set_processor(diffusers.models.attention_processor.AttnProcessor())
+    replayed = SIGMA.draw(replaying(pipe))
+    assert relative_error(SIGMA.draw(enable(pipe, table_of(pipe))), replayed) < 1e-5
     assert not stats(pipe).originals
 
 

@@ -83,12 +83,12 @@ class PixArtDenoiser(PixArtSizes):
         given = cast(PixArtContext, context)
         projection = self._model.caption_projection
         text = given.text.to(self.weight().dtype)
-        text = text if projection is None else projection(text)  # (N, L, D)
-        rows, length, width = text.shape
-        constants.buffer("caption", rows, length, width).copy_(text)
+        text = text if projection is None else projection(text)  # (N, L, C), where C is D if it is projected
+        rows, length, _ = text.shape
+        constants.buffer("caption", *text.shape).copy_(text)
         constants.buffer("bias", rows, 1, length).copy_(_bias_of(given.mask, text))
         for layer, block in enumerate(self._blocks):
-            kept = constants.buffer(f"keys and values {layer}", 2, rows, length, width)
+            kept = constants.buffer(f"keys and values {layer}", 2, rows, length, self.width)
             linear_into(block.attn2.to_k, text, kept[0])
             linear_into(block.attn2.to_v, text, kept[1])
         constants.buffer("positions", self.tokens, self.width).copy_(self.positions())
@@ -113,13 +113,13 @@ class PixArtDenoiser(PixArtSizes):
             feed_forward_into(block.ff, u, out, means)
 
     def _cross_attention_into(self, layer: int, u: Tensor, out: Tensor, means: Means) -> None:
-        attention, sizes = self._blocks[layer].attn2, (len(u), self.text, self.width)
-        bias = means.constants.buffer("bias", len(u), 1, self.text)
+        attention, rows = self._blocks[layer].attn2, len(u)
+        bias = means.constants.buffer("bias", rows, 1, self.text)
         if not is_usual_attention(attention):
-            caption = means.constants.buffer("caption", *sizes)
+            caption = means.constants.buffer("caption", rows, self.text, self.caption_width)
             out.copy_(attention(u, encoder_hidden_states=caption, attention_mask=bias))
             return
-        k, v = means.constants.buffer(f"keys and values {layer}", 2, *sizes)
+        k, v = means.constants.buffer(f"keys and values {layer}", 2, rows, self.text, self.width)
         q, k, v = (heads_of(attention, each) for each in (attention.to_q(u), k, v))
         linear_into(attention.to_out[0], attend(q, k, v, bias.unsqueeze(1)), out)
 

@@ -130,6 +130,11 @@ class PixArtSizes(DiffusersDenoiser):
         return cast(int, (self._blocks[0].attn2.to_k if projection is None else projection.linear_1).in_features)
 
     @property
+    def caption_width(self) -> int:
+        """Of the text as layers attend to it."""
+        return self.text_width if self._model.caption_projection is None else self.width
+
+    @property
     def has_sizes(self) -> bool:
         return bool(self._model.adaln_single.emb.use_additional_conditions)
 
