@@ -1,7 +1,7 @@
 """The command; see the package."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from bench.report import engine, letters, paper, rivals
 from bench.report.tables import ROOT
@@ -23,14 +23,22 @@ NEEDS = {part.__name__: {part.__name__} for part in OF_THE_PAPER} | {"exposure":
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
     answered = {question for question, entries in paper.answers().items() if entries}
-    for part in PARTS:
-        made = part() if NEEDS.get(part.__name__, set()) <= answered else "Not measured yet."
-        pattern = re.compile(rf"(<!-- {part.__name__} -->\n)(?:.*?\n)?(<!-- /{part.__name__} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
-    readme.write_text(text)
+    made = {
+        part.__name__: part() if NEEDS.get(part.__name__, set()) <= answered else "Not measured yet." for part in PARTS
+    }
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page.write_text(filled(page.read_text(), made))
+
+
+def filled(text: str, made: Mapping[str, str]) -> str:
+    """A page with each of its parts as it was made."""
+    return re.sub(
+        r"(<!-- (\w+) -->\n)(?:.*?\n)?(<!-- /\2 -->)",
+        lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 if __name__ == "__main__":

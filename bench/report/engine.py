@@ -74,4 +74,4 @@ def timeline() -> str:
     else:
         run = Timeline.of_plan(CacheTable.named(name).plan(shape), shape, model=BUNDLED, table=name)
     save_picture(draw_timeline(run, f"{len(run.step_types)} steps, and what each costs"), DOCS / "timeline.png")
-    return "![The steps of a run in order, and the same steps as long as they take](docs/timeline.png)"
+    return "![The steps of a run in order, and the same steps as long as they take](timeline.png)"

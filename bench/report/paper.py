@@ -128,7 +128,7 @@ def exposure() -> str:
         name = "no cache" if n == 1 else f"FORA N={n}"
         rows.append((name, *(f"{ratio[i]:.3f} / {snr[i]:.3f}" for i in picks)))
     head = ("eps norm over that on real data / SNR over no cache's", "step 10", "25", "40", "48", "50")
-    return f"{table(head, rows)}\n\n![Predicted noise and SNR along the trajectory](docs/exposure.png)"
+    return f"{table(head, rows)}\n\n![Predicted noise and SNR along the trajectory](exposure.png)"
 
 
 def similarity() -> str:
