@@ -1,7 +1,6 @@
 """Which step of which run a call is, and what answers it."""
 
 import logging
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
@@ -11,30 +10,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate
 from ebcache_fast.dropin.contexts import Contexts
 from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
-from ebcache_fast.dropin.probe import probe
 from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine, EngineOptions
-from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
+from ebcache_fast.engine.fingerprint import Fingerprint
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Arrival, StepScheduler
-from ebcache_fast.errors import EBCacheError, InputError, TrajectoryError
-from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.plan import Plan
-from ebcache_fast.sampling import plan_for
 
-OFF_SWITCH = "EBCACHE_DISABLE"
 ATTRIBUTE = "_cached_forward"  # by which a model knows what is in the place of its forward
-Probed = list[tuple[nn.Module, type]]  # the modules that a probe ran, in each of their places, as what they were
-
-
-class DeclinedError(Exception):
-    """The model's own forward has to answer this call; the message says why."""
 
 
 class CachedForward:
@@ -53,28 +44,25 @@ class CachedForward:
     def __init__(
         self, model: nn.Module, plan: Plan, options: EngineOptions, velocity: VelocityScaling | None = None
     ) -> None:
-        options.check(as_denoiser(model))
         self.model, self.options, self.velocity = model, options, velocity
         self.plan = plan if velocity is None else replace(plan, eps_scale=1.0)
         self.own = OwnForward(model)
-        self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
+        self.gate = Gate(model, self.plan, options, self.own)
         self.calls = calls_class(model)(self)
-        self.forget()
-        self._probed = _modules_of(model)
+        self._forget_runs()
 
     def forget(self) -> None:
         """Drop all that is in progress, and the memory for it."""
+        self.gate.forget()
+        self._forget_runs()
+
+    def _forget_runs(self) -> None:
         self._scheduler = StepScheduler(self.plan)
         self._engine: Engine | None = None
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the one called last at the end
         self._contexts = Contexts(self.options.max_trajectories)
         self._originals, self._refreshed = Counter[str](), Counter[str]()
         self._lock = RLock()
-        self._watch = Watch(self.model)
-        self._parts: Columns | None = None  # those of the fingerprint that was looked at last
-        self._probed = Probed()
-        self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
-        self._misfit: str | None = None  # why the model can't be answered for as it is now
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along how it is set up, and nothing that is in progress."""
@@ -82,7 +70,7 @@ class CachedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.forget()
+        self._forget_runs()
 
     def install(self) -> None:
         """Put it in the place of the model's own forward."""
@@ -93,6 +81,11 @@ class CachedForward:
         """Give the model its own forward back; whoever wrapped this one gets the model's own through it."""
         self.own.restore(self.calls.methods)
         del vars(self.model)[ATTRIBUTE]
+
+    @property
+    def guided_channels(self) -> int:
+        """How many of them ``forward_with_cfg`` guides; 0 where the model's own has to run."""
+        return self.gate.guided_channels
 
     @property
     def engine(self) -> Engine:
@@ -122,7 +115,7 @@ class CachedForward:
             return self.own.answer(name, *args, **named)
         with self._lock:
             try:
-                return self._cached(self._answerable(call))
+                return self._step(self.gate.pass_on(call))
             except DeclinedError as declined:
                 why = str(declined)
             if self.options.strict and why != OFF_SWITCH:
@@ -130,60 +123,9 @@ class CachedForward:
             _count(self._originals, why, "the model's own forward answers, uncached")
         return self.own.answer(name, *args, **named)
 
-    def _answerable(self, call: ModelCall | None) -> ModelCall:
-        if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
-            raise DeclinedError(OFF_SWITCH)
-        if call is None:
-            raise DeclinedError("arguments that the engine does not know")
-        if self.model.training:
-            raise DeclinedError("the model is in training mode")
-        if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *self.model.parameters())):
-            raise DeclinedError("gradients are recorded")
-        if call.is_guided_by_row:
-            raise DeclinedError("cfg_scale differs within the batch")
-        return call
-
-    def _cached(self, call: ModelCall) -> Tensor:
-        weights = self._watch.look()  # while the device may be busy with the last call still
-        if weights.parts != self._parts:
-            self._look_again()
-            self._parts = weights.parts
-        if self._misfit:
-            raise DeclinedError(self._misfit)
-        if torch.is_autocast_enabled(self._device_type):
-            raise DeclinedError("autocast is on")
-        if (form := (call.form, weights)) != self._checked:
-            call.check(self._denoiser)
-            self._checked = form
-        return self._step(call, weights)
-
-    def _look_again(self) -> None:
-        """Find out whether the model can still be answered for; hooks or modules may be others by now."""
-        self._misfit = None
-        try:
-            self._denoiser: Denoiser = as_denoiser(self.model)
-            self.options.check(self._denoiser)
-            if (weight := self._denoiser.weight()).is_meta:
-                raise InputError("its weights are on the meta device, as offloading leaves them")
-            self._device_type = weight.device.type
-            if (modules := _modules_of(self.model)) != self._probed:
-                self._probe_again()
-                self._probed = modules
-        except EBCacheError as error:
-            self._probed, self._misfit = Probed(), f"the model was changed: {error}"
-        else:
-            if module := self._denoiser.passed_over_hooks():
-                self._misfit = f"{module} has hooks, and no part of the engine calls it"
-
-    def _probe_again(self) -> None:
-        plan_for(self._denoiser, self.plan)
-        with self.own.asked():
-            guided_channels = probe(self.model, self.plan)
-        if guided_channels != self.guided_channels:
-            raise InputError("its forward_with_cfg is another one; enable it again")
-
-    def _step(self, call: ModelCall, weights: Fingerprint) -> Tensor:
-        facts = call.read(self._denoiser)
+    def _step(self, answerable: Answerable) -> Tensor:
+        call, denoiser, weights = answerable
+        facts = call.read(denoiser)
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
@@ -254,10 +196,6 @@ class CachedForward:
         if self.velocity is not None:
             self.velocity.apply(out, call.x, t)
         return out
-
-
-def _modules_of(model: nn.Module) -> Probed:
-    return [(module, type(module)) for _, module in model.named_modules(remove_duplicate=False)]
 
 
 def _count(counter: Counter[str], why: str, what: str) -> None:

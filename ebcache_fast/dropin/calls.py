@@ -12,7 +12,10 @@ from ebcache_fast.dropin.own_forward import Method
 class Answering(Protocol):
     """Who answers: see `CachedForward`."""
 
-    guided_channels: int
+    @property
+    def guided_channels(self) -> int:
+        """How many of them ``forward_with_cfg`` guides; 0 where the model's own has to run."""
+        ...
 
     def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         """Our output (R, Cout, H, W), or whatever the model's own method of that name returns."""

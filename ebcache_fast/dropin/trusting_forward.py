@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from ebcache_fast.dropin.cached_forward import CachedForward, DeclinedError
-from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.answerable import Answerable, DeclinedError
+from ebcache_fast.dropin.cached_forward import CachedForward
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.fingerprint import Fingerprint
 from ebcache_fast.errors import TrajectoryError
 
 
@@ -19,10 +18,11 @@ class TrustingForward(CachedForward):
 
     _ending = Ending.PREDICT_GUARDED
 
-    def _step(self, call: ModelCall, weights: Fingerprint) -> Tensor:
+    def _step(self, answerable: Answerable) -> Tensor:
+        call, denoiser, weights = answerable
         key = self._kind_of(call)
         if (lane := self._lanes.get(key)) is None:
-            if call.read(self._denoiser).timesteps != {self.plan.timesteps[0]}:
+            if call.read(denoiser).timesteps != {self.plan.timesteps[0]}:
                 raise DeclinedError("a run did not begin with the first step")
             lane = self._begin(key, call, weights)
         self._lanes.move_to_end(key)

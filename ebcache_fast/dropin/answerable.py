@@ -1,0 +1,125 @@
+"""Whether the engine can answer a call: what the call asks for, and what the model is by now."""
+
+import os
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.own_forward import OwnForward
+from ebcache_fast.dropin.probe import probe
+from ebcache_fast.engine.engine import EngineOptions
+from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
+from ebcache_fast.errors import EBCacheError, InputError
+from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.plan import Plan
+from ebcache_fast.sampling import plan_for
+
+OFF_SWITCH = "EBCACHE_DISABLE"
+Probed = list[tuple[nn.Module, type]]  # the modules that a probe ran, in each of their places, as what they were
+
+
+class DeclinedError(Exception):
+    """The model's own forward has to answer this call; the message says why."""
+
+
+class Answerable(NamedTuple):
+    """A call that the engine can answer, and what it is to be answered with."""
+
+    call: ModelCall
+    denoiser: Denoiser
+    weights: Fingerprint
+
+
+class Gate:
+    """Lets calls of one model through to the engine as long as that computes what the model's own forward would.
+
+    Raises InputError where the model computes something else than its parts say, TableError where the plan is for
+    another one.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, options: EngineOptions, own: OwnForward) -> None:
+        options.check(as_denoiser(model))
+        self.model, self.plan, self.options, self.own = model, plan, options, own
+        self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
+        self.forget()
+        self._probed = _modules_of(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has another model to look at."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.forget()
+
+    def forget(self) -> None:
+        """Look at everything again when the next call comes."""
+        self._watch = Watch(self.model)
+        self._parts: Columns | None = None  # those of the fingerprint that was looked at last
+        self._probed = Probed()
+        self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
+        self._misfit: str | None = None  # why the model can't be answered for as it is now
+
+    def pass_on(self, call: ModelCall | None) -> Answerable:
+        """The call, None being one whose arguments the engine does not know.
+
+        Raises DeclinedError where the model's own forward has to answer, InputError for one that no model can.
+        """
+        call = self._asks_for_nothing_else(call)
+        weights = self._watch.look()  # while the device may be busy with the last call still
+        if weights.parts != self._parts:
+            self._look_again()
+            self._parts = weights.parts
+        if self._misfit:
+            raise DeclinedError(self._misfit)
+        if torch.is_autocast_enabled(self._device_type):
+            raise DeclinedError("autocast is on")
+        if (form := (call.form, weights)) != self._checked:
+            call.check(self._denoiser)
+            self._checked = form
+        return Answerable(call, self._denoiser, weights)
+
+    def _asks_for_nothing_else(self, call: ModelCall | None) -> ModelCall:
+        if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
+            raise DeclinedError(OFF_SWITCH)
+        if call is None:
+            raise DeclinedError("arguments that the engine does not know")
+        if self.model.training:
+            raise DeclinedError("the model is in training mode")
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *self.model.parameters())):
+            raise DeclinedError("gradients are recorded")
+        if call.is_guided_by_row:
+            raise DeclinedError("cfg_scale differs within the batch")
+        return call
+
+    def _look_again(self) -> None:
+        """Find out whether the model can still be answered for; hooks or modules may be others by now."""
+        self._misfit = None
+        try:
+            self._denoiser: Denoiser = as_denoiser(self.model)
+            self.options.check(self._denoiser)
+            if (weight := self._denoiser.weight()).is_meta:
+                raise InputError("its weights are on the meta device, as offloading leaves them")
+            self._device_type = weight.device.type
+            if (modules := _modules_of(self.model)) != self._probed:
+                self._probe_again()
+                self._probed = modules
+        except EBCacheError as error:
+            self._probed, self._misfit = Probed(), f"the model was changed: {error}"
+        else:
+            if module := self._denoiser.passed_over_hooks():
+                self._misfit = f"{module} has hooks, and no part of the engine calls it"
+
+    def _probe_again(self) -> None:
+        plan_for(self._denoiser, self.plan)
+        with self.own.asked():
+            guided_channels = probe(self.model, self.plan)
+        if guided_channels != self.guided_channels:
+            raise InputError("its forward_with_cfg is another one; enable it again")
+
+
+def _modules_of(model: nn.Module) -> Probed:
+    return [(module, type(module)) for _, module in model.named_modules(remove_duplicate=False)]
