@@ -11,7 +11,8 @@ import torch
 from diffusers_tiny import tiny_cogvideox, tiny_pipeline, tiny_pixart, tiny_transformer
 from torch import nn
 
-from ebcache_fast import cli, disable, enable
+from ebcache_fast import disable, enable
+from ebcache_fast.cli.sample import sample
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser, load_pretrained
 from ebcache_fast.plan import Plan
@@ -55,9 +56,7 @@ def test_older_folders_name_another_class(tmp_path: Path) -> None:
 
 def test_sampling_from_a_folder_by_the_command_line(tmp_path: Path) -> None:
     tiny_transformer().save_pretrained(tmp_path / "dit")
-    cli.sample(
-        model="diffusers", ckpt=tmp_path / "dit", num_sampling_steps=2, num_samples=3, sample_dir=tmp_path / "out"
-    )
+    sample(model="diffusers", ckpt=tmp_path / "dit", num_sampling_steps=2, num_samples=3, sample_dir=tmp_path / "out")
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 4, 8, 8)
 
 

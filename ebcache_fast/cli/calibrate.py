@@ -1,0 +1,79 @@
+"""``ebcache-fast calibrate``: a Cache Table for a model."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def calibrate(
+    out: Path,
+    model: str = "letters",
+    ckpt: Path | None = None,
+    image_size: int = 256,
+    num_classes: int = 1000,
+    samples: int = 1000,
+    num_sampling_steps: int = 50,
+    sampler: str = "ddpm",
+    cfg_scale: float = 1.5,
+    eps_scale: float = 1.0,
+    target_speedup: float | None = None,
+    a: float = 0.05,
+    k: float = 0.15,
+    criterion: Literal["vector", "norm"] = "vector",
+    norm: Literal["rms", "l2"] = "rms",
+    compare_scaled: bool = True,
+    max_run: int = 3,
+    global_seed: int = 0,
+    per_proc_batch_size: int = 64,
+    progress_file: Path | None = None,
+) -> None:
+    """Make a Cache Table for a model by EB-Cache's Algorithm 1.
+
+    Args:
+        out: file to write the table to, .json.
+        model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
+        ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
+        image_size: 256 or 512, of a latent model.
+        num_classes: of a latent model.
+        samples: how many vote.
+        num_sampling_steps: steps of the table.
+        sampler: ddpm, ddim or dpm-solver++.
+        cfg_scale: guidance scale; 1 for none.
+        eps_scale: factor b on the predicted noise, in (0, 1].
+        target_speedup: find the threshold whose table the MAC count allows this speed-up.
+        a: threshold at the last step; where a target is given, only its ratio to k counts.
+        k: how much higher the threshold is at the first step.
+        criterion: compare outputs as vectors, or, as in the paper, by their norms.
+        norm: root mean square, or, as in the paper, L2, for which the thresholds must be as much larger.
+        compare_scaled: compare b times both outputs, or, as in the paper, b times the cached one alone.
+        max_run: most cached steps in a row; 0 for no limit.
+        global_seed: of all noise.
+        per_proc_batch_size: samples at once.
+        progress_file: where finished batches are counted, so that the same command resumes.
+    """
+    from ebcache_fast import calibrate as search
+    from ebcache_fast import console
+    from ebcache_fast.algorithm1 import Algorithm1
+    from ebcache_fast.files import make_room
+    from ebcache_fast.presets import open_model
+
+    make_room(out)  # hours of votes must not be lost for want of a place
+    with console.progress_bar() as bar:
+        table = search(
+            open_model(model, ckpt, image_size, num_classes),
+            samples=samples,
+            steps=num_sampling_steps,
+            sampler=sampler,
+            cfg_scale=cfg_scale,
+            eps_scale=eps_scale,
+            algorithm=Algorithm1(
+                a=a, k=k, criterion=criterion, norm=norm, compare_scaled=compare_scaled, max_run=max_run or None
+            ),
+            target_speedup=target_speedup,
+            seed=global_seed,
+            batch_size=per_proc_batch_size,
+            progress_file=progress_file,
+            on_step=bar.update,
+        )
+    table.save(out)
+    console.print_table(table)
+    print(out)

@@ -1,0 +1,62 @@
+"""``ebcache-fast sample``: pictures or latents of any model."""
+
+from pathlib import Path
+
+
+def sample(
+    model: str = "letters",
+    ckpt: Path | None = None,
+    table: str | None = None,
+    text: str | None = None,
+    num_samples: int = 26,
+    image_size: int = 256,
+    num_classes: int = 1000,
+    cfg_scale: float = 1.5,
+    num_sampling_steps: int | None = None,
+    sampler: str | None = None,
+    eps_scale: float | None = None,
+    global_seed: int = 0,
+    per_proc_batch_size: int = 64,
+    sample_dir: Path = Path("samples"),
+) -> None:
+    """Sample a model into samples.npz (arr_0: uint8 NHWC, or float32 latents) and, for pictures, samples.png.
+
+    Args:
+        model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
+        ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
+        table: a Cache Table's file, or the name of one that comes with the package; without, nothing is cached.
+        text: letters A to Z to sample; without, all classes in turn.
+        num_samples: how many, where --text does not say it.
+        image_size: 256 or 512, of a latent model.
+        num_classes: of a latent model.
+        cfg_scale: guidance scale; 1 for none.
+        num_sampling_steps: the table's, or 50.
+        sampler: ddpm, ddim or dpm-solver++; the table's, or ddpm.
+        eps_scale: factor on the predicted noise; the table's, or 1.
+        global_seed: sample k draws its noise from this seed and k.
+        per_proc_batch_size: samples at once.
+        sample_dir: folder to write.
+    """
+    from ebcache_fast import console, job
+    from ebcache_fast.methods import open_table
+    from ebcache_fast.models import as_denoiser
+    from ebcache_fast.presets import labels_in_turn, labels_of, open_model
+
+    opened = open_model(model, ckpt, image_size, num_classes)
+    labels = labels_of(text) if text is not None else labels_in_turn(num_samples, as_denoiser(opened).num_classes)
+    chosen = None if table is None else open_table(table)
+    with console.progress_bar() as bar:
+        written = job.sample_into(
+            sample_dir,
+            opened,
+            labels,
+            table=chosen,
+            steps=num_sampling_steps,
+            sampler=sampler,
+            cfg_scale=cfg_scale,
+            eps_scale=eps_scale,
+            seed=global_seed,
+            batch_size=per_proc_batch_size,
+            on_step=bar.update,
+        )
+    print(*written, sep="\n")

@@ -1,0 +1,81 @@
+"""``ebcache-fast table``: show a Cache Table, hold it against a model, or import another project's."""
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+def show_table(source: Positional[str]) -> None:
+    """Print a Cache Table: its steps as a strip, what it is for, where it comes from.
+
+    Args:
+        source: a table's .json file, or the name of one that comes with the package.
+    """
+    from ebcache_fast import console
+    from ebcache_fast.methods import open_table
+
+    console.print_table(open_table(source))
+
+
+def check_table(
+    source: Positional[str],
+    model: str = "letters",
+    image_size: int = 256,
+    num_classes: int = 1000,
+) -> None:
+    """Hold a Cache Table against a model: whether it fits, and what it costs there.
+
+    Args:
+        source: a table's .json file, or the name of one that comes with the package.
+        model: "letters", the bundled one, or an original DiT such as DiT-XL/2.
+        image_size: 256 or 512, of a latent model.
+        num_classes: of a latent model.
+    """
+    from ebcache_fast import console
+    from ebcache_fast.methods import open_table
+    from ebcache_fast.presets import shape_of
+
+    shape = shape_of(model, image_size, num_classes)
+    console.print_costs(open_table(source).plan(shape), shape)
+
+
+def import_table(
+    source: Positional[Path],
+    out: Path,
+    kind: Literal["eb-npy", "smoothcache"] = "eb-npy",
+    order: Literal["execution", "index"] = "execution",
+    steps: int = 50,
+    spacing: Literal["even", "stride"] = "even",
+    eps_scale: float | None = None,
+    adm_lambda: float | None = None,
+    eb_delta: float | None = None,
+    allow_amplify: bool = False,
+) -> None:
+    """Turn a schedule that another project released into a Cache Table.
+
+    Args:
+        source: EB-Cache's .npy, or SmoothCache's .json.
+        out: file to write the table to, .json.
+        kind: what the source is.
+        order: of an .npy: as executed, or by descending index, as the released code reads it.
+        steps: how many.
+        spacing: of the timesteps out of 1000: even, both ends kept, or stride, 0, k, 2k and so on.
+        eps_scale: factor b on the predicted noise, in (0, 1].
+        adm_lambda: instead, ADM-ES's lambda: b = 1 / lambda.
+        eb_delta: instead, the delta of EB-Cache's released script: b = 1 / delta.
+        allow_amplify: lets b exceed 1.
+    """
+    from ebcache_fast import console
+    from ebcache_fast.noise_schedule import TRAIN_STEPS, ddim_timesteps, respaced_timesteps
+    from ebcache_fast.table_importers import eps_scale_of, from_eb_npy, from_smoothcache
+
+    timesteps = (respaced_timesteps if spacing == "even" else ddim_timesteps)(TRAIN_STEPS, steps)
+    b = eps_scale_of(eps_scale, adm_lambda, eb_delta)
+    if kind == "eb-npy":
+        table = from_eb_npy(source, timesteps, order, b, allow_amplify)
+    else:
+        table = from_smoothcache(source, timesteps, b, allow_amplify)
+    table.save(out)
+    console.print_table(table)
+    print(out)
