@@ -1,157 +1,16 @@
-"""What every step of a sampling run computes and what it reuses, decided before the run starts.
-
-A layer is a row of branches (attention, MLP). Each branch of each layer owns one cache *slot*, which holds
-the branch's ungated output. A `StepPlan` says for every slot whether one step computes (and stores) or reuses
-it; a `Plan` lines up the StepPlans of a whole run and knows what they cost. Nothing here runs a model.
-"""
+"""The steps of a whole run and what they cost."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum, IntEnum
 from functools import cached_property
-from itertools import accumulate, chain, groupby, pairwise, product
+from itertools import accumulate, groupby, pairwise
 from typing import Self
 
 from ebcache_fast.errors import TableError
-
-
-class Branch(Enum):
-    """One residual branch of a transformer layer."""
-
-    SELF_ATTN = "self_attn"
-    CROSS_ATTN = "cross_attn"
-    MLP = "mlp"
-
-
-class Action(Enum):
-    """What a step does with one slot: run the branch and store its output, or read what is stored."""
-
-    COMPUTE = "compute"
-    REUSE = "reuse"
-
-
-class StepType(IntEnum):
-    """The steps that treat all layers alike, numbered as in EB-Cache's released tables (arXiv 2503.07120)."""
-
-    NO_CACHE = 0
-    ATTENTION = 1
-    ATTN_MLP = 2
-    MLP = 3
-
-    @property
-    def reuses(self) -> frozenset[Branch]:
-        """The branches that such a step reuses in every layer."""
-        return _REUSES[self]
-
-
-_REUSES = {
-    StepType.NO_CACHE: frozenset[Branch](),
-    StepType.ATTENTION: frozenset({Branch.SELF_ATTN, Branch.CROSS_ATTN}),
-    StepType.ATTN_MLP: frozenset(Branch),
-    StepType.MLP: frozenset({Branch.MLP}),
-}
-
-Slot = tuple[int, Branch]  # the cache slot of one branch of one layer
-
-
-@dataclass(frozen=True, slots=True)
-class BranchShape:
-    """What one branch of ONE layer costs: multiply-accumulates (half its FLOPs) for one row of the batch
-    (one guidance branch of one sample), and the parameters it reads.
-    """
-
-    branch: Branch
-    macs: int
-    weights: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a model that decide cost and memory; its adapter builds it.
-
-    ``fixed_macs`` (per row) and ``fixed_weights`` are what every step costs outside the branches: embedding,
-    modulation, head. ``fingerprint`` holds the named sizes that a CacheTable can be bound to.
-    """
-
-    depth: int
-    width: int
-    tokens: int
-    branches: tuple[BranchShape, ...]  # in the order in which a layer runs them
-    fixed_macs: int
-    fixed_weights: int
-    fingerprint: tuple[tuple[str, int], ...]
-
-    @property
-    def slot_elements(self) -> int:
-        """Elements of one slot for one row of the batch."""
-        return self.tokens * self.width
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """The action of one step on every slot. Hashable: it is the CUDA graph's key.
-
-    ``branches`` is their order inside a layer, ``actions[layer][k]`` the action on ``branches[k]``.
-    Raises TableError without a layer or branch, for a repeated branch, or a row of another length.
-    """
-
-    branches: tuple[Branch, ...]
-    actions: tuple[tuple[Action, ...], ...]
-
-    def __post_init__(self) -> None:
-        if not self.branches or len(set(self.branches)) != len(self.branches):
-            raise TableError(f"branches: expected one or more, each once, got {self.branches!r}")
-        lengths = [len(row) for row in self.actions]
-        if set(lengths) != {len(self.branches)}:
-            raise TableError(f"actions: expected a row of {len(self.branches)} per layer, got rows of {lengths}")
-
-    @classmethod
-    def uniform(cls, step_type: StepType, depth: int, branches: tuple[Branch, ...]) -> Self:
-        """The plan that treats all ``depth`` layers as ``step_type`` says."""
-        row = tuple(Action.REUSE if branch in step_type.reuses else Action.COMPUTE for branch in branches)
-        return cls(branches, (row,) * depth)
-
-    @property
-    def depth(self) -> int:
-        """The number of layers."""
-        return len(self.actions)
-
-    @cached_property
-    def step_type(self) -> StepType | None:
-        """The step type this plan equals; None where layers differ or no type fits."""
-        types = (t for t in StepType if StepPlan.uniform(t, self.depth, self.branches) == self)
-        return next(types, None)
-
-    @property
-    def type_name(self) -> str:
-        """The name of its step type, "MIXED" where it has none."""
-        return "MIXED" if self.step_type is None else self.step_type.name
-
-    @cached_property
-    def computed(self) -> tuple[Slot, ...]:
-        """The slots this step computes and stores, in order of execution."""
-        return self._slots(Action.COMPUTE)
-
-    @cached_property
-    def reused(self) -> tuple[Slot, ...]:
-        """The slots this step reads, in order of execution."""
-        return self._slots(Action.REUSE)
-
-    @property
-    def computes_nothing(self) -> bool:
-        """Whether no branch runs, so that all layers collapse into one sum over gated slots."""
-        return not self.computed
-
-    def action(self, layer: int, branch: Branch) -> Action:
-        """What this step does with one slot."""
-        return self.actions[layer][self.branches.index(branch)]
-
-    def _slots(self, wanted: Action) -> tuple[Slot, ...]:
-        slots = product(range(self.depth), self.branches)
-        actions = chain.from_iterable(self.actions)
-        return tuple(slot for slot, action in zip(slots, actions, strict=True) if action is wanted)
+from ebcache_fast.plan.model_shape import BranchShape, ModelShape
+from ebcache_fast.plan.step_plan import Branch, Slot, StepPlan, StepType
 
 
 @dataclass(frozen=True)
