@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebcache_fast import cache_table, table_file
-from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec, StepName, named_tables
+from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec, named_tables
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import Branch, BranchShape, ModelShape, StepPlan, StepType
+from ebcache_fast.table_schema import StepName
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP = StepType
 

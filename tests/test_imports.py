@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
     ("plan", "noise_schedule", "files"),
     ("table_file", "timeline"),
+    ("table_schema",),
     ("cache_table",),
     ("table_importers",),
     ("operands",),
@@ -57,7 +58,8 @@ ONLY_LIBRARIES = {
     "_version": set[str](),
     "plan": {"numpy"},
     "noise_schedule": {"numpy"},
-    "cache_table": {"numpy", "pydantic"},
+    "table_schema": {"pydantic"},
+    "cache_table": {"numpy"},
     "policies": {"numpy"},
     "kernels": {"torch", "triton"},
 }

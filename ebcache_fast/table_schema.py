@@ -1,0 +1,91 @@
+"""The keys of a Cache Table's file, each of them held to its type."""
+
+import math
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from ebcache_fast.errors import TableError
+from ebcache_fast.table_file import MAX_INT, key_shown, shown
+
+
+class _Record(BaseModel):
+    """A frozen, strict piece of the file; what is wrong with it is a TableError that names the field."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise TableError(_first_problem(error)) from None
+
+
+def _scalar(value: object) -> object:
+    match value:
+        case None | str():
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case int() if abs(value) <= MAX_INT:  # bools too
+            return value
+    raise ValueError("Input should be a finite number, a string, a boolean or null")
+
+
+_Item = TypeVar("_Item")
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Mismatch = Annotated[float, Field(ge=0)]
+Scalar = Annotated[bool | int | float | str | None, PlainValidator(_scalar)]
+StepName = Literal["NO_CACHE", "ATTENTION", "ATTN_MLP", "MLP"]
+PerStep = Annotated[tuple[_Item, ...], Field(strict=False)]  # JSON only has lists; the items stay strict
+
+
+class SamplerSpec(_Record):
+    """The sampler that a table's timesteps belong to: ``steps`` out of its ``train_steps``."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_.+-]*$")
+    steps: Count
+    train_steps: Count
+
+
+class Provenance(_Record):
+    """How a table was made: ``by`` whom or what, from which ``source``, with which ``options``.
+
+    A calibration also keeps what it saw at each step: the mean ``errors`` of every candidate (None where it
+    was not tried) and the number of ``votes`` for every step type.
+    """
+
+    by: str
+    source: str
+    options: dict[str, Scalar] = {}
+    errors: dict[StepName, PerStep[Mismatch | None]] = {}
+    votes: dict[StepName, PerStep[Count]] = {}
+
+
+class TableFile(_Record):
+    """The file, key by key: every key must be there, and no other. Sequences stand in execution order."""
+
+    format: Literal["ebcache-fast.cache-table"]
+    version: int = Field(alias="schema", ge=1, le=1)
+    model: dict[str, Count] | None
+    sampler: SamplerSpec | None
+    timesteps: PerStep[Count]
+    step_types: PerStep[StepName]
+    eps_scale: float
+    allow_amplify: bool
+    made: Provenance | None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    steps = (f"[{step}]" if isinstance(step, int) else f".{key_shown(step)}" for step in first["loc"])
+    name = "".join(steps).lstrip(".")
+    match first["type"]:
+        case "missing":
+            return f"{name}: missing; every key must be there"
+        case "extra_forbidden":
+            return f"{name}: unknown key; leave it out"
+    cause = first.get("ctx", {}).get("error", first["msg"])
+    if isinstance(cause, TableError):  # of a record inside this one
+        return f"{name}.{cause}"
+    return f"{name}: {str(cause).replace('Input should be', 'expected')}, got {shown(first['input'])}"
