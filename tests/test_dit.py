@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.dit import DIT_MODELS, DiT, position_embedding, timestep_embedding
+from ebcache_fast.models.dit import DIT_MODELS, DiT
+from ebcache_fast.models.dit_embeddings import position_embedding, timestep_embedding
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]

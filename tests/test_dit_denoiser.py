@@ -15,8 +15,9 @@ from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Means, Modulation
-from ebcache_fast.models.dit import DIT_MODELS, DiT, timestep_embedding
+from ebcache_fast.models.dit import DIT_MODELS, DiT
 from ebcache_fast.models.dit_denoiser import DiTDenoiser
+from ebcache_fast.models.dit_embeddings import timestep_embedding
 from ebcache_fast.ops import TORCH
 from ebcache_fast.plan import Branch
 

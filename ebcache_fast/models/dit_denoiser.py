@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
-from ebcache_fast.models.dit import FREQUENCY_SIZE, timestep_embedding, unpatchify
+from ebcache_fast.models.dit import unpatchify
+from ebcache_fast.models.dit_embeddings import FREQUENCY_SIZE, timestep_embedding
 from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
 from ebcache_fast.models.layers import (
     has,
