@@ -38,7 +38,7 @@ from ebcache_fast.plan import Branch, Plan
 from ebcache_fast.policies import fora
 from ebcache_fast.presets import Preset, labels_in_turn, load_letters
 from ebcache_fast.quality import paired_error, score
-from ebcache_fast.reference import sampler_update
+from ebcache_fast.sampler_step import sampler_update
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 Task = tuple[str, dict[str, Any], int, int]  # question, setting, seed, samples

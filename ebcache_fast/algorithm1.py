@@ -25,7 +25,7 @@ from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import Context, Denoiser
 from ebcache_fast.plan import StepPlan, StepType
-from ebcache_fast.reference import remember, sampler_update
+from ebcache_fast.sampler_step import remember, sampler_update
 from ebcache_fast.samplers import Sampler
 
 CANDIDATES = (StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP)  # from the safest to the cheapest

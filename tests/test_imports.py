@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("table_schema",),
     ("cache_table",),
     ("table_importers",),
-    ("operands",),
+    ("operands", "sampler_step"),
     ("reference", "kernels"),
     ("ops",),
     ("models", "samplers", "policies"),

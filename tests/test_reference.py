@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ebcache_fast import reference
 from ebcache_fast.operands import At, Norm
+from ebcache_fast.sampler_step import sampler_update
 
 EPS = 1e-6
 SHAPES = [(1, 1, 4), (3, 7, 12), (17, 5, 20), (33, 3, 8)]  # (N, T, D)
@@ -117,16 +118,16 @@ def test_sampler_update(changes: dict, learned: bool, rows: int, tokens: int, wi
     deviation = row["noise_on"] * np.sqrt(np.exp(log_variance)) + row["sigma"]
     expected = row["cx"] * x.numpy() + row["ce"] * eps.numpy() + deviation * noise.numpy()
     given = torch.tensor(list(row.values()), dtype=torch.float64)
-    ours = reference.sampler_update(x, eps, 1.5 * variance if learned else None, noise, given)
+    ours = sampler_update(x, eps, 1.5 * variance if learned else None, noise, given)
     assert_close(ours, expected)
-    without_noise = reference.sampler_update(x, eps, variance, None, given)
+    without_noise = sampler_update(x, eps, variance, None, given)
     assert_close(without_noise, row["cx"] * x.numpy() + row["ce"] * eps.numpy())
 
 
 def test_sampler_update_keeps_the_latents_dtype(rows: int, tokens: int, width: int) -> None:
     x, eps, variance, noise = (tensor.float() for tensor in draw(*[(rows, 2, tokens, width)] * 4))
     row = torch.tensor(list(ROW.values()))
-    ours = reference.sampler_update(x, eps.bfloat16(), variance.bfloat16(), noise, row)
+    ours = sampler_update(x, eps.bfloat16(), variance.bfloat16(), noise, row)
     rounded = (tensor.bfloat16().float() for tensor in (eps, variance))
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, reference.sampler_update(x, *rounded, noise, row))
+    assert torch.equal(ours, sampler_update(x, *rounded, noise, row))

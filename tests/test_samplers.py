@@ -11,7 +11,8 @@ from torch import Tensor
 from ebcache_fast.errors import InputError
 from ebcache_fast.noise_schedule import NoiseSchedule, ddim_timesteps, respaced_timesteps, solver_timesteps
 from ebcache_fast.operands import Guide
-from ebcache_fast.reference import guide_and_scale, sampler_update
+from ebcache_fast.reference import guide_and_scale
+from ebcache_fast.sampler_step import sampler_update
 from ebcache_fast.samplers import (
     SAMPLERS,
     Sampler,
