@@ -11,7 +11,7 @@ from ebcache_fast.models.cogvideox_sizes import CogVideoXContext, CogVideoXSizes
 from ebcache_fast.models.denoiser import TEXT, Context, Means, Modulation, Scratch
 from ebcache_fast.models.diffusers_layers import attend, feed_forward_into, heads_of, is_usual_attention
 from ebcache_fast.models.dit_layout import mlp, self_attention
-from ebcache_fast.models.layers import is_plain, is_plain_patching, linear_into
+from ebcache_fast.models.layers import linear_into
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
 
@@ -114,13 +114,6 @@ class CogVideoXDenoiser(CogVideoXSizes):
         if rotary is not None:
             q, k = (_rotated(each, rotary, self.text_tokens) for each in (q, k))
         return attend(q, k, v)
-
-    @property
-    def has_plain_ends(self) -> bool:
-        embed, linear = self.patch_embed, self._model.proj_out
-        if self.patch[0] > 1 or not (is_plain(linear) and is_plain_patching(embed)):
-            return False
-        return len({weight.dtype for weight in (self.weight(), embed.proj.weight, linear.weight)}) == 1
 
     def patches(self, constants: Scratch) -> Patches:
         proj = self.patch_embed.proj

@@ -1,6 +1,5 @@
 """What the adapters of diffusers' transformers have in common: blocks of known parts, named by a `Layout`."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -12,7 +11,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Context
 from ebcache_fast.models.diffusers_layers import first_foreign, refuse_other_ways
 from ebcache_fast.models.dit_layout import check_layout, check_norms
-from ebcache_fast.models.layers import is_watched
+from ebcache_fast.models.layers import are_plain_ends, is_watched
 
 BLOCKS = "transformer_blocks"
 
@@ -26,13 +25,13 @@ class Layout:
     norms: tuple[str, ...]  # LayerNorms that the fused operations compute
     block_norms: tuple[str, ...]
     branches: tuple[str, ...]  # of a block: modules that the engine calls, or the parts of which it calls
-    ends: tuple[str, ...]  # modules that are called unless the ends are plain
+    ends: tuple[str, str]  # embedding and head: modules that are called unless both are plain
     called: tuple[str, ...] = ()  # what else is called in a step
     passed_over: tuple[str, ...] = ()  # modules of which parts are called, and never they themselves
     block_passed_over: tuple[str, ...] = ()
 
 
-class DiffusersDenoiser(ABC):
+class DiffusersDenoiser:
     """A transformer of diffusers, known by its attributes.
 
     Raises InputError, naming the attribute, for a module that lacks one or has other norms, and for one that diffusers
@@ -49,8 +48,9 @@ class DiffusersDenoiser(ABC):
         check_norms(model, (*self._of_blocks(self.layout.block_norms), *self.layout.norms))
 
     @property
-    @abstractmethod
-    def has_plain_ends(self) -> bool: ...
+    def has_plain_ends(self) -> bool:
+        embedder, linear = map(self._at, self.layout.ends)
+        return are_plain_ends(embedder, linear, self.weight())
 
     def _check_there_is_text(self, context: Context) -> None:
         if not context:

@@ -11,7 +11,6 @@ from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
 from ebcache_fast.models.diffusers_layers import feed_forward_into, self_attention_into
 from ebcache_fast.models.dit import unpatchify
 from ebcache_fast.models.dit_layout import LabelConditioned, shape_of
-from ebcache_fast.models.layers import is_plain, is_plain_patching
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
 
@@ -111,11 +110,8 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
 
     @property
     def has_plain_ends(self) -> bool:
-        embed, linear = self._model.pos_embed, self._model.proj_out_2
-        if not (is_plain(linear) and is_plain_patching(embed) and embed.flatten and embed.pos_embed_max_size is None):
-            return False
-        weights = self.weight(), embed.proj.weight, embed.pos_embed, linear.weight
-        return len({weight.dtype for weight in weights}) == 1
+        positions = self._model.pos_embed.pos_embed  # read as they are
+        return super().has_plain_ends and bool(positions.dtype == self.weight().dtype)
 
     def patches(self, constants: Scratch) -> Patches:
         embed = self._model.pos_embed

@@ -12,15 +12,7 @@ from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.models.dit import unpatchify
 from ebcache_fast.models.dit_embeddings import FREQUENCY_SIZE, timestep_embedding
 from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
-from ebcache_fast.models.layers import (
-    has,
-    is_plain,
-    is_plain_patching,
-    is_torchs_own,
-    is_watched,
-    linear_gelu,
-    linear_into,
-)
+from ebcache_fast.models.layers import are_plain_ends, has, is_torchs_own, is_watched, linear_gelu, linear_into
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
 
@@ -135,11 +127,8 @@ class DiTDenoiser(LabelConditioned):
 
     @property
     def has_plain_ends(self) -> bool:
-        embedder, final = self._model.x_embedder, self._model.final_layer
-        if not (is_plain(final.linear) and is_plain_patching(embedder)):
-            return False
-        weights = self.weight(), embedder.proj.weight, self._model.pos_embed, final.linear.weight
-        return len({weight.dtype for weight in weights}) == 1
+        model = self._model
+        return are_plain_ends(model.x_embedder, model.final_layer.linear, self.weight(), model.pos_embed)
 
     def patches(self, constants: Scratch) -> Patches:
         proj = self._model.x_embedder.proj

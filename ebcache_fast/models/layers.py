@@ -49,13 +49,22 @@ def is_plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and is_bare(linear)
 
 
+def are_plain_ends(embedder: Any, linear: Any, *others: Tensor) -> bool:
+    """Whether embedding and head are bare layers, of one dtype with these others."""
+    if not (is_plain(linear) and is_plain_patching(embedder)):
+        return False
+    return len({weight.dtype for weight in (embedder.proj.weight, linear.weight, *others)}) == 1
+
+
 def is_plain_patching(embedder: Any) -> bool:
-    """Whether the embedder is one bare convolution of patches side by side, and nothing after it."""
+    """Whether the embedder is one bare convolution of patches side by side, and nothing after it but positions."""
     proj = embedder.proj
     if is_watched(embedder) or type(proj) is not nn.Conv2d or not is_bare(proj):
         return False
     apart = (proj.stride, proj.padding, proj.dilation, proj.groups) == (proj.kernel_size, (0, 0), (1, 1), 1)
-    return apart and isinstance(getattr(embedder, "norm", None), nn.Identity | None)
+    is_normed = not isinstance(getattr(embedder, "norm", None), nn.Identity | None)
+    is_cropped = getattr(embedder, "pos_embed_max_size", None) is not None
+    return apart and not is_normed and not is_cropped and bool(getattr(embedder, "flatten", True))
 
 
 def is_bare(layer: Any) -> bool:

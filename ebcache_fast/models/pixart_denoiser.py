@@ -16,7 +16,7 @@ from ebcache_fast.models.diffusers_layers import (
     self_attention_into,
 )
 from ebcache_fast.models.dit_layout import cross_attention, mlp, self_attention
-from ebcache_fast.models.layers import is_plain, is_plain_patching, linear_into
+from ebcache_fast.models.layers import linear_into
 from ebcache_fast.models.pixart_sizes import PixArtContext, PixArtSizes
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
@@ -122,13 +122,6 @@ class PixArtDenoiser(PixArtSizes):
         k, v = means.constants.buffer(f"keys and values {layer}", 2, rows, self.text, self.width)
         q, k, v = (heads_of(attention, each) for each in (attention.to_q(u), k, v))
         linear_into(attention.to_out[0], attend(q, k, v, bias.unsqueeze(1)), out)
-
-    @property
-    def has_plain_ends(self) -> bool:
-        embed, linear = self._model.pos_embed, self._model.proj_out
-        if not (is_plain(linear) and is_plain_patching(embed) and embed.flatten and embed.pos_embed_max_size is None):
-            return False
-        return len({weight.dtype for weight in (self.weight(), embed.proj.weight, linear.weight)}) == 1
 
     def patches(self, constants: Scratch) -> Patches:
         proj = self._model.pos_embed.proj
