@@ -6,7 +6,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import CogVideoXDenoiser, as_denoiser
+from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import scaled_v
 
 
@@ -27,8 +27,7 @@ class VelocityScaling:
         InputError where that can't be known.
         """
         scheduler = getattr(target, "scheduler", None)
-        velocity_alone = type(as_denoiser(module)) is CogVideoXDenoiser
-        usual = "v_prediction" if velocity_alone else "epsilon"
+        usual = as_denoiser(module).prediction_type
         predicted = getattr(getattr(scheduler, "config", None), "prediction_type", usual)
         if eps_scale == 1 or predicted == "epsilon":
             return None

@@ -59,6 +59,7 @@ class CogVideoXSizes(DiffusersDenoiser):
     """What of a CogVideoXTransformer3DModel depends on the size of a call. Raises what `DiffusersDenoiser` does."""
 
     layout = _LAYOUT
+    prediction_type = "v_prediction"
     num_classes, has_null_label = 1, True  # rows differ by their text alone
 
     def __init__(self, model: nn.Module) -> None:

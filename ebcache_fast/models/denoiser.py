@@ -111,6 +111,11 @@ class Denoiser(Protocol):
         ...
 
     @property
+    def prediction_type(self) -> str:
+        """What the output is where no scheduler says, in diffusers' words: "epsilon" or "v_prediction"."""
+        ...
+
+    @property
     def has_plain_ends(self) -> bool:
         """Whether embedding and head are bare layers, so that their weights say all; else their modules must run."""
         ...

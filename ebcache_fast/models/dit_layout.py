@@ -86,6 +86,7 @@ class LabelConditioned(ABC):
     """What adapters have in common whose latents have one size, and whose only condition is a label."""
 
     text_tokens: int = 0
+    prediction_type: str = "epsilon"
 
     @property
     @abstractmethod

@@ -56,6 +56,7 @@ class PixArtSizes(DiffusersDenoiser):
 
     layout = _LAYOUT
     text_tokens = 0  # text stands beside the stream
+    prediction_type = "epsilon"
     num_classes, has_null_label = 1, True  # rows differ by their text alone
 
     def __init__(self, model: nn.Module) -> None:
