@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import kernel_cases
 from bench.kernel_operands import KernelOperands, ModelSizes
 from ebcache_fast import ops, reference
+from ebcache_fast.engine.graphs import CudaGraphs, Graph
 
 TINY = ModelSizes("tiny", side=4, channels=3, patch=2, width=32, hidden=64, heads=2, slots=2)  # for an interpreter
 
@@ -204,20 +205,19 @@ def _host_round(run: Run, calls: Sequence[BoundCall]) -> float:
 
 def _graph_timer(run: Run, calls: Sequence[BoundCall]) -> Round:
     """Events around replays of a CUDA graph, which is how the engine launches: gaps in it count, the host's do not."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and plans every specialisation before the capture
-        for call in calls:
-            run(*call.arguments)
-        start = _mark()
-        for call in calls:
-            run(*call.arguments)
-        end = _mark()
+    for call in calls:  # compiles and plans every specialisation before the capture
+        run(*call.arguments)
+    start = _mark()
+    for call in calls:
+        run(*call.arguments)
+    end = _mark()
     turns = max(1, math.ceil(min(GRAPH_CALLS / len(calls), ROUND_SECONDS / _between(start, end))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def body() -> None:
         for call in list(calls) * turns:
             run(*call.arguments)
+
+    graph = CudaGraphs(torch.device("cuda", torch.cuda.current_device())).capture(body, ())
     _replays(graph, 1)  # the first one uploads it
     replays = math.ceil(ROUND_SECONDS / _replays(graph, 1))
     return lambda: _replays(graph, replays) / (replays * turns * len(calls))
@@ -235,7 +235,7 @@ def _between(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
     return max(start.elapsed_time(end), 1e-3) / 1e3
 
 
-def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
+def _replays(graph: Graph, count: int) -> float:
     start = _mark()
     for _ in range(count):
         graph.replay()

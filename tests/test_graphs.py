@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -21,24 +22,23 @@ class CaptureFailedError(Exception):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Whatever is asked of CUDA, in order; captures end well unless their body fails."""
     made: list[Any] = []
-    pools = count()
+    pools, streams = count(), count()
 
     @contextmanager
     def graph(made_of: Any, **options: Any) -> Iterator[None]:
-        made.append(("capture", options["pool"], options["capture_error_mode"]))
+        made.append(("capture", options["pool"], options["stream"], options["capture_error_mode"]))
         try:
             yield
         except RuntimeError as error:
             raise CaptureFailedError from error  # the stream stays the current one
         made.append("captured")
 
-    current = SimpleNamespace(wait_stream=lambda other: made.append("the current stream waits"))
+    current = object()
     stand_ins: dict[str, Any] = {
         "graph_pool_handle": lambda: next(pools),
         "device": lambda device: nullcontext(),
-        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: made.append("the new stream waits")),
+        "Stream": lambda device: next(streams),
         "current_stream": lambda: current,
-        "stream": lambda stream: nullcontext(),
         "CUDAGraph": lambda: SimpleNamespace(replay=None),
         "graph": graph,
         "set_stream": lambda stream: made.append(("set_stream", stream is current)),
@@ -47,15 +47,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *ended: made.append(("ended", *ended)))
+    forget = partial(made.append, "forgets cuBLAS's workspaces")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", forget, raising=False)  # not on a CPU
     return made
 
 
 def body_that(calls: list[Any], fail: Callable[[], object] = lambda: None) -> Callable[[], None]:
     def body() -> None:
-        calls.append("body")
-        if calls.count("body") % 2 == 0:  # not in the warm-up
-            calls.append(f"collects: {gc.isenabled()}")
-            fail()
+        calls.append(f"body, collects: {gc.isenabled()}")
+        fail()
 
     return body
 
@@ -64,16 +64,14 @@ def fail() -> None:
     raise RuntimeError
 
 
-USUAL = ["the new stream waits", "body", "the current stream waits"]
-
-
-def test_the_body_runs_once_before_and_once_in_the_capture(calls: list[Any]) -> None:
+def test_workspaces_are_of_the_graphs_and_nobody_elses(calls: list[Any]) -> None:
     graphs = CudaGraphs(torch.device("cuda", 3))
     graphs.capture(body_that(calls), ())
-    captured = [*USUAL, ("capture", 0, "thread_local"), "body", "collects: False", "captured"]
+    forgets, begins = "forgets cuBLAS's workspaces", ("capture", 0, 0, "thread_local")
+    captured = [forgets, begins, "body, collects: False", "captured", forgets]
     assert calls == captured
     graphs.capture(body_that(calls), ())
-    assert calls == captured * 2  # in one pool
+    assert calls == captured * 2  # in one pool and on one stream, without which no memory of the pool is used again
     assert gc.isenabled()
 
 
@@ -81,11 +79,11 @@ def test_a_capture_that_fails_leaves_its_stream_and_its_pool(calls: list[Any]) -
     graphs = CudaGraphs(torch.device("cuda", 3))
     with pytest.raises(CaptureFailedError):
         graphs.capture(body_that(calls, fail), ())
-    assert calls[-2:] == [("set_stream", True), ("ended", 3, 0)]
+    assert calls[-3:] == ["forgets cuBLAS's workspaces", ("set_stream", True), ("ended", 3, 0)]
     assert gc.isenabled()
     calls.clear()
     graphs.capture(body_that(calls), ())
-    assert ("capture", 1, "thread_local") in calls
+    assert ("capture", 1, 1, "thread_local") in calls
 
 
 def test_a_pool_that_was_left_already(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from bench.rivals.case import Case
 from bench.rivals.loop import Run, step_on
 from bench.rivals.plain import forward, module, timesteps_of
 from bench.rivals.rival import Trajectory
+from ebcache_fast.engine.engine import cuda_graphs
 from ebcache_fast.plan import StepType
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -68,7 +69,7 @@ class ByStepType:
         self._now_t, self._now_row = self._t[0].clone(), case.rows[0].clone()
         self._now_noise, self._x = case.noise[0].clone(), case.noise[0].clone()
         kept, compiled = StaticOutputs(case), compiler(case, "max-autotune-no-cudagraphs")
-        labels, dtype = case.row_labels, case.dtype
+        self._graphs, labels, dtype = cuda_graphs(case.device), case.row_labels, case.dtype
 
         def step(step_type: StepType) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
             def body(x: Tensor, t: Tensor, row: Tensor, noise: Tensor) -> Tensor:
@@ -83,18 +84,12 @@ class ByStepType:
         def body() -> None:
             self._x.copy_(step(self._x, self._now_t, self._now_row, self._now_noise))
 
-        if self._case.device.type != "cuda":
+        if self._graphs is None:
             return body
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):
+        with torch.no_grad():
+            for _ in range(3):  # compiles it, the first time
                 body()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
-            body()
-        return graph.replay
+            return self._graphs.capture(body, ()).replay
 
     @torch.no_grad()
     def __call__(self) -> Run:

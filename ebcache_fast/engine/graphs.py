@@ -33,24 +33,15 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._begin_anew()
 
     def capture(self, body: Callable[[], None], static: Sequence[Tensor]) -> Graph:
-        """See `Graphs.capture`. The body is run once more before, on the stream of the capture.
-
-        Every graph has a stream of its own: those of one stream would share cuBLAS's workspace.
-        """
+        """See `Graphs.capture`. One stream serves all: within a pool, memory goes from graph to graph on none other."""
         with torch.cuda.device(self._device):
-            stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            current = torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                body()
-            current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            capturing = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+            current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             try:
-                with capturing, _no_garbage_collection():
+                with _workspaces_in_the_pool(), capturing, _no_garbage_collection():
                     body()
             except BaseException:
                 self._recover(current)
@@ -62,7 +53,25 @@ class CudaGraphs:
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):  # where it did end
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-        self._pool = torch.cuda.graph_pool_handle()  # the old one can't be captured into again
+        self._begin_anew()  # the old pool can't be captured into again
+
+    def _begin_anew(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _workspaces_in_the_pool() -> Iterator[None]:
+    """Let cuBLAS get its workspace within the capture, from the graph's pool, and nobody else have it afterwards.
+
+    torch keeps one for each stream. A graph would go on writing to it after others took it over, or after it was given
+    back to the device, which torch.compile's own graphs bring about wherever they are recorded: they do the same.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager
