@@ -9,8 +9,8 @@ steps at a time: three NO_CACHE, an ATTENTION, an ATTN_MLP, a run of three. Unca
 the device's between events; floors are by the ceilings that the same run measured; the error of each is held against
 the method in float32, around diffusers' own layers. Peaks of memory stand beside what a run of ours needs.
 
-The file is written after every model, so that an end that is forced costs only the model at hand. Packages and caches:
-as for `bench.rivals`.
+The file is written after every round, so that an end that is forced costs only what was not measured yet. Packages and
+caches: as for `bench.rivals`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,7 @@ from bench.text_cases import MODELS, TextModel, case_of, most_bytes
 
 GIB = 2**30
 TABLE = "every kind"
+Keep = Callable[[dict[str, Any]], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rivals, ends = chosen(TEXT_RIVALS, args.only), time.perf_counter() + 60 * args.minutes
     found: dict[str, Any] = {"dry_run": args.dry_run, "diffusers": version("diffusers"), "models": []}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(one: dict[str, Any]) -> None:
+        args.out.write_text(json.dumps(found | {"models": [*found["models"], one]}, indent=1) + "\n")
+
     for i, name in enumerate(args.models):
         seconds = (ends - time.perf_counter()) / (len(args.models) - i)
-        found["models"].append(measured(MODELS[name], rivals, args.rounds, seconds, dry=args.dry_run))
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        one = measured(MODELS[name], rivals, args.rounds, seconds, keep, dry=args.dry_run)
+        keep(one)
+        found["models"].append(one)
         print(*lines(found["models"][-1]["contenders"]), args.out, sep="\n", flush=True)
     return int(any(one["why"] or worst(one["contenders"]) for one in found["models"]))
 
@@ -82,14 +88,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measured(model: TextModel, rivals: Sequence[Rival], rounds: int, seconds: float, *, dry: bool) -> dict[str, Any]:
-    """The race of one model; ``why`` not, where it has none: the others' are not lost with it."""
+def measured(
+    model: TextModel, rivals: Sequence[Rival], rounds: int, seconds: float, keep: Keep, *, dry: bool
+) -> dict[str, Any]:
+    """The race of one model; ``why`` not, where it has none: the others' are not lost with it.
+
+    ``keep`` gets what there is of it after each round.
+    """
     needed, most = most_bytes(model, rivals)
     print(f"{model.label}: a run of ours needs {needed / GIB:.1f} GiB, all at most {most / GIB:.1f} GiB", flush=True)
     about = {"model": model.label, "table": TABLE, "most_bytes": most, "why": None}
     try:
         case = case_of(model, torch.device("cpu" if dry else "cuda"), tiny=dry)
-        return about | outcome(case, rivals, rounds, seconds)
+        return about | outcome(case, rivals, rounds, seconds, lambda told: keep(about | told))
     except Exception as error:  # whatever a driver or the memory may say
         return about | {"why": words(error), "contenders": []}
     finally:

@@ -1,7 +1,10 @@
 """Rivals beside us: every one that is installed computes what it is said to, and is timed and told as it should be."""
 
 import json
+import signal
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +21,7 @@ from bench.marks import seconds_between
 from bench.report import rivals as told
 from bench.report import tables
 from bench.rivals import __main__ as command
-from bench.rivals import plain, race
+from bench.rivals import limit, plain, race
 from bench.rivals.case import Case
 from bench.rivals.loop import Run, sample, step_on
 from bench.rivals.rival import Rival
@@ -158,6 +161,51 @@ def test_what_fails_later_or_finds_no_time_left_costs_nobody_else_a_time(monkeyp
     monkeypatch.setattr(race, "PREPARING", float("inf"))
     (hurried,) = race.race(case, [ours("P1")], 5, lambda _: None, seconds=1e-9)
     assert hurried.told()["rounds"] == race.LEAST_ROUNDS
+
+
+def test_an_error_that_costs_the_device_ends_the_race_and_leaves_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, turns, kept = case_of(), list[None](), list[int]()
+    monkeypatch.setattr(race, "is_lost", lambda _: len(turns) > 4)
+
+    def spoils_the_device(case: Case) -> Any:
+        run = plain.eager(case)
+
+        def once() -> Run:
+            turns.append(None)
+            if len(turns) > 4:  # after its first run, a warm-up and two rounds
+                raise RuntimeError("an illegal memory access")
+            return run()
+
+        return once
+
+    rivals = [ours("P1"), Rival("guilty", "", spoils_the_device), ours(OURS)]
+    entries = race.race(case, rivals, 9, lambda _: None, keep=lambda now: kept.append(now[2].told()["rounds"]))
+    assert [entry.why for entry in entries] == [None, "RuntimeError: an illegal memory access", None]
+    assert [len(entry.loops) for entry in entries] == [3, 2, 2]
+    assert kept == [2]
+    turns.clear()
+    turns += [None] * 2  # and now in the first round, of which no quartiles can be taken
+    *_, innocent = race.race(case, rivals, 9, lambda _: None)
+    assert "cost all of them their device" in innocent.told()["why"]
+
+
+def test_who_takes_too_long_to_prepare_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = list[None]()
+
+    def compiles_for_ever(case: Case) -> Any:
+        with suppress(TimeoutError):  # as a compiler does that takes it for an error of its own
+            tries.append(None)
+            time.sleep(60)
+        tries.append(None)
+        time.sleep(60)
+
+    monkeypatch.setattr(race, "PREPARING", 0.01)
+    monkeypatch.setattr(limit, "AGAIN", 0.05)
+    slow, late = race.race(case_of(), [Rival("slow", "", compiles_for_ever), ours("P1")], 2, lambda _: None, 100)
+    assert (slow.why, late.why, len(tries)) == ("TimeoutError: no time was left", "no time was left", 2)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_what_is_prepared_for_a_run_counts_but_is_no_step() -> None:

@@ -8,7 +8,7 @@ Contenders take turns, a whole trajectory each, after a first run of each that c
 our own loop is timed from the request on: the modulation, which rivals compute at every step, is prepared before the
 first. All guide three channels, scale eps and take the sampler's step alike: rivals by `loop.step_on`, in fewer tensor
 operations than the code they come from, which is a kindness to them. Each result is held against the same method in
-float32, so that nobody is timed for a wrong picture.
+float32, so that nobody is timed for a wrong picture. The file is written after each round.
 
 DiT-XL/2 has random weights: they do not change its speed. Compiled code is cached where TORCHINDUCTOR_CACHE_DIR and
 TRITON_CACHE_DIR say, between runs too: a first race spends most of its time on compiling. P2 and P4 need packages that

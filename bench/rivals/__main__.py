@@ -35,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and not args.dry_run:
         print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure; --dry-run needs none")
         return 0
-    found = measure(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    found = measure(args)
     print(*lines(found["contenders"]), args.out, sep="\n")
     return worst(found["contenders"])
 
@@ -72,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the race; all that was found, ready for JSON."""
+    """Run the race; all that was found, which the file has by now, and had after each round."""
     device = torch.device("cpu" if args.dry_run else "cuda")
     model = tiny_model() if args.dry_run else model_of(args.px, device, torch.bfloat16)
     case = case_of(model, args.table, args.samples, DRY_STEPS if args.dry_run else None)
@@ -82,7 +81,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "table": args.table,
     }
     rivals = chosen(ROSTERS[args.roster], args.only)
-    return about | outcome(case, rivals, args.rounds, 60 * args.minutes)
+
+    def keep(told: dict[str, Any]) -> None:
+        args.out.write_text(json.dumps(about | told, indent=1) + "\n")
+
+    told = outcome(case, rivals, args.rounds, 60 * args.minutes, keep)
+    keep(told)
+    return about | told
 
 
 def case_of(model: nn.Module, table: str, samples: int, steps: int | None) -> Case:

@@ -1,6 +1,6 @@
 """What a race of one case leaves: everything measured, ready for JSON, and a few lines of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from bench.ceilings import measure_ceilings, product_rates
 from bench.rivals.case import Case
-from bench.rivals.race import needed_bytes, race
+from bench.rivals.race import Entry, needed_bytes, race
 from bench.rivals.rival import Rival
 from bench.rivals.roof import floors, products
 from bench.rivals.roster import OURS
@@ -18,21 +18,33 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CEILING_ROUNDS = 15
 
 
-def outcome(case: Case, rivals: Sequence[Rival], rounds: int, seconds: float) -> dict[str, Any]:
-    """Run the race beside this device's ceilings."""
+def outcome(
+    case: Case,
+    rivals: Sequence[Rival],
+    rounds: int,
+    seconds: float,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run the race beside this device's ceilings; ``keep`` gets all that is known after each round."""
     start = telemetry()
     ceilings = measure_ceilings(case.device, CEILING_ROUNDS)
     rates = product_rates(products(case), case.device, case.dtype, CEILING_ROUNDS)
-    entries = race(case, rivals, rounds, lambda text: print(text, flush=True), seconds)
-    return {
-        "samples": case.samples, "steps": len(case.plan),
-        "dtype": str(case.dtype).removeprefix("torch."), "cfg_scale": case.cfg_scale,
-        "step_types": {kind.name: count for kind, count in case.plan.counts().items() if kind is not None},
-        "mac_limit": case.plan.mac_limit(case.denoiser.shape), "needed_bytes": needed_bytes(case),
-        "ceilings": vars(ceilings), "floor_ms": floors(case, ceilings),
-        "product_flops_per_second": rates,
-        "contenders": [entry.told() for entry in entries], "telemetry": {"start": start, "end": telemetry()},
-    }  # fmt: skip
+
+    def told(entries: Sequence[Entry]) -> dict[str, Any]:
+        return {
+            "samples": case.samples, "steps": len(case.plan),
+            "dtype": str(case.dtype).removeprefix("torch."), "cfg_scale": case.cfg_scale,
+            "step_types": {kind.name: count for kind, count in case.plan.counts().items() if kind is not None},
+            "mac_limit": case.plan.mac_limit(case.denoiser.shape), "needed_bytes": needed_bytes(case),
+            "ceilings": vars(ceilings), "floor_ms": floors(case, ceilings),
+            "product_flops_per_second": rates,
+            "contenders": [entry.told() for entry in entries], "telemetry": {"start": start, "end": telemetry()},
+        }  # fmt: skip
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    return told(race(case, rivals, rounds, say, seconds, lambda entries: keep(told(entries))))
 
 
 def machine(*, dry_run: bool) -> str:

@@ -18,12 +18,14 @@ from bench.marks import seconds_between
 from bench.rivals import plain
 from bench.rivals.case import Case
 from bench.rivals.layouts import method
+from bench.rivals.limit import within
 from bench.rivals.loop import Run
 from bench.rivals.rival import Rival, Trajectory
 from ebcache_fast.plan import Branch
 
 PREPARING = 0.6  # of the time, after which nobody else is prepared
 LEAST_ROUNDS = 2  # of which quartiles can be taken
+JUDGED = 4  # samples whose error is looked at
 ACTIVATIONS = 1 + 1 + 3 + 1 + 4  # h, a branch's input, packed projections, attention, the MLP's hidden: in widths
 
 
@@ -39,6 +41,11 @@ class Entry:
     loops: list[float] = field(default_factory=list)  # seconds of each trajectory
     hosts: list[float] = field(default_factory=list)  # seconds of a step on the host, likewise
     steps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # median of each, by step type
+
+    def forget_times(self) -> None:
+        """Those of a warm-up."""
+        for taken in (self.loops, self.hosts, *self.steps.values()):
+            taken.clear()
 
     def told(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -63,54 +70,93 @@ def summary(seconds: Sequence[float], unit: float) -> dict[str, Any]:
 
 
 def race(
-    case: Case, rivals: Sequence[Rival], rounds: int, say: Callable[[str], None], seconds: float = math.inf
+    case: Case,
+    rivals: Sequence[Rival],
+    rounds: int,
+    say: Callable[[str], None],
+    seconds: float = math.inf,
+    keep: Callable[[list[Entry]], None] = lambda _: None,
 ) -> list[Entry]:
     """Every rival prepared, then ``rounds`` trajectories of each in turn; one that fails is told so and left out.
 
-    Where ``seconds`` do not suffice, there are fewer rounds, or fewer rivals: an end that is forced leaves nothing.
+    Where ``seconds`` do not suffice, there are fewer rounds, or fewer rivals. ``keep`` gets what there is after each
+    round from the second on: an end that is forced leaves nothing else.
     """
     start = time.perf_counter()
     cases = {True: case, False: case.uncached()}
-    truths = {cached: truth(one) for cached, one in cases.items()}
+    truths = {cached: truth(few(cases[cached])) for cached in {rival.is_cached for rival in rivals}}
     entries, running = [Entry(rival) for rival in rivals], list[tuple[Entry, Trajectory]]()
     for entry in entries:
-        if time.perf_counter() - start > PREPARING * seconds:
+        cached, left = entry.rival.is_cached, start + PREPARING * seconds - time.perf_counter()
+        if left < 0:
             entry.why = "no time was left"
-        elif (run := prepared(entry, cases[entry.rival.is_cached], truths[entry.rival.is_cached])) is not None:
+        elif (run := prepared(entry, cases[cached], truths[cached], left)) is not None:
             running.append((entry, run))
         say(f"{entry.rival.name}: {entry.why or f'ready after {entry.setup_seconds:.0f} s, error {entry.error:.1e}'}")
     for done in range(-1, rounds):  # the first round warms up
         if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for entry, run in running:
-            if entry.why is None:
-                take_turn(entry, cases[entry.rival.is_cached], run)
+        if not take_turns(running, cases):
+            break
+        if done < 0:
+            for entry, _ in running:
+                entry.forget_times()
+        elif done + 1 >= LEAST_ROUNDS:
+            keep(entries)
     for entry, _ in running:
-        for taken in (entry.loops, entry.hosts, *entry.steps.values()):
-            del taken[:1]
+        if entry.why is None and len(entry.loops) < LEAST_ROUNDS:
+            entry.why = "another contender's error cost all of them their device"
     return entries
 
 
-def take_turn(entry: Entry, case: Case, run: Trajectory) -> None:
-    """One trajectory of a contender, timed."""
+def take_turns(running: Sequence[tuple[Entry, Trajectory]], cases: Mapping[bool, Case]) -> bool:
+    """A trajectory of each; False where an error made the device of no use to anybody in this process."""
+    for entry, run in running:
+        if (
+            entry.why is None
+            and not take_turn(entry, cases[entry.rival.is_cached], run)
+            and is_lost(cases[True].device)
+        ):
+            return False
+    return True
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether all that anybody in this process does there fails from now on, as after an access to no memory."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def few(case: Case) -> Case:
+    """The first samples, which do not depend on the others, where there are many: the truth takes long in float32."""
+    return replace(case, samples=min(case.samples, JUDGED)) if not case.context else case
+
+
+def take_turn(entry: Entry, case: Case, run: Trajectory) -> bool:
+    """One trajectory of a contender, timed; whether it did well."""
     try:
         synchronize(case.device)
         note(entry, case, run())
     except Exception as error:  # whatever a rival or the memory may say; the others' times are not lost with it
         entry.why = words(error)
+    return entry.why is None
 
 
-def prepared(entry: Entry, case: Case, expected: Tensor) -> Trajectory | None:
-    """A rival that ran once, and right or wrong by so much; None if it doesn't run."""
+def prepared(entry: Entry, case: Case, expected: Tensor, seconds: float) -> Trajectory | None:
+    """A rival that ran once, and right or wrong by so much; None if it doesn't run, or takes longer than that."""
     absent = entry.rival.missing
     if absent:
         entry.why = f"needs {', '.join(absent)}"
         return None
     start, allocated = time.perf_counter(), allocated_bytes(case.device)
     try:
-        run = entry.rival.make(case)
-        latents = run().latents
-        synchronize(case.device)
+        with within(seconds):
+            run = entry.rival.make(case)
+            latents = run().latents
+            synchronize(case.device)
     except Exception as error:  # whatever a rival, its compiler or the memory may say
         entry.why = words(error)
         if case.device.type == "cuda":  # a capture that failed leaves its stream the current one
@@ -118,7 +164,7 @@ def prepared(entry: Entry, case: Case, expected: Tensor) -> Trajectory | None:
         gc.collect()
         return None
     entry.setup_seconds = time.perf_counter() - start
-    entry.error = relative_rms(latents, expected)
+    entry.error = relative_rms(latents[: len(expected)], expected)
     if case.device.type == "cuda":
         entry.peak_bytes = torch.cuda.max_memory_allocated() - allocated + weight_bytes(case.model)
     return run
