@@ -12,7 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTESTS_OWN = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_")  # of the run that a suite is tested by
-GRACE = 8  # seconds that a stage has to write down what it has, once its time is up
+GRACE = 20  # seconds to write down what there is, once the time is up: pytest-xdist waits 10 for busy workers
+KEPT = 60_000  # characters of output, from its end
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)  # and what it started
             process.wait()
         output.seek(0)
-        said = {"output": output.read()[-4000:]}
+        said = {"output": output.read()[-KEPT:]}
     if status is None:
         return Outcome("out of time", "stopped; what was done until then is kept", found=said)
     return Outcome("failed", f"exit status {status}", found=said) if status else Outcome("passed")
