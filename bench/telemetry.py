@@ -54,7 +54,7 @@ def telemetry() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """The software, and the commit it was measured at: None outside of a repository or without git."""
+    """The software, and the commit it was measured at: of a repository, or as $COMMIT says where there is none."""
     return {
         "ebcache_fast": __version__,
         "torch": torch.__version__,
@@ -62,7 +62,7 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "changed_files": (git("status", "--porcelain") or "").splitlines(),
     }
 

@@ -105,10 +105,16 @@ def test_telemetry_asks_for_the_gpu_that_torch_uses(monkeypatch: pytest.MonkeyPa
     assert telemetry.gpu_state()["name"] == "a card at GPU-uuid-3"
 
 
-def test_telemetry_outside_of_a_repository_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telemetry_outside_of_a_repository_has_the_commit_that_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(telemetry, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert telemetry.versions()["commit"] is None
+    for commit in (None, "0123abc"):
+        monkeypatch.delenv("COMMIT", raising=False)
+        if commit is not None:
+            monkeypatch.setenv("COMMIT", commit)
+        assert telemetry.versions()["commit"] == commit
 
 
 # ---------------------------------------------------------------------------------------------- work

@@ -23,7 +23,7 @@ from bench.rivals.loop import Run
 from bench.rivals.rival import Rival, Trajectory
 from ebcache_fast.plan import Branch
 
-PREPARING = 0.6  # of the time, after which nobody else is prepared
+PREPARING = 0.8  # of the time, after which nobody else is prepared
 LEAST_ROUNDS = 2  # of which quartiles can be taken
 JUDGED = 4  # samples whose error is looked at
 ACTIVATIONS = 1 + 1 + 3 + 1 + 4  # h, a branch's input, packed projections, attention, the MLP's hidden: in widths
