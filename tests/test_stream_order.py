@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from fake_graphs import FakeGraphs
+from fake_runs import plan_of
+from tiny import tiny_dit
+from torch import Tensor
 
+from ebcache_fast.engine.buffer_set import BufferSet
+from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.stream_order import StreamOrder
+from ebcache_fast.engine.trajectory import ForwardTrajectory
 
 
 class Stream:
@@ -28,15 +36,45 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Stream], None]:
     return make_current
 
 
-def test_each_waits_for_the_one_before_it(on: Callable[[Stream], None]) -> None:
-    first, second = Stream(), Stream()
+class Memory:
+    def __init__(self) -> None:
+        self.used_by: list[Stream] = []
+
+    def record_stream(self, stream: Stream) -> None:
+        self.used_by.append(stream)
+
+
+def test_each_waits_for_the_one_before_it_and_the_memory_knows_of_all(on: Callable[[Stream], None]) -> None:
+    first, second, memory = Stream(), Stream(), Memory()
     order = StreamOrder(torch.device("cuda", 1))
     for stream in (first, first, second, second, first):
         on(stream)
-        order.join()
+        order.join([memory])  # type: ignore[list-item]
     assert second.waited_for == [first]
     assert first.waited_for == [second]
+    assert memory.used_by == [first, second, first]
 
 
 def test_a_cpu_has_none() -> None:
-    StreamOrder(torch.device("cpu")).join()
+    StreamOrder(torch.device("cpu")).join([torch.zeros(1)])
+
+
+CALLS: dict[str, Callable[[ForwardTrajectory, Tensor], object]] = {
+    "guide": lambda run, x: run.guide(3.0),
+    "give": lambda run, x: run.give(torch.zeros(2), torch.zeros(2)),
+    "predict": lambda run, x: run.predict(0, x),
+    "refresh": lambda run, x: run.refresh(1, x),
+    "refresh_at": lambda run, x: run.refresh_at(0.5, x),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_joins_before_it_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream may be another one than the last call's, which may be at work still."""
+    engine, x = Engine(tiny_dit(3, torch.float32)), torch.zeros(2, 4, 8, 8)
+    run = engine.forward_run(plan_of(), Batch(torch.tensor([0, 1]), 2, 0, (4, 8, 8)), Ending.PREDICT_GUARDED)
+    with torch.no_grad(), FakeGraphs().quiet() as heard:
+        monkeypatch.setattr(BufferSet, "join", lambda _: heard.append("join"))
+        CALLS[name](run, x)
+    written = next(i for i, name in enumerate(heard) if "copy_" in name or "fill_" in name)
+    assert "join" in heard[:written]

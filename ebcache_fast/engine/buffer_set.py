@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,17 @@ class BufferSet:
         self._backend, self._why_no_graphs = graphs, why_no_graphs
         self._graphs: dict[Work, Graph] = {}
         self._refused: dict[Work, str] = {}
-        self.streams = StreamOrder(buffers.x.device)
+        self._streams = StreamOrder(buffers.x.device)
         self._next_step: int | None = None  # what the clock on the device says, if that is known
 
     @property
     def graphs(self) -> int:
         """How many there are."""
         return len(self._graphs)
+
+    def join(self) -> None:
+        """Let the current stream be the one that uses this memory from now on; before anything touches it."""
+        self._streams.join(chain(self.buffers.tensors, self._runner.clock.tensors))
 
     @torch.no_grad()
     def prepare(self, works: Sequence[Work], room: int, *, strict: bool) -> list[Ready]:
@@ -82,7 +87,7 @@ class BufferSet:
     @torch.no_grad()
     def set_context(self, context: Context) -> None:
         """Make ready for runs in this context; before anything is captured that reads what it says."""
-        self.streams.join()
+        self.join()
         try:
             self._denoiser.prepare(context, self.buffers.constants)
             if self._float8 is not None:
@@ -111,7 +116,7 @@ class BufferSet:
 
     def run(self, ready: Ready, step: int) -> None:
         """Run work of which ``step`` is the first."""
-        self.streams.join()
+        self.join()
         if step != self._next_step:
             self._runner.clock.set(step)
         self._next_step = None  # unless all goes well

@@ -204,7 +204,7 @@ class Engine:
                 place = self._new_place(spec, denoiser)
             else:
                 self._idle.remove(place)
-            place.streams.join()
+            place.join()
             self._leased.append(place)
             self.counts.trajectories += 1
             return place

@@ -1,6 +1,9 @@
 """Memory that CUDA streams use one after another."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 
 class StreamOrder:
@@ -10,10 +13,13 @@ class StreamOrder:
         self._device = device
         self._last: torch.cuda.Stream | None = None
 
-    def join(self) -> None:
-        """The current stream is the one that uses the memory from now on."""
+    def join(self, memory: Iterable[Tensor]) -> None:
+        """The current stream is the one that uses the memory from now on, to whomever it goes after that."""
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
-            if self._last is not None and self._last != stream:
-                stream.wait_stream(self._last)
+            if self._last != stream:
+                if self._last is not None:
+                    stream.wait_stream(self._last)
+                for tensor in memory:  # freed, it waits for this stream, which need not be the one that it was made on
+                    tensor.record_stream(stream)
             self._last = stream

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.engine.buffer_set import BufferSet, Ready
+from ebcache_fast.engine.buffers import Buffers
 from ebcache_fast.errors import TrajectoryError
 
 
@@ -78,7 +79,7 @@ class ForwardTrajectory:
     @torch.no_grad()
     def refresh_at(self, t: float, x: Tensor) -> Tensor:
         """`refresh` at a timestep that is not in the plan."""
-        self.place.buffers.modulation.load_row(len(self._ready), t)
+        self._joined().modulation.load_row(len(self._ready), t)
         return self.refresh(len(self._ready), x)
 
     def guide(self, scale: float | Tensor) -> None:
@@ -87,12 +88,12 @@ class ForwardTrajectory:
         if known is None or known != self._scale:
             with torch.no_grad():
                 number = scale.reshape(()) if isinstance(scale, Tensor) else scale
-                self.place.buffers.guide.settings[:1].fill_(number)
+                self._joined().guide.settings[:1].fill_(number)
             self._scale = known
 
     def give(self, t: Tensor, y: Tensor) -> None:
         """Timesteps and labels (R,) of the call that comes next, for the device to check; of a guarded run."""
-        self.place.buffers.guard.give(t, y)
+        self._joined().guard.give(t, y)
 
     def is_broken(self, *, wait: bool) -> bool:
         """Whether the device found a call that was not the planned one: by now, or without waiting by a while ago."""
@@ -104,8 +105,13 @@ class ForwardTrajectory:
         return seen
 
     def _run(self, ready: Ready, step: int, x: Tensor) -> Tensor:
-        buffers = self.place.buffers
+        buffers = self._joined()
         buffers.x.copy_(x[: len(buffers.x)])
         self.place.run(ready, step)
         out = buffers.out
         return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
+
+    def _joined(self) -> Buffers:
+        """The memory, for the caller's stream of now: it may call on another one than last time."""
+        self.place.join()
+        return self.place.buffers
