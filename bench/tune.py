@@ -205,11 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         sizes, most, rounds = gpu_sizes(parser, MODELS[args.px], args.rows), sys.maxsize, ROUNDS
     start = telemetry()
-    found = [tune(kernel, sizes, most, rounds) for kernel in args.kernel]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    found = list[dict[str, Any]]()
+    for kernel in args.kernel:  # each a while: what was found is kept
+        found.append(tune(kernel, sizes, most, rounds))
+        args.out.write_text(json.dumps({"telemetry": {"start": start, "end": telemetry()}, "kernels": found}, indent=1))
     print("Interpreted: these entries mean nothing." if args.dry_run else f"For the table, from {args.out}:")
     print(*(one["entry"] for one in found if one["entry"]), sep="\n")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"telemetry": {"start": start, "end": telemetry()}, "kernels": found}, indent=1))
     return 0 if all(one["entry"] for one in found) else 1
 
 
