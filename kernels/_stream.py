@@ -46,10 +46,12 @@ def merge_statistics(count, mean, squares, tile, keep, fresh):
     """Mean and sum of squared deviations of ``count + fresh`` channels, from those of ``count`` and a new tile.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-    No sum of squares is taken, so that a large mean costs no digits.
+    No sum of squares is taken, so that a large mean costs no digits; nor may its division, which by default is not
+    rounded to nearest.
     """
-    share = fresh / (count + fresh)
-    tile_mean = tl.sum(tile, axis=1) / fresh
+    fresh = fresh.to(tl.float32)
+    share = tl.div_rn(fresh, count + fresh)
+    tile_mean = tl.div_rn(tl.sum(tile, axis=1), fresh)
     centred = tl.where(keep, tile - tile_mean[:, None], 0.0)
     delta = tile_mean - mean
     return mean + delta * share, squares + tl.sum(centred * centred, axis=1) + delta * delta * (count * share)

@@ -64,7 +64,7 @@ def _norm_kernel(
         rest_keep = keep_row[:, None] & (rest_col < D)
         rest = residual(h, branches, gates, start + rest_col, vectors + rest_col, rest_keep)  # (ROWS, REST)
         mean += tl.sum(rest, axis=1)
-    mean = mean / D
+    mean = tl.div_rn(mean, tl.cast(D, tl.float32))  # to nearest: of a large mean nothing may be left over
 
     if len(branches):
         tl.store(h + start + col, main, mask=keep)

@@ -24,6 +24,14 @@ def draw(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0, offset:
     return values.to(dtype).to(DEVICE)
 
 
+def in_place(tensor: Tensor) -> Tensor:
+    """The same on the device of the tests with its very strides, which a copy has only of memory without gaps."""
+    if tensor.is_meta:
+        return tensor
+    memory = tensor.new_empty(0).set_(tensor.untyped_storage()).to(DEVICE)
+    return memory.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
 def huge_zeros(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
     """Zeros that take memory only where they are written: for offsets that no 32-bit integer holds."""
     if DEVICE.type == "cuda":

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
+from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64, in_place
 from interpreter import only_program
 from torch import Tensor
 
@@ -151,7 +151,7 @@ WRONG = {
 def test_bad_operands_are_refused_before_launch(name: str) -> None:
     change, message = WRONG[name]
     qkv, heads, out = change(torch.zeros(2, 5, 144), 3, torch.full((2, 5, 48), 5.0))
-    qkv, out = (tensor if tensor.is_meta else tensor.to(DEVICE) for tensor in (qkv, out))
+    qkv, out = map(in_place, (qkv, out))
     before = out.clone()
     with pytest.raises(InputError, match=message):
         attention(qkv, heads, out)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
+from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64, in_place
 from interpreter import only_program
 from step_operands import advancing, assert_advanced
 from torch import Tensor
@@ -228,7 +228,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_bad_operands_are_refused_before_launch(name: str) -> None:
     changes, message = WRONG[name]
-    case = case_with(**{k: in_place(v) for k, v in changes.items()})
+    case = case_with(**{k: all_in_place(v) for k, v in changes.items()})
     u = torch.full_like(case.h, 5.0)
     before = case.h.clone()
     with pytest.raises(InputError, match=message):
@@ -239,10 +239,10 @@ def test_bad_operands_are_refused_before_launch(name: str) -> None:
     assert (u == 5.0).all()
 
 
-def in_place(value: object) -> object:
-    """A wrong operand on the device of the tests, its strides as they are."""
+def all_in_place(value: object) -> object:
+    """A wrong operand, or several, on the device of the tests."""
     if isinstance(value, Tensor):
-        return value if DEVICE.type == "cpu" else torch.empty_like(value, device=DEVICE).copy_(value)
+        return in_place(value)
     if isinstance(value, At):
         return At(value.step.to(DEVICE), value.row_of.to(DEVICE), value.advance)
-    return [in_place(one) for one in value]  # type: ignore[attr-defined]
+    return [all_in_place(one) for one in value]  # type: ignore[attr-defined]

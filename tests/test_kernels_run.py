@@ -56,7 +56,9 @@ def test_a_run_is_its_steps_one_by_one(name: str) -> None:
     for j in range(3):
         sums, at = case.sums[j : j + 1], At(case.at.step + j, case.at.row_of)
         run_update(single.x, sums, case.patches, case.norm, at, case.linear, case.guide, single.update)
-    assert torch.equal(whole.written, single.written)
+    torch.testing.assert_close(
+        whole.written, single.written, rtol=1e-5, atol=1e-5
+    )  # a compiler makes each its own code
 
 
 TOKENS = 2**14  # of a sample, of which the last tile is computed
