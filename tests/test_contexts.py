@@ -1,0 +1,107 @@
+"""Which prompt a call has: known again by its tensors, or by what they hold."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebcache_fast.dropin.contexts import Contexts
+from ebcache_fast.models import Context
+
+
+def text(seed: int = 0) -> Tensor:
+    return torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def contexts() -> Contexts:
+    return Contexts(2)
+
+
+@pytest.fixture
+def unseeing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """After a call of it, nothing may look at what tensors hold: on a GPU that waits."""
+
+    def refuse(*_: Tensor) -> bool:
+        raise AssertionError
+
+    return lambda: monkeypatch.setattr(torch, "equal", refuse)
+
+
+def test_a_model_without_contexts(contexts: Contexts) -> None:
+    assert [contexts.number_of(()) for _ in range(2)] == [0, 0]
+    assert contexts.makes_of(0) == 0
+
+
+def test_the_same_tensors_are_known_without_a_look_at_them(contexts: Contexts, unseeing: Callable[[], None]) -> None:
+    one, mask = text(), torch.ones(2, 6)
+    number = contexts.number_of((one, mask, None))
+    unseeing()
+    assert contexts.number_of((one, mask, None)) == number
+    assert contexts.number_of((one[:], mask.view(2, 6), None)) == number  # as whoever slices anew at each step
+    assert contexts.makes_of(number) == 1
+
+
+def test_equal_ones_have_one_number_and_say_how_often_they_came_anew(contexts: Contexts) -> None:
+    number = contexts.number_of((text(), None))
+    again = text()
+    for _ in range(2):
+        assert contexts.number_of((again, None)) == number
+        assert contexts.makes_of(number) == 2
+    assert contexts.number_of((text(), None)) == number
+    assert contexts.makes_of(number) == 3
+
+
+OTHERS: dict[str, Callable[[Tensor], Context]] = {
+    "other numbers": lambda one: (text(1), one),
+    "another mask": lambda one: (one, -one),
+    "no mask": lambda one: (one, None),
+    "another type": lambda one: (one, one.double()),
+    "another shape": lambda one: (one, one.flatten()),
+    "the same memory, turned": lambda one: (one.view(2, 4, 6), one.view(2, 4, 6)),
+    "the same memory in other steps": lambda one: (one, one.as_strided(one.shape, (24, 1, 6))),
+    "the same memory, of another type": lambda one: (one, one.view(torch.int32)),
+    "less": lambda one: (one,),
+    "more": lambda one: (one, one, None),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_others_have_another_number(contexts: Contexts, other: Callable[[Tensor], Context], turned: bool) -> None:
+    given = text()
+    first, second = ((given, given), other(given))[:: -1 if turned else 1]
+    number = contexts.number_of(first)
+    assert len({0, number, contexts.number_of(second)}) == 3
+    assert contexts.number_of(first) == number
+
+
+def test_one_that_was_overwritten_is_what_it_holds_by_now(contexts: Contexts) -> None:
+    one = text()
+    number = contexts.number_of((one,))
+    one.copy_(text(1))
+    other = contexts.number_of((one,))
+    assert other != number
+    assert contexts.number_of((text(),)) == number
+    one.copy_(text())
+    assert contexts.number_of((one,)) == number
+
+
+def test_whose_writes_torch_does_not_count_is_looked_at(contexts: Contexts) -> None:
+    with torch.inference_mode():
+        one = text()
+        number = contexts.number_of((one,))
+        assert contexts.number_of((one,)) == number
+        one.neg_()
+        assert contexts.number_of((one,)) != number
+
+
+def test_those_used_last_are_kept(contexts: Contexts) -> None:
+    kept: list[Context] = [(text(seed),) for seed in range(4)]
+    first, second = map(contexts.number_of, kept[:2])
+    assert contexts.number_of(kept[0]) == first
+    third = contexts.number_of(kept[2])
+    assert contexts.makes_of(second) == 0
+    assert [contexts.number_of(kept[k]) for k in (0, 2)] == [first, third]
+    assert contexts.number_of(kept[1]) not in (first, second, third)
