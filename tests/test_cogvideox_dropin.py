@@ -29,6 +29,7 @@ from tiny import relative_error
 from torch import Tensor
 
 from ebcache_fast import disable, enable, stats
+from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.errors import InputError, TrajectoryError
 
 pytest.importorskip("diffusers")
@@ -341,6 +342,19 @@ def test_a_timestep_that_is_not_in_the_table_is_scaled_too(kind: Kind, pipe: Any
     enable(pipe, table_of(pipe), eps_scale=0.9)
     assert relative_error(kind.draw(pipe, steps=3), replayed) < 1e-5
     assert stats(pipe).refreshed == {"a timestep is not in the plan": 2}
+
+
+@only_2b
+def test_the_timesteps_that_can_be_scaled_are_the_schedules(kind: Kind, pipe: Any) -> None:
+    scaling = VelocityScaling.of(pipe, pipe.transformer, 0.9)
+    assert scaling is not None
+    v, x = torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0))
+    for t in (0, 499, 999):
+        scaling.apply(out := v.clone(), x, t)
+        assert relative_error(out, scaled_v(v, x, alpha_bar(pipe, torch.tensor([t])), 0.9)) < 1e-5
+    for t in (-1, 1000, 0.5):
+        with pytest.raises(InputError, match=f"^t={t} is no timestep of the scheduler's 1000; pass one of them$"):
+            scaling.apply(v, x, t)
 
 
 @only_2b

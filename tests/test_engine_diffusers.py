@@ -173,3 +173,24 @@ def test_macs() -> None:
         assert times == pytest.approx(expected, rel=0.01)
         cross = [cost for cost in shape.branches if cost.branch is Branch.CROSS_ATTN]
         assert len(cross) == (transformer is sigma)
+
+
+def test_what_stands_before_and_after_the_layers_is_counted_weight_by_weight() -> None:
+    """What embeds the timestep once a row, the ends once a token of the latents."""
+    sigma, video = tiny_pixart(), tiny_cogvideox(in_channels=8, time_embed_dim=12)
+    per_row: dict[nn.Module, list[nn.Module]] = {
+        sigma: [sigma.adaln_single],
+        video: [video.time_embedding, video.norm_out.linear],
+    }
+    for block in video.transformer_blocks:
+        per_row[video] += [block.norm1.linear, block.norm2.linear]
+    ends = {sigma: [sigma.pos_embed.proj, sigma.proj_out], video: [video.patch_embed.proj, video.proj_out]}
+    for model, tokens in ((sigma, 16), (video, 48)):
+        row, token = (sum(map(matrix_elements, parts[model])) for parts in (per_row, ends))
+        shape = as_denoiser(model).shape
+        assert (shape.fixed_weights, shape.fixed_macs) == (row + token, row + token * tokens)
+
+
+def matrix_elements(part: nn.Module) -> int:
+    """Of all its weights but biases."""
+    return sum(weight.numel() for weight in part.parameters() if weight.ndim > 1)
