@@ -367,6 +367,14 @@ def test_a_scheduler_that_predicts_eps(kind: Kind, pipe: Any) -> None:
 
 
 @only_2b
+def test_a_scheduler_that_predicts_what_nobody_scales(kind: Kind, pipe: Any) -> None:
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(InputError, match=r"eps_scale=0\.9 .* predicts, 'sample'; .* leave it at 1"):
+        enable(pipe, table_of(pipe), eps_scale=0.9)
+    enable(pipe, table_of(pipe))
+
+
+@only_2b
 def test_another_scheduler_after_enabling(kind: Kind, pipe: Any) -> None:
     """The alphas are those of the scheduler that the pipeline had when it was enabled last."""
     enable(pipe, table_of(pipe), eps_scale=0.9)

@@ -109,6 +109,8 @@ def test_it_is_the_same_again_and_resumes_for_the_same_prompts_alone(tmp_path: P
     enable(pipe, first)
     assert calibrate(pipe, prompts=PROMPTS, call=SIGMA, steps=STEPS) == first
     assert stats(pipe).steps == {}
+    pipe(prompt=PROMPTS[0], num_inference_steps=STEPS, output_type="latent", **SIGMA)
+    assert sum(stats(pipe).steps.values()) == STEPS  # it is enabled still
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
