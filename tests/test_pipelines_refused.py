@@ -171,6 +171,9 @@ class Reversed:
         return attn.to_out[0](attn.to_v(hidden_states).flip(1))
 
 
+SameName = type("AttnProcessor2_0", (Reversed,), {})
+
+
 class BothReversed:
     """The same of film and text."""
 
@@ -219,6 +222,10 @@ def replaced(path: str) -> Change:
     return change
 
 
+def having(path: str, **attributes: Any) -> Change:
+    return lambda pipe: vars(pipe.transformer.get_submodule(path)).update(attributes)
+
+
 def with_a_layer_twice(pipe: Any) -> None:
     pipe.transformer.transformer_blocks.append(pipe.transformer.transformer_blocks[0])
 
@@ -245,8 +252,15 @@ OF_ONE: dict[str, tuple[Kind, Change]] = {
     **{
         f"PixArt, a hook on {path}": (SIGMA, twice(path))
         for path in ("pos_embed", "adaln_single", "adaln_single.linear", "caption_projection", f"{BLOCK}.attn2",
-                     f"{BLOCK}.attn2.to_k", f"{BLOCK}.ff", "proj_out")
+                     f"{BLOCK}.attn2.to_k", f"{BLOCK}.ff", "proj_out", f"{BLOCK}.attn1.to_out.1", f"{BLOCK}.ff.net.0",
+                     f"{BLOCK}.ff.net.1")
     },
+    "PixArt, a processor of a known name": (SIGMA, having(f"{BLOCK}.attn1", processor=SameName())),
+    "PixArt, a residual around attention": (SIGMA, having(f"{BLOCK}.attn1", residual_connection=True)),
+    "PixArt, attention in another scale": (SIGMA, having(f"{BLOCK}.attn1", rescale_output_factor=2.0)),
+    "PixArt, an exact GELU": (SIGMA, having(f"{BLOCK}.ff.net.0", approximate="none")),
+    "PixArt, another dropout": (SIGMA, replaced(f"{BLOCK}.ff.net.1")),
+    "CogVideoX, another dropout at the end": (COG_2B, replaced(f"{BLOCK}.ff.net.3")),
     **{
         f"CogVideoX, a hook on {path}": (COG_2B, twice(path))
         for path in ("patch_embed", "time_proj", "norm_final", "norm_out.linear", "embedding_dropout",

@@ -275,8 +275,11 @@ def test_arguments_that_the_method_does_not_know(pipe: Any, name: str) -> None:
     assert [*stats(pipe).originals.values()] == [STEPS]
     assert_all_same(drive(pipe.transformer, call, ts), replayed)
     empty = call | {name: {} if name == "cross_attention_kwargs" else None}
-    assert_all_same(drive(pipe.transformer, empty, ts), replayed)
+    for known in (empty, call | dict(added_cond_kwargs=None)):
+        assert_all_same(drive(pipe.transformer, known, ts), replayed)
     assert not all(map(torch.equal, plain, replayed))
+    with pytest.raises(TypeError, match="sharpness"):  # what it says itself
+        ask(pipe.transformer, call | dict(added_cond_kwargs={"sharpness": torch.ones(2, 1)}), ts[0])
 
 
 def test_a_step_of_the_mlp_alone_computes_both_attentions(pipe: Any) -> None:
