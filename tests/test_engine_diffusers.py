@@ -58,10 +58,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "TABLE", table)
 
 
-def plan_of(model: nn.Module, types: list[StepType]) -> Plan:
+def plan_of(model: nn.Module, types: list[StepType], sampler: str = "ddim") -> Plan:
     shape = as_denoiser(model).shape
     branches = tuple(cost.branch for cost in shape.branches)
-    return Plan.from_types(types, make_sampler("ddim", len(types)).timesteps, shape.depth, branches, 0.97)
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.depth, branches, 0.97)
 
 
 def in_dtype(context: Context, dtype: torch.dtype) -> Any:
@@ -70,16 +70,16 @@ def in_dtype(context: Context, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def run(model: nn.Module, plan: Plan, scale: float = 1.5, **options: Any) -> Tensor:
+def run(model: nn.Module, plan: Plan, scale: float = 1.5, sampler: str = "ddim", **options: Any) -> Tensor:
     """Our own loop over one plan, in the dtype of the model."""
     engine = Engine(copy.deepcopy(model).to(DEVICE), **options)
-    denoiser, sampler = engine.denoiser, make_sampler("ddim", len(plan))
+    denoiser, stepper = engine.denoiser, make_sampler(sampler, len(plan))
     latents, context = denoiser.example(SAMPLES * (2 if scale != 1 else 1))
-    noise = trajectory_noise(7, range(SAMPLES), 0, latents)
+    noise = trajectory_noise(7, range(SAMPLES), len(plan) if stepper.draws_noise else 0, latents)
     labels = torch.zeros(SAMPLES, dtype=torch.int64, device=DEVICE)
     context = in_dtype(context, denoiser.weight().dtype)
     guidance = Guidance(scale, channels=4)
-    with engine.sampling(plan, labels, guidance, torch.tensor(sampler.rows), noise, context) as trajectory:
+    with engine.sampling(plan, labels, guidance, torch.tensor(stepper.rows), noise, context) as trajectory:
         while trajectory.advance():
             pass
         return trajectory.x.cpu().clone()
@@ -124,14 +124,15 @@ def test_graphs_say_what_eager_steps_do(model: nn.Module, whole: bool) -> None:
     assert len(backends) == 1
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
 @torch.no_grad()
-def test_hooked_ends_run_as_modules(model: nn.Module) -> None:
-    plan = plan_of(model, MIXED)
-    plain = run(model, plan)
+def test_hooked_ends_run_as_modules(model: nn.Module, sampler: str) -> None:
+    plan = plan_of(model, MIXED, sampler)
+    plain = run(model, plan, sampler=sampler)
     called = []
     for end in ("proj_out", "pos_embed" if hasattr(model, "pos_embed") else "patch_embed"):
         getattr(model, end).register_forward_hook(lambda *_, end=end: called.append(end))
-    assert relative_error(run(model, plan), plain) < 1e-12
+    assert relative_error(run(model, plan, sampler=sampler), plain) < 1e-12
     assert len(set(called)) == 2
     ran = Engine(model).stats.operations
     assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_ENDS)
