@@ -191,6 +191,42 @@ def test_what_diffusers_does_by_hooks_is_refused_and_later_left_to_it(pipe: Any,
     assert calls == 5
 
 
+class Counting(diffusers.hooks.ModelHook):
+    """Changes nothing."""
+
+    calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **named: Any) -> Any:
+        self.calls += 1
+        return args, named
+
+
+class Wrapping(Counting):
+    """The same with a forward of its own."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **named: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **named)
+
+
+@pytest.mark.parametrize("kind", [Counting, Wrapping])
+@pytest.mark.parametrize("enabled_first", [True, False])
+def test_a_hook_of_somebodys_own_stays_around_it(pipe: Any, kind: type[Counting], enabled_first: bool) -> None:
+    plain, cached = draw(pipe), draw(enable(copy.deepcopy(pipe), TABLE))
+    registry, hook = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer), kind()
+    changes = (lambda: enable(pipe, TABLE), lambda: registry.register_hook(hook, "counting"))
+    for change in changes if enabled_first else reversed(changes):
+        change()
+    assert hook.calls == 0, "enabling is no call of the model"
+    assert torch.equal(draw(pipe), cached)
+    assert torch.equal(draw(disable(pipe)), plain)
+    assert torch.equal(draw(enable(pipe, TABLE)), cached)
+    assert hook.calls == 15
+    registry.remove_hook("counting")
+    assert torch.equal(draw(pipe), cached)
+    assert torch.equal(draw(disable(pipe)), plain)
+    assert hook.calls == 15
+
+
 def of_another_class(model: Any) -> None:
     """As token merging does it."""
     block = model.transformer_blocks[0]

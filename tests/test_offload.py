@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers_kinds import SIGMA, STEPS, THREE, Kind, ask, table_of, timesteps, uncached
 from diffusers_oracle import bare, replaying
+from dropin import LABELS, assert_bitwise, at, drive, fresh_model, guided_rows, latents, plan_of
 from tiny import relative_error
 from torch import Tensor, nn
 
@@ -126,6 +127,20 @@ def test_hooks_prepare_what_the_engine_gets(kind: Kind, pipe: Any) -> None:
     assert model.dtype == at_rest == torch.float16, "enabling looks at a model as it lies there"
     assert relative_error(ask(model, call, t), plain) < 1e-12
     assert stats(model).steps == {"NO_CACHE": 1}
+
+
+@torch.no_grad()
+def test_the_originals_dit_is_guided_below_a_hook_too() -> None:
+    model, plan = fresh_model(), plan_of()
+    xs, y = latents(model, 6), guided_rows(LABELS)
+    expected = [enable(copy.deepcopy(model), plan).forward_with_cfg(xs[0], at(930, 6), y, 2.0)]
+    expected += drive(enable(copy.deepcopy(model), plan), xs, y)
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    enable(model, plan)
+    ours = [model.forward_with_cfg(xs[0], at(930, 6), y, 2.0)]
+    ours += drive(model, xs, y)
+    assert_bitwise(ours, expected)
+    assert not stats(model).originals
 
 
 # ------------------------------------------------------------------------------------------------ layer by layer
