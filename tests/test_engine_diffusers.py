@@ -138,6 +138,18 @@ def test_hooked_ends_run_as_modules(model: nn.Module, sampler: str) -> None:
     assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_ENDS)
 
 
+def test_the_usual_layers_are_taken_apart(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to a layer as a whole goes past the fused operations."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    block: Any = model.get_submodule("transformer_blocks.0")
+    for part in (block.attn1, block.ff):
+        monkeypatch.setattr(type(part), "forward", refuse)
+    assert run(model, plan_of(model, [NO, ATTENTION, MLP])).isfinite().all()
+
+
 @pytest.mark.parametrize("room", range(1, 1 + ALLOCATIONS + 2))  # after the noise: buffers, then what steps share
 def test_too_little_memory_is_said(model: nn.Module, room: int) -> None:
     plan = plan_of(model, [NO, ATTN_MLP])

@@ -129,13 +129,23 @@ def test_hooks_prepare_what_the_engine_gets(kind: Kind, pipe: Any) -> None:
     assert stats(model).steps == {"NO_CACHE": 1}
 
 
+def accelerates(model: nn.Module) -> None:
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+
+
+def diffusers_own(model: nn.Module) -> None:
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(diffusers.hooks.ModelHook(), "nothing")
+
+
+@pytest.mark.parametrize("hook", [accelerates, diffusers_own])
 @torch.no_grad()
-def test_the_originals_dit_is_guided_below_a_hook_too() -> None:
+def test_the_originals_dit_is_guided_below_a_hook_too(hook: Change) -> None:
     model, plan = fresh_model(), plan_of()
     xs, y = latents(model, 6), guided_rows(LABELS)
     expected = [enable(copy.deepcopy(model), plan).forward_with_cfg(xs[0], at(930, 6), y, 2.0)]
     expected += drive(enable(copy.deepcopy(model), plan), xs, y)
-    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    hook(model)
     enable(model, plan)
     ours = [model.forward_with_cfg(xs[0], at(930, 6), y, 2.0)]
     ours += drive(model, xs, y)
