@@ -1,5 +1,6 @@
 """What pipelines can't be enabled with, or was done to them after: a typed error, the method, or their own answer."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,23 @@ def test_a_subclass_with_a_forward_of_its_own(kind: Kind) -> None:
 
     assert fate(*bare(kind), become, nothing) in {"refused", "counted"}
     assert fate(*bare(kind), nothing, become) == "counted"
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        (SIGMA, "transformer_blocks.0.norm1"),
+        (SIGMA, "norm_out"),
+        (COG_2B, "transformer_blocks.1.norm2.norm"),
+        (COG_2B, "norm_out.norm"),
+    ],
+)
+def test_a_norm_of_another_kind_is_named(kind: Kind, path: str) -> None:
+    model = copy.deepcopy(bare(kind)[0].transformer)
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, nn.RMSNorm(16))
+    with pytest.raises(InputError, match=f"'{path}' is a RMSNorm"):
+        as_denoiser(model)
 
 
 # ------------------------------------------------------------------------------------- what users do to layers
