@@ -138,6 +138,24 @@ def test_hooked_ends_run_as_modules(model: nn.Module, sampler: str) -> None:
     assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_ENDS)
 
 
+def test_usual_ends_of_one_dtype_are_plain(model: nn.Module) -> None:
+    is_of_several_frames = getattr(getattr(model, "patch_embed", None), "patch_size_t", None) is not None
+    assert as_denoiser(model).has_plain_ends is not is_of_several_frames
+    model.get_submodule("proj_out").float()
+    assert not as_denoiser(model).has_plain_ends
+
+
+class Strange(nn.Linear):
+    """Of somebody else's, whose Python may do another thing at each call."""
+
+
+@pytest.mark.parametrize("path", ["proj_out", "transformer_blocks.1.attn1.to_q"])
+def test_layers_of_somebody_elses_are_named(model: nn.Module, path: str) -> None:
+    assert as_denoiser(model).foreign_layer() is None
+    model.get_submodule(path).__class__ = Strange
+    assert as_denoiser(model).foreign_layer() == path
+
+
 def test_the_usual_layers_are_taken_apart(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left to a layer as a whole goes past the fused operations."""
 
