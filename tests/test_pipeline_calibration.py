@@ -117,6 +117,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no prompts": (tiny_pixart_sigma, {}, "prompts=None must be a list of one or more for PixArtSigmaPipeline"),
     "one string": (tiny_pixart_sigma, {"prompts": "a cat"}, "prompts='a cat' must be a list"),
     "prompts for labels": (tiny_pipeline, {"prompts": ["a cat"]}, "DiTPipeline takes labels"),
+    "a call for labels": (tiny_pipeline, {"labels": [1], "call": {"height": 8}}, "DiTPipeline takes labels"),
+    "a call for a module": (lambda: tiny_pipeline().transformer, {"call": {"height": 8}}, "pass its pipeline"),
     "prompts for a module": (lambda: tiny_pipeline().transformer, {"prompts": ["a"]}, "pass its pipeline"),
     "more than latents": (
         tiny_image_to_video,
