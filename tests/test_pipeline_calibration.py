@@ -17,7 +17,8 @@ from diffusers_tiny import (
 from tiny import relative_error
 from torch import Tensor
 
-from ebcache_fast import algorithm1, calibrate, enable, stats
+from ebcache_fast import algorithm1, calibrate, enable, pipeline_calibration, stats
+from ebcache_fast.dropin.first_call import first_call
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import trajectory_noise
@@ -97,6 +98,7 @@ def test_labels_of_a_dit_pipeline() -> None:
     assert table.made is not None
     assert table.made.options["cfg_scale"] == 4.0  # the pipeline's own
     assert table.made.options["guided_channels"] == 4
+    assert table.made.options["samples"] == 4
 
 
 def test_it_is_the_same_again_and_resumes_for_the_same_prompts_alone(tmp_path: Path) -> None:
@@ -111,6 +113,19 @@ def test_it_is_the_same_again_and_resumes_for_the_same_prompts_alone(tmp_path: P
     assert stats(pipe).steps == {}
     pipe(prompt=PROMPTS[0], num_inference_steps=STEPS, output_type="latent", **SIGMA)
     assert sum(stats(pipe).steps.values()) == STEPS  # it is enabled still
+
+
+def test_samples_take_the_prompts_in_turn_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def watched(pipe: Any, **arguments: Any) -> Any:
+        seen.append(arguments["prompt"])
+        return first_call(pipe, **arguments)
+
+    monkeypatch.setattr(pipeline_calibration, "first_call", watched)
+    calibrate(tiny_pixart_sigma(), prompts=PROMPTS, call=SIGMA, steps=STEPS, samples=3)
+    one, other = ([prompt] for prompt in PROMPTS)
+    assert seen[-3:] == [one, other, one]  # after those that tell the sizes
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
