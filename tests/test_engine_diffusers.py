@@ -16,10 +16,12 @@ from tiny import relative_error
 from torch import Tensor, nn
 
 from ebcache_fast import ops
+from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
 from ebcache_fast.engine.ends import OF_ENDS
 from ebcache_fast.engine.engine import Engine, EngineOptions
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import Context, as_denoiser
@@ -186,6 +188,12 @@ def test_memory_is_said_before_it_is_taken() -> None:
     plan = Plan.from_types([NO, ATTN_MLP], (999, 0), shape.depth, branches)
     cache = FeatureCache(shape, plan.live_slots, rows, torch.bfloat16, torch.device("meta"))
     assert plan.cache_bytes(shape, rows, itemsize=2) == cache.nbytes == 2 * 30 * rows * 17776 * 1920 * 2
+    spec = BufferSpec(
+        Ending.PREDICT, rows, 1, 0, 2, len(plan), plan.live_slots, Numerics.now(CPU), denoiser.latent_shape, ()
+    )
+    denoiser.weight().data = denoiser.weight().data.bfloat16()
+    with no_memory(), pytest.raises(InputError, match=f"of 2 rows needs {cache.nbytes / 2**30:.2f} GiB of cache"):
+        allocate(spec, denoiser)
 
 
 def test_macs() -> None:
