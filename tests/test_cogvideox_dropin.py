@@ -437,3 +437,18 @@ def test_the_module_in_float64_to_its_last_digits(kind: Kind, pipe: Any, dtype: 
     replayed = drive_replaying(pipe, call, ts, TYPES)
     enable(pipe, table_of(pipe))
     assert max(map(relative_error, drive(pipe.transformer, call, ts), replayed)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both_positions
+def test_the_module_in_half_precision_is_as_exact_as_its_own(kind: Kind, pipe: Any, dtype: torch.dtype) -> None:
+    ts, call = timesteps(pipe), kind.call(pipe)
+    exact = drive_replaying(pipe, call, ts)
+    call |= {name: call[name].to(dtype) for name in ("hidden_states", "encoder_hidden_states")}
+    pipe.transformer.to(dtype)
+    own = drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    for ours, theirs, truth in zip(drive(pipe.transformer, call, ts), own, exact, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, truth) < 2 * relative_error(theirs, truth)
+    assert not stats(pipe).originals
