@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -67,6 +68,22 @@ def test_disable_gives_back_the_model_to_the_bit(trust_order: bool, model: DiT) 
     assert attributes(model) == kept
     assert_bitwise(answers(model), before)
     assert attributes(disable(model)) == kept
+
+
+def test_disable_waits_for_the_call_of_another_thread(model: DiT) -> None:
+    x, disabling = latents(model)[0], Thread(target=disable, args=(model,))
+    own = call(model, x, TIMESTEPS[0], LABELS)
+    enable(model, CacheTable(TIMESTEPS[:1], TYPES[:1]))
+
+    def meanwhile(*_: Any) -> None:
+        disabling.start()
+        disabling.join(timeout=0.1)
+
+    handle = model.blocks[1].mlp.fc2.register_forward_hook(meanwhile)
+    assert_close(call(model, x, TIMESTEPS[0], LABELS), own)
+    handle.remove()
+    disabling.join()
+    assert_bitwise([call(model, x, TIMESTEPS[0], LABELS)], [own])
 
 
 def test_the_state_dict_is_the_models(model: DiT) -> None:

@@ -49,12 +49,14 @@ class CachedForward:
         self.own = OwnForward(model)
         self.gate = Gate(model, self.plan, options, self.own)
         self.calls = calls_class(model)(self)
+        self._lock = RLock()
         self._forget_runs()
 
     def forget(self) -> None:
-        """Drop all that is in progress, and the memory for it."""
-        self.gate.forget()
-        self._forget_runs()
+        """Drop all that is in progress, and the memory for it, once a call of another thread has its answer."""
+        with self._lock:
+            self.gate.forget()
+            self._forget_runs()
 
     def _forget_runs(self) -> None:
         self._scheduler = StepScheduler(self.plan)
@@ -62,7 +64,6 @@ class CachedForward:
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the one called last at the end
         self._contexts = Contexts(self.options.max_trajectories)
         self._originals, self._refreshed = Counter[str](), Counter[str]()
-        self._lock = RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along how it is set up, and nothing that is in progress."""
@@ -70,6 +71,7 @@ class CachedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._lock = RLock()
         self._forget_runs()
 
     def install(self) -> None:
