@@ -228,6 +228,17 @@ def test_runs_of_equal_labels_that_take_turns_do_not_come_to_an_end(turns: str, 
     assert_bitwise(drive(model, xs), drive(enable(other, plan_of()), xs))
 
 
+def test_a_run_that_goes_on_where_another_of_equal_labels_was_given_up(model: DiT) -> None:
+    """It holds labels of its own, which tell; those that a loop makes anew at each step do not."""
+    enable(model, plan_of())
+    xs, (ours, others) = latents(model), (LABELS.clone(), LABELS.clone())
+    call(model, xs[0], 930, ours), call(model, xs[1], 930, others)
+    assert_close([call(model, xs[1], 700, ours)], [full_step(model, xs[1], 700)])
+    for x, t in zip(xs, TIMESTEPS, strict=True):
+        call(model, x, t, LABELS.clone())
+    assert stats(model).refreshed == {FRESH: 1}
+
+
 def test_a_refusal_is_over_when_a_run_begins_again(model: DiT) -> None:
     """A loop that goes back in time is refused once, where it looks like two runs, and not for ever."""
     enable(model, plan_of())

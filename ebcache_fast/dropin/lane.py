@@ -1,6 +1,9 @@
 """One run in progress, as its caller's steps arrive."""
 
 from dataclasses import dataclass
+from weakref import ref
+
+from torch import Tensor
 
 from ebcache_fast.engine.fingerprint import Fingerprint
 from ebcache_fast.engine.step_scheduler import Arrival
@@ -14,6 +17,7 @@ class Lane:
 
     trajectory: ForwardTrajectory
     weights: Fingerprint
+    labels: ref[Tensor]  # of the last call
     began_anew: bool  # with the first step, before a run of the same labels had come to its end
     makes: int = 0  # of its context: how often that came in other tensors than before
     is_remade: bool = False  # at each step, so that other tensors mean nothing
@@ -32,6 +36,14 @@ class Lane:
         is_other, self.makes = makes != self.makes, makes
         is_taken, self.is_remade = is_other and not self.is_remade, is_other
         return is_taken
+
+    def is_anothers(self, labels: Tensor) -> bool:
+        """Whether the last call was another run's: of labels that are equal, but other tensors, and somebody's still.
+
+        A loop that makes its labels anew at each step holds them no longer.
+        """
+        last, self.labels = self.labels(), ref(labels)
+        return last is not None and last is not labels
 
     def refuse_twins(self, arrival: Arrival, t: float) -> None:
         """TrajectoryError where two runs of the same labels take turns, until one of them begins again.
