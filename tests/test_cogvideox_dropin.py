@@ -121,6 +121,21 @@ def test_a_loop_that_makes_its_prompts_anew_at_each_step(kind: Kind, pipe: Any, 
     assert not stats(model).originals
 
 
+@torch.no_grad()
+@only_2b
+def test_films_of_one_prompt_that_take_turns_between_the_steps_of_the_plan(kind: Kind, pipe: Any) -> None:
+    """Their prompts are not made anew at each step: each film holds its own."""
+    model, (_, t, reusing, *_) = pipe.transformer, timesteps(pipe)
+    text = torch.randn(1, 6, TEXT_WIDTH)
+    films = [(torch.randn(1, 3, 4, 8, 8), text.clone()) for _ in range(2)]
+    plain = model(*films[0], torch.tensor([reusing])).sample
+    enable(model, table_of(pipe, [NO, NO, ATTN_MLP, NO, NO]))
+    for between in (t, t - 1):
+        for film in films:
+            model(*film, torch.tensor([between]))
+    assert relative_error(model(*films[0], torch.tensor([reusing])).sample, plain) < 1e-5
+
+
 @only_video
 def test_strict_refuses_to_begin_in_the_middle(kind: Kind, pipe: Any) -> None:
     enable(pipe, table_of(pipe, TEN), strict=True)

@@ -137,7 +137,7 @@ class CachedForward:
         arrival = self._scheduler.arrive(t, lane.expected if lane else 0)
         if lane is not None:
             lane.refuse_twins(arrival, t)
-        is_taken_over = lane is not None and lane.is_taken_over(self._makes_of(key)) | lane.is_anothers(call.y)
+        is_taken_over = lane is not None and lane.is_taken_over(self._makes_of(key), call.given)
         why = _why_not_planned(lane, arrival, weights, is_taken_over=is_taken_over)
         if why is not None:
             if self.options.strict:
@@ -170,7 +170,7 @@ class CachedForward:
             if self.options.strict:
                 raise
             raise DeclinedError("too little memory for the caches") from error
-        lane = self._lanes[key] = Lane(trajectory, weights, ref(call.y), began_anew, self._makes_of(key))
+        lane = self._lanes[key] = Lane(trajectory, weights, ref(call.given), began_anew, self._makes_of(key))
         return lane
 
     def _end(self, key: Hashable) -> None:

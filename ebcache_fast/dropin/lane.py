@@ -17,9 +17,9 @@ class Lane:
 
     trajectory: ForwardTrajectory
     weights: Fingerprint
-    labels: ref[Tensor]  # of the last call
+    given: ref[Tensor]  # of the last call: its prompts, or labels
     began_anew: bool  # with the first step, before a run of the same labels had come to its end
-    makes: int = 0  # of its context: how often that came in other tensors than before
+    makes: int = 0  # of its context: how often that came in other tensors than before; 0 where there is none
     is_remade: bool = False  # at each step, so that other tensors mean nothing
     expected: int = 0  # the step that comes next
     is_shared: bool = False  # by two runs
@@ -28,22 +28,17 @@ class Lane:
         """Whether the run that replaces this one may take turns with it; runs that were refused are over."""
         return not self.is_shared and (self.expected > 0 if arrival.step == 0 else self.began_anew)
 
-    def is_taken_over(self, makes: int) -> bool:
-        """Whether a run that began in the middle goes on where this one was given up.
+    def is_taken_over(self, makes: int, given: Tensor) -> bool:
+        """Whether another run goes on where this one is: its prompts or labels are equal, but other tensors.
 
-        Its prompts are equal, but other tensors. A loop that makes them anew at each step looks alike once, no more.
+        A loop that makes its prompts anew at each step looks alike once, and its labels never: it does not hold those
+        of its last step.
         """
-        is_other, self.makes = makes != self.makes, makes
-        is_taken, self.is_remade = is_other and not self.is_remade, is_other
+        last, self.given = self.given(), ref(given)
+        is_held = last is not None and last is not given  # so that it is still somebody's
+        is_other, self.makes = makes != self.makes if makes else is_held, makes
+        is_taken, self.is_remade = is_other and (is_held or not self.is_remade), is_other
         return is_taken
-
-    def is_anothers(self, labels: Tensor) -> bool:
-        """Whether the last call was another run's: of labels that are equal, but other tensors, and somebody's still.
-
-        A loop that makes its labels anew at each step holds them no longer.
-        """
-        last, self.labels = self.labels(), ref(labels)
-        return last is not None and last is not labels
 
     def refuse_twins(self, arrival: Arrival, t: float) -> None:
         """TrajectoryError where two runs of the same labels take turns, until one of them begins again.

@@ -43,6 +43,11 @@ class ModelCall(NamedTuple):
         return Batch(self.y.long(), self.samples, self.guided_channels, tuple(self.x.shape[1:]), self.context)
 
     @property
+    def given(self) -> Tensor:
+        """What its caller holds for the length of a run: prompts, or labels."""
+        return next(one for one in (*self.context, self.y) if one is not None)
+
+    @property
     def form(self) -> Hashable:
         """All that `check` looks at, of the call."""
         x, t, y = self.x, self.t, self.y
