@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_2B, COG_5B, SIGMA, Kind, ask, drive, table_of, timesteps, twin, uncached
+from diffusers_kinds import COG_2B, COG_5B, SIGMA, THREE, Kind, ask, drive, table_of, timesteps, twin, uncached
 from diffusers_oracle import bare, drive_replaying, fate, nothing
 from tiny import relative_error
 from torch import Tensor, nn
@@ -55,6 +55,19 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         out: Tensor = self.base_layer(x, *args, **named) + x @ self.down.T @ self.up.T
         return out
+
+
+class Quantised(nn.Module):
+    """A layer with weights in int8, as bitsandbytes puts it in the layer's place: only its bias says a dtype."""
+
+    def __init__(self, base: nn.Linear, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scale = base.in_features, base.out_features, 0.01
+        self.weight = nn.Parameter((base.weight / self.scale).round().clamp(-127, 127).char(), requires_grad=False)
+        self.bias = base.bias if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.scale * self.weight.to(x.dtype), self.bias)
 
 
 def parametrized(path: str, pipe: Any) -> None:
@@ -126,6 +139,18 @@ def test_changed_weights_are_followed_or_the_model_answers_itself(kind: Kind, ch
 def test_weights_that_were_changed_before(kind: Kind, change: Change) -> None:
     for path in (f"{BLOCK}.attn1.to_v", "proj_out"):
         assert fate(*bare(kind), partial(change, path), nothing) in {"cached", "refused"}
+
+
+def quantised(pipe: Any, bias: bool = True) -> None:
+    layers = [(path, one) for path, one in pipe.transformer.named_modules() if type(one) is nn.Linear]
+    for path, layer in layers:
+        pipe.transformer.set_submodule(path, Quantised(layer, bias))
+
+
+@pytest.mark.parametrize("kind", THREE, ids=str)
+def test_weights_that_are_quantised(kind: Kind) -> None:
+    assert fate(*bare(kind), quantised, nothing) == "cached"
+    assert fate(*bare(kind), partial(quantised, bias=False), nothing) == "refused"
 
 
 ONCE_A_RUN = [  # what steps share, the keys of the text among it, is otherwise asked when a run begins

@@ -82,7 +82,7 @@ class Denoiser(Protocol):
         ...
 
     def weight(self) -> Tensor:
-        """Any parameter, for the model's dtype and device."""
+        """Any parameter that is not quantised, for the model's dtype and device; InputError where none is."""
         ...
 
     def conditions(self, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Context
 from ebcache_fast.models.diffusers_layers import first_foreign, refuse_other_ways
 from ebcache_fast.models.dit_layout import check_layout, check_norms
-from ebcache_fast.models.layers import are_plain_ends, is_watched
+from ebcache_fast.models.layers import are_plain_ends, is_watched, weight_of
 
 BLOCKS = "transformer_blocks"
 
@@ -57,7 +57,7 @@ class DiffusersDenoiser:
             raise InputError(f"{type(self._model).__name__} is given no text to follow here; use its pipeline instead")
 
     def weight(self) -> Tensor:
-        return cast(Tensor, next(self._blocks[0].attn1.to_q.parameters()))
+        return weight_of(self._blocks[0].attn1.to_q)
 
     def passed_over_hooks(self) -> str | None:
         where, norms = self.layout, (*self.layout.norms, *self._of_blocks(self.layout.block_norms))

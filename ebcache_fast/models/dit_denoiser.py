@@ -12,7 +12,15 @@ from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.models.dit import unpatchify
 from ebcache_fast.models.dit_embeddings import FREQUENCY_SIZE, timestep_embedding
 from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
-from ebcache_fast.models.layers import are_plain_ends, has, is_torchs_own, is_watched, linear_gelu, linear_into
+from ebcache_fast.models.layers import (
+    are_plain_ends,
+    has,
+    is_torchs_own,
+    is_watched,
+    linear_gelu,
+    linear_into,
+    weight_of,
+)
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
 
@@ -84,7 +92,7 @@ class DiTDenoiser(LabelConditioned):
         return self._labels > declared
 
     def weight(self) -> Tensor:
-        return cast(Tensor, next(self._blocks[0].attn.qkv.parameters()))  # an adapter around it need not have a weight
+        return weight_of(self._blocks[0].attn.qkv)  # an adapter around it need not have a weight
 
     def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
         model, steps, labels = self._model, len(t), len(y)

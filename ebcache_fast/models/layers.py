@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Means
 from ebcache_fast.operands import Linear
 
@@ -22,6 +23,19 @@ def has(model: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A parameter of the dtype that a layer computes in, of one with quantised weights its bias; InputError without."""
+    parameters = list(layer.parameters())
+    found = next((one for one in parameters if one.is_floating_point() and one.itemsize > 1), None)
+    if found is None:
+        dtypes = ", ".join(sorted({str(one.dtype) for one in parameters})) or "no"
+        raise InputError(
+            f"a {type(layer).__name__} has {dtypes} parameters alone, which say no dtype to compute in; load its model "
+            "in float16, bfloat16 or float32"
+        )
+    return found
 
 
 def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
