@@ -98,6 +98,15 @@ def test_prompts_that_change_from_run_to_run(kind: Kind, pipe: Any, trust_order:
     assert not stats(pipe).refreshed
 
 
+@both_models
+def test_in_inference_mode(kind: Kind, pipe: Any) -> None:
+    """Where torch does not count what is written to prompts, they are still the run's own."""
+    replayed = kind.draw(replaying(pipe))
+    enable(pipe, table_of(pipe), strict=True)
+    with torch.inference_mode():
+        assert_same(kind.draw(pipe), replayed)
+
+
 @every_layout
 def test_negative_prompts(kind: Kind, pipe: Any) -> None:
     drawn = []

@@ -17,9 +17,11 @@ class _Seen:
         self._kept = tuple(None if one is None else one.detach().clone() for one in context)
 
     def is_same(self, context: Context) -> bool:
-        """Whether these are the very tensors, unchanged: that costs no look at what they hold."""
+        """Whether these are the very tensors, unchanged: where torch counts, that costs no look at what they hold."""
         versions = _versions(context)  # as many as there are tensors
-        return versions == self._versions and None not in versions and all(map(_is, context, self._given))
+        if versions != self._versions or not all(map(_is, context, self._given)):
+            return False
+        return None not in versions or self.is_equal(context)
 
     def is_equal(self, context: Context) -> bool:
         """Whether they hold the same; that may wait for the device."""
