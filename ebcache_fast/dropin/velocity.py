@@ -45,7 +45,10 @@ class VelocityScaling:
         InputError for a timestep that the schedule does not have.
         """
         if t not in range(len(self.alpha_bar)):
-            raise InputError(f"t={t} is no timestep of the scheduler's {len(self.alpha_bar)}; pass one of them")
+            raise InputError(
+                f"t={t} is none of the scheduler's {len(self.alpha_bar)} timesteps, by which "
+                f"eps_scale={self.eps_scale} finds the noise; use a scheduler that keeps to them, or eps_scale=1"
+            )
         of_v, of_x = scaled_v(self.eps_scale, self.alpha_bar[int(t)])
         channels = min(out.shape[1], x.shape[1])
         out[:, :channels].mul_(of_v).add_(x[:, :channels], alpha=of_x)
