@@ -16,8 +16,10 @@ from bench.kernel_contenders import Work
 from bench.marks import mark, seconds_between
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.engine.buffers import latent_dtype
-from ebcache_fast.engine.engine import Engine, EngineOptions, cuda_graphs, no_graphs
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.graphs import cuda_graphs, no_graphs
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.models import DIT_MODELS, as_denoiser
 from ebcache_fast.plan import ModelShape, Plan, StepType

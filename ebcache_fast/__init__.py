@@ -3,7 +3,8 @@
 from ebcache_fast._version import __version__
 from ebcache_fast.attach import disable, enable, enabled, stats
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import (
     CaptureError,
     EBCacheError,

@@ -10,7 +10,7 @@ from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
 from ebcache_fast.dropin.trusting_forward import TrustingForward
 from ebcache_fast.dropin.velocity import VelocityScaling
-from ebcache_fast.engine.engine import EngineOptions
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Stats
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser

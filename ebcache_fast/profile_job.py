@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.engine.engine import cuda_graphs, no_graphs
+from ebcache_fast.engine.graphs import cuda_graphs, no_graphs
 from ebcache_fast.files import make_folder
 from ebcache_fast.pictures import save_picture
 from ebcache_fast.profiling import Probe, ProfiledEngine, time_run, trace_run

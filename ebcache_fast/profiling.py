@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
-from ebcache_fast.engine.engine import Engine, EngineOptions, cuda_graphs
-from ebcache_fast.engine.graphs import Graphs
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.graphs import Graphs, cuda_graphs
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.files import replacing
 from ebcache_fast.models import Denoiser, as_denoiser
 from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ebcache_fast import enable
 from ebcache_fast.dropin import cached_forward
-from ebcache_fast.engine.engine import Engine, no_graphs
-from ebcache_fast.engine.graphs import Graphs
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.graphs import Graphs, no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.models import DiT, as_denoiser

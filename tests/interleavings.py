@@ -32,7 +32,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from tiny import tiny_dit
 
 from ebcache_fast import ops, reference, stats
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT

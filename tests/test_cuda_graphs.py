@@ -16,8 +16,9 @@ from torch import Tensor
 import ebcache_fast
 from ebcache_fast import ops, sample
 from ebcache_fast.dropin import cached_forward
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import CaptureError
 from ebcache_fast.models import DiT

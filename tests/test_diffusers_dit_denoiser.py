@@ -13,7 +13,8 @@ from bench.rivals.case import Case
 from bench.rivals.diffusers_dit import transformer
 from ebcache_fast import ops, sample
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Batch, Engine, no_graphs
+from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiffusersDiTDenoiser, DiTDenoiser, as_denoiser
 from ebcache_fast.models.layers import linear_into

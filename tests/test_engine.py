@@ -13,10 +13,11 @@ from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error
 from torch import Tensor, nn
 
 from ebcache_fast.engine.buffers import Ending, latent_dtype
-from ebcache_fast.engine.engine import Batch, Engine, EngineOptions
+from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.models import DiT, DiTDenoiser

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ebcache_fast import ops
 from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
 from ebcache_fast.engine.ends import OF_ENDS
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.numerics import Numerics
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import Context, as_denoiser

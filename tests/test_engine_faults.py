@@ -34,7 +34,8 @@ from tiny import tiny_dit
 from torch import Tensor
 
 from ebcache_fast import ops
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
 from ebcache_fast.models import DiT

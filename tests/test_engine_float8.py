@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ebcache_fast import enable, ops, reference, stats
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Batch, Engine, EngineOptions
+from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from ebcache_fast import disable, ops
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Batch, Engine, EngineOptions
+from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import StepType

@@ -10,7 +10,7 @@ from float8 import needs_float8
 from tiny import tiny_dit
 
 from bench.launch_count import count_trajectory, few_programs
-from ebcache_fast.engine.engine import EngineOptions
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.plan import StepType
 
 NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ebcache_fast import ops, profile_job, profiling
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.engine.engine import no_graphs
-from ebcache_fast.engine.graphs import Graphs
+from ebcache_fast.engine.graphs import Graphs, no_graphs
 from ebcache_fast.errors import InputError, JobError
 from ebcache_fast.plan import StepType
 from ebcache_fast.profile_job import profile_into

@@ -12,7 +12,8 @@ from tiny import LayerReuse, empty_cache, naive_predict, relative_error, tiny_di
 from torch import Tensor
 
 from ebcache_fast.cache_table import CacheTable, SamplerSpec
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import Branch, Plan, StepType

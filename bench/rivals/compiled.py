@@ -13,7 +13,7 @@ from bench.rivals.case import Case
 from bench.rivals.loop import Run, step_on
 from bench.rivals.plain import forward, module, timesteps_of
 from bench.rivals.rival import Trajectory
-from ebcache_fast.engine.engine import cuda_graphs
+from ebcache_fast.engine.graphs import cuda_graphs
 from ebcache_fast.plan import StepType
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -12,8 +12,10 @@ from bench.rivals.loop import Run, sample
 from bench.rivals.plain import timesteps_of
 from bench.rivals.rival import Trajectory
 from ebcache_fast import enable
-from ebcache_fast.engine.engine import Engine, EngineOptions, no_graphs
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.options import EngineOptions
 
 
 def own_loop(case: Case, *, whole: bool, fp8: bool = False) -> Trajectory:

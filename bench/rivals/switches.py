@@ -10,7 +10,9 @@ from bench.rivals.ours import trajectory
 from bench.rivals.rival import Rival, Trajectory
 from ebcache_fast import ops
 from ebcache_fast.engine import engine as engines
-from ebcache_fast.engine.engine import Engine, EngineOptions, no_graphs
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.graphs import no_graphs
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 
 

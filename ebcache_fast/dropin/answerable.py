@@ -10,8 +10,8 @@ from torch import nn
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
 from ebcache_fast.dropin.probe import probe
-from ebcache_fast.engine.engine import EngineOptions
 from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import Denoiser, as_denoiser
 from ebcache_fast.plan import Plan

@@ -19,8 +19,9 @@ from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
 from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Engine, EngineOptions
+from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Arrival, StepScheduler
 from ebcache_fast.errors import InputError, TrajectoryError

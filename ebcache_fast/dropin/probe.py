@@ -7,7 +7,8 @@ from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.hooked import bare
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.engine.buffers import Ending
-from ebcache_fast.engine.engine import Engine, no_graphs
+from ebcache_fast.engine.engine import Engine
+from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import NamedTuple
@@ -15,48 +14,18 @@ from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
 from ebcache_fast.engine.buffers import BufferSpec, Ending, room_for
 from ebcache_fast.engine.ends import OF_ENDS
 from ebcache_fast.engine.fingerprint import Watch
-from ebcache_fast.engine.graphs import CudaGraphs, Graphs
+from ebcache_fast.engine.graphs import Graphs, cuda_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import count_distinct
 from ebcache_fast.engine.numerics import Numerics
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
 from ebcache_fast.models import Context, Denoiser, as_denoiser
-from ebcache_fast.models.float8 import check_float8, ready_slots
+from ebcache_fast.models.float8 import ready_slots
 from ebcache_fast.plan import Plan
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine runs; none of it but fp8 changes a result.
-
-    strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
-    whole_trajectory: our own loop is one graph, instead of one for each kind of step.
-    dependent_launch: kernels are launched while the one before still runs; from compute capability 9.0.
-    fp8: QKV's and fc1's products in float8, which rounds what they multiply to 4 bits; see `Float8Branches`. On a GPU,
-    of a DiT of the original layout in bfloat16, from compute capability 8.9; a CPU gains nothing by it.
-    max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
-    Raises InputError for a limit below 1.
-    """
-
-    strict: bool = False
-    whole_trajectory: bool = False
-    dependent_launch: bool = False
-    fp8: bool = False
-    max_graphs: int = 64
-    max_trajectories: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("max_graphs", "max_trajectories"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")
-
-    def check(self, denoiser: Denoiser) -> None:
-        """InputError where a model, or the device that it lies on, can't be run so."""
-        if self.fp8:
-            check_float8(denoiser)
 
 
 class Batch(NamedTuple):
@@ -67,15 +36,6 @@ class Batch(NamedTuple):
     guided_channels: int
     latents: tuple[int, ...]  # the shape of one, as the caller has it
     context: Context = ()  # of R rows
-
-
-def cuda_graphs(device: torch.device) -> Graphs | None:
-    """What captures on a device; None where nothing does."""
-    return CudaGraphs(device) if device.type == "cuda" else None
-
-
-def no_graphs(device: torch.device) -> None:
-    """Capture nothing, whatever the device."""
 
 
 class Engine:

@@ -60,6 +60,15 @@ class CudaGraphs:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
 
+def cuda_graphs(device: torch.device) -> Graphs | None:
+    """What captures on a device; None where nothing does."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def no_graphs(device: torch.device) -> None:
+    """Capture nothing, whatever the device."""
+
+
 @contextmanager
 def _workspaces_in_the_pool() -> Iterator[None]:
     """Let cuBLAS get its workspace within the capture, from the graph's pool, and nobody else have it afterwards.

@@ -1,0 +1,38 @@
+"""How an engine is to run."""
+
+from dataclasses import dataclass
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import Denoiser
+from ebcache_fast.models.float8 import check_float8
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs; none of it but fp8 changes a result.
+
+    strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
+    whole_trajectory: our own loop is one graph, instead of one for each kind of step.
+    dependent_launch: kernels are launched while the one before still runs; from compute capability 9.0.
+    fp8: QKV's and fc1's products in float8, which rounds what they multiply to 4 bits; see `Float8Branches`. On a GPU,
+    of a DiT of the original layout in bfloat16, from compute capability 8.9; a CPU gains nothing by it.
+    max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
+    Raises InputError for a limit below 1.
+    """
+
+    strict: bool = False
+    whole_trajectory: bool = False
+    dependent_launch: bool = False
+    fp8: bool = False
+    max_graphs: int = 64
+    max_trajectories: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("max_graphs", "max_trajectories"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")
+
+    def check(self, denoiser: Denoiser) -> None:
+        """InputError where a model, or the device that it lies on, can't be run so."""
+        if self.fp8:
+            check_float8(denoiser)
