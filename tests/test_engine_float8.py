@@ -152,7 +152,7 @@ def test_its_error_is_what_float8_must_give(way: str) -> None:
 def test_rows_are_rounded_by_definition(rows: int, width: int, seed: int, size: float) -> None:
     """To the bit, in float64, where no rounding but float8's counts."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(rows, width, generator=generator, dtype=torch.float64) ** 3 * size
+    numbers = (torch.randn(rows, width, generator=generator, dtype=torch.float64) ** 3 * size).to(DEVICE)
     made = empty_quantised(rows, width)
     reference.quantise(numbers, made)
     assert torch.equal(made.values.double() * made.scales.double().unsqueeze(1), rounded_rows(numbers))
