@@ -8,6 +8,7 @@ Stages, each with its time and in a process of its own; what fails is recorded, 
 file is written after each:
 
 correctness   the tests of the engine's graphs, of the engine over the kernels, and of the kernels
+text_models   the same of the engine over PixArt and CogVideoX, where diffusers is installed
 steps         bench/test_steps.py: every type of step, small sizes first
 trajectories  whole runs, likewise
 benchmarks    bench/test_kernels.py at every size, without torch.compile
@@ -22,6 +23,7 @@ A bare machine needs torch, triton and numpy, and these packages, as wheels wher
     pydantic pydantic-core annotated-types typing-inspection safetensors    the package itself
     pytest pluggy iniconfig packaging pygments                              every stage but memcheck
     hypothesis sortedcontainers                                             correctness
+    diffusers, and what it needs                                            text_models; optional
     pytest-xdist execnet                                                    many cores for correctness; optional
     pytest-benchmark py-cpuinfo2                                            all benchmarks
     nvidia-ml-py                                                            the GPU's state; optional
@@ -81,6 +83,15 @@ def correctness(seconds: float, dry: bool) -> Outcome:
     files = sorted(path.name for path in (ROOT / "tests").glob("test_kernels_*.py"))
     parallel = ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []  # compiling takes the time
     return tested([*(f"tests/{name}" for name in (LIBRARY_TEST, *ENGINE_TESTS, *files)), *parallel], seconds)
+
+
+def text_models(seconds: float, dry: bool) -> Outcome:
+    """The engine over the parts of PixArt and CogVideoX: kernels, graphs, modules at the ends."""
+    absent = missing("pytest", "diffusers")
+    if absent:
+        return absent
+    chosen = "memory_is_said_before" if dry else "every_step_type or layer_by_layer or cuda_graphs or hooked"
+    return tested(["tests/test_engine_diffusers.py", "-k", chosen], seconds)
 
 
 def tested(arguments: Sequence[str], seconds: float) -> Outcome:
@@ -168,11 +179,12 @@ def timed(chosen: str, seconds: float) -> Outcome:
 Stage = Callable[[float, bool], Outcome]
 STAGES: tuple[tuple[Stage, int], ...] = (
     (correctness, 150),
+    (text_models, 50),
     (steps, 90),
-    (trajectories, 105),
-    (benchmarks, 80),
-    (compiled, 40),
-    (memcheck, 50),
+    (trajectories, 90),
+    (benchmarks, 70),
+    (compiled, 25),
+    (memcheck, 40),
 )
 
 

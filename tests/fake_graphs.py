@@ -5,8 +5,9 @@ it keeps of a tensor is its memory (storage, offset, size, stride, dtype), never
 memory later is not followed, as a baked address would not be. Memory made inside a capture is poison outside of its
 graph's replays.
 
-Not seen: `.to()` and constructors with the device of another tensor, since all devices are alike here, and reads
-through a storage. Stricter than CUDA: numbers assigned to elements, and `x[mask] = number`.
+Not seen: `.to()` and constructors with the device of another tensor, since all devices are alike here, reads through
+a storage, streams, and what libraries keep for themselves, such as cuBLAS's workspaces. Stricter than CUDA: numbers
+assigned to elements, and `x[mask] = number`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -20,6 +20,7 @@ from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
 from ebcache_fast.engine.ends import OF_ENDS
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.options import EngineOptions
@@ -125,6 +126,14 @@ def test_graphs_say_what_eager_steps_do(model: nn.Module, whole: bool) -> None:
     replayed = run(model, plan, options=options, make_graphs=make_graphs)
     assert torch.equal(replayed, run(model, plan))
     assert len(backends) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [False, True])
+def test_cuda_graphs_give_the_bits_of_the_same_kernels_without(model: nn.Module, whole: bool) -> None:
+    model, options = model.bfloat16(), EngineOptions(strict=True, whole_trajectory=whole)
+    plan = plan_of(model, MIXED)
+    assert torch.equal(run(model, plan, options=options), run(model, plan, make_graphs=no_graphs))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
