@@ -131,10 +131,18 @@ def test_samples_take_the_prompts_in_turn_one_at_a_time(monkeypatch: pytest.Monk
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no prompts": (tiny_pixart_sigma, {}, "prompts=None must be a list of one or more for PixArtSigmaPipeline"),
     "one string": (tiny_pixart_sigma, {"prompts": "a cat"}, "prompts='a cat' must be a list"),
-    "prompts for labels": (tiny_pipeline, {"prompts": ["a cat"]}, "DiTPipeline takes labels"),
-    "a call for labels": (tiny_pipeline, {"labels": [1], "call": {"height": 8}}, "DiTPipeline takes labels"),
-    "a call for a module": (lambda: tiny_pipeline().transformer, {"call": {"height": 8}}, "pass its pipeline"),
-    "prompts for a module": (lambda: tiny_pipeline().transformer, {"prompts": ["a"]}, "pass its pipeline"),
+    "prompts for labels": (tiny_pipeline, {"prompts": ["a cat"], "steps": 2}, "DiTPipeline takes labels"),
+    "a call for labels": (
+        tiny_pipeline,
+        {"labels": [1], "call": {"height": 8}, "steps": 2},
+        "DiTPipeline takes labels",
+    ),
+    "a call for a module": (
+        lambda: tiny_pipeline().transformer,
+        {"call": {"height": 8}, "steps": 2},
+        "pass its pipeline",
+    ),
+    "prompts for a module": (lambda: tiny_pipeline().transformer, {"prompts": ["a"], "steps": 2}, "pass its pipeline"),
     "more than latents": (
         tiny_image_to_video,
         {"prompts": ["a cat"], "call": VIDEO | {"image": torch.zeros(1, 3, 16, 16)}, "steps": 4},

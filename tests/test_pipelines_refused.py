@@ -273,6 +273,9 @@ OF_ONE: dict[str, tuple[Kind, Change]] = {
                      f"{BLOCK}.attn2.to_k", f"{BLOCK}.ff", "proj_out", f"{BLOCK}.attn1.to_out.1", f"{BLOCK}.ff.net.0",
                      f"{BLOCK}.ff.net.1")
     },
+    "PixArt, perturbed attention": (SIGMA, lambda pipe: pipe.transformer.transformer_blocks[0].attn1.set_processor(
+        diffusers.models.attention_processor.PAGIdentitySelfAttnProcessor2_0()
+    )),
     "PixArt, a processor of a known name": (SIGMA, having(f"{BLOCK}.attn1", processor=SameName())),
     "PixArt, a residual around attention": (SIGMA, having(f"{BLOCK}.attn1", residual_connection=True)),
     "PixArt, attention in another scale": (SIGMA, having(f"{BLOCK}.attn1", rescale_output_factor=2.0)),
