@@ -45,12 +45,12 @@ def modulate(normed, norm, start, col, keep):
 def quotient(a, b):
     """``a / b`` of float32, to nearest but for rare cases, where Triton's own division may be two units off.
 
-    So the mean of equal numbers is that number, and nothing is left over of a large one. The step of Newton's is two
-    operations on a GPU, which multiplies and adds at once; IEEE's division is a call, and takes registers.
+    So the mean of equal numbers is that number, and nothing is left over of a large one. One step of Newton's does it;
+    IEEE's division is a call, and takes registers.
     """
     inverse = 1.0 / b
     guess = a * inverse
-    return guess + (a - guess * b) * inverse
+    return tl.fma(tl.fma(-guess, b, a), inverse, guess)
 
 
 @triton.jit
@@ -60,7 +60,6 @@ def merge_statistics(count, mean, squares, tile, keep, fresh):
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     No sum of squares is taken, so that a large mean costs no digits.
     """
-    fresh = fresh.to(tl.float32)
     share = quotient(fresh, count + fresh)
     tile_mean = quotient(tl.sum(tile, axis=1), fresh)
     centred = tl.where(keep, tile - tile_mean[:, None], 0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._order import advance, begin
-from ebcache_fast.kernels._stream import modulate, quotient, residual, vector_offsets
+from ebcache_fast.kernels._stream import modulate, residual, vector_offsets
 from ebcache_fast.operands import At, Norm, Quantised
 
 MAX_BRANCHES = 2
@@ -64,7 +64,7 @@ def _norm_kernel(
         rest_keep = keep_row[:, None] & (rest_col < D)
         rest = residual(h, branches, gates, start + rest_col, vectors + rest_col, rest_keep)  # (ROWS, REST)
         mean += tl.sum(rest, axis=1)
-    mean = quotient(mean, tl.cast(D, tl.float32))
+    mean = tl.div_rn(mean, tl.cast(D, tl.float32))  # what is left over of a large mean is no variance
 
     if len(branches):
         tl.store(h + start + col, main, mask=keep)

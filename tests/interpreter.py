@@ -86,7 +86,10 @@ def repair_numbers(patch: pytest.MonkeyPatch) -> None:
 
     def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         refuse(x, y, z)
-        return fma(self, x, y, z)
+        if x.dtype.scalar != tl.float32:
+            return fma(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data  # rounded once, as a GPU does, which is what it is for
+        return TensorHandle(exact.astype(np.float32), tl.float32)
 
     patch.setattr(InterpreterBuilder, "create_fma", create_fma)
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
