@@ -1,6 +1,7 @@
 """Folders that diffusers' save_pretrained wrote: of pipelines and transformers, enabled again, and damaged ones."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,9 @@ def test_folders_that_hold_no_model(damage: Callable[[Path], None], tmp_path: Pa
 def test_no_folder_at_all() -> None:
     with pytest.raises(InputError, match=r"facebook/DiT-XL-2-256 has no config\.json"):
         load_pretrained("facebook/DiT-XL-2-256")
+
+
+def test_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # which makes importing it an ImportError
+    with pytest.raises(InputError, match=r"^diffusers is not installed; pip install 'ebcache-fast\[diffusers\]'$"):
+        load_pretrained(tmp_path)
