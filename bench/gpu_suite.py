@@ -99,9 +99,8 @@ def tested(arguments: Sequence[str], seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         how = "-q", "--tb=short", "-p", "no:cacheprovider", *WARNINGS, f"--junitxml={report}"
-        ended = run(
-            [sys.executable, "-m", "pytest", *how, *arguments], seconds, PYTEST_ADDOPTS=""
-        )  # what is asked of the whole suite is not meant here
+        command = [sys.executable, "-m", "pytest", *how, *arguments]
+        ended = run(command, seconds, PYTEST_ADDOPTS="")  # what is asked of the whole suite is not meant here
         return ended.with_found(counts(ElementTree.parse(report)) if report.exists() else {})
 
 

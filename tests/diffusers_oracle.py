@@ -160,3 +160,17 @@ def bare(kind: Kind) -> tuple[Bare, Callable[[Any], Tensor]]:
 
 def nothing(_: Any) -> None:
     """Leave the pipeline as it is."""
+
+
+def assert_as_exact_as_its_own(kind: Kind, pipe: Any, dtype: torch.dtype) -> None:
+    """Assert that the enabled module in ``dtype`` errs at most twice as much as its own replayed in it."""
+    ts, call = timesteps(pipe), kind.call(pipe)
+    exact = drive_replaying(pipe, call, ts)
+    call |= {name: call[name].to(dtype) for name in ("hidden_states", "encoder_hidden_states")}
+    pipe.transformer.to(dtype)
+    own = drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    for ours, theirs, truth in zip(drive(pipe.transformer, call, ts), own, exact, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, truth) < 2 * relative_error(theirs, truth)
+    assert not stats(pipe).originals

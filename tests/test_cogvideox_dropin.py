@@ -21,7 +21,7 @@ from diffusers_kinds import (
     table_of,
     timesteps,
 )
-from diffusers_oracle import by_timestep, drive_replaying, replaying
+from diffusers_oracle import assert_as_exact_as_its_own, by_timestep, drive_replaying, replaying
 from diffusers_tiny import ROTARY, TEXT_WIDTH, tiny_cogvideox
 from tiny import relative_error
 from torch import Tensor
@@ -359,13 +359,4 @@ def test_the_module_in_float64_to_its_last_digits(kind: Kind, pipe: Any, dtype: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @both_positions
 def test_the_module_in_half_precision_is_as_exact_as_its_own(kind: Kind, pipe: Any, dtype: torch.dtype) -> None:
-    ts, call = timesteps(pipe), kind.call(pipe)
-    exact = drive_replaying(pipe, call, ts)
-    call |= {name: call[name].to(dtype) for name in ("hidden_states", "encoder_hidden_states")}
-    pipe.transformer.to(dtype)
-    own = drive_replaying(pipe, call, ts)
-    enable(pipe, table_of(pipe))
-    for ours, theirs, truth in zip(drive(pipe.transformer, call, ts), own, exact, strict=True):
-        assert ours.dtype == dtype
-        assert relative_error(ours, truth) < 2 * relative_error(theirs, truth)
-    assert not stats(pipe).originals
+    assert_as_exact_as_its_own(kind, pipe, dtype)

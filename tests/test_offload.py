@@ -44,6 +44,12 @@ def no_hooks(pipe: Any) -> None:
     pipe.remove_all_hooks()
 
 
+def enable_and_offload(pipe: Any, *, enabled_first: bool) -> None:
+    changes = (lambda one: enable(one, table_of(one)), whole)
+    for change in changes if enabled_first else reversed(changes):
+        change(pipe)
+
+
 # ------------------------------------------------------------------------------------------------ of whole models
 
 
@@ -52,9 +58,7 @@ def no_hooks(pipe: Any) -> None:
 def test_whole_models_are_offloaded_and_cached(kind: Kind, pipe: Any, enabled_first: bool) -> None:
     """diffusers takes its hooks away, and puts them there again, after every run."""
     plain, replayed = kind.draw(pipe), kind.draw(replaying(pipe))
-    changes = (lambda one: enable(one, table_of(one)), whole)
-    for change in changes if enabled_first else reversed(changes):
-        change(pipe)
+    enable_and_offload(pipe, enabled_first=enabled_first)
     for _ in range(2):
         assert relative_error(kind.draw(pipe), replayed) < 1e-5
     assert stats(pipe).steps == {"NO_CACHE": 4, "ATTN_MLP": 2, "ATTENTION": 2, "MLP": 2}
@@ -72,9 +76,7 @@ def test_whole_models_are_offloaded_and_cached(kind: Kind, pipe: Any, enabled_fi
 @of_three
 def test_hooks_that_are_gone_leave_it_enabled(kind: Kind, pipe: Any, enabled_first: bool) -> None:
     plain, replayed = kind.draw(pipe), kind.draw(replaying(pipe))
-    changes = (lambda one: enable(one, table_of(one)), whole)
-    for change in changes if enabled_first else reversed(changes):
-        change(pipe)
+    enable_and_offload(pipe, enabled_first=enabled_first)
     kind.draw(pipe)
     no_hooks(pipe)
     assert relative_error(kind.draw(pipe), replayed) < 1e-5

@@ -20,7 +20,7 @@ from diffusers_kinds import (
     timesteps,
     uncached,
 )
-from diffusers_oracle import by_timestep, drive_replaying, replaying
+from diffusers_oracle import assert_as_exact_as_its_own, by_timestep, drive_replaying, replaying
 from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_pixart
 from tiny import relative_error
 from torch import Tensor
@@ -202,17 +202,7 @@ def test_a_transformer_in_float64_to_its_last_digits(pipe: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_transformer_in_half_precision_is_as_exact_as_its_own(dtype: torch.dtype) -> None:
-    pipe = ALPHA_1024.pipeline()
-    ts, call = timesteps(pipe), ALPHA_1024.call(pipe)
-    exact = drive_replaying(pipe, call, ts)
-    call |= {name: call[name].to(dtype) for name in ("hidden_states", "encoder_hidden_states")}
-    pipe.transformer.to(dtype)
-    own = drive_replaying(pipe, call, ts)
-    enable(pipe, table_of(pipe))
-    for ours, theirs, truth in zip(drive(pipe.transformer, call, ts), own, exact, strict=True):
-        assert ours.dtype == dtype
-        assert relative_error(ours, truth) < 2 * relative_error(theirs, truth)
-    assert not stats(pipe).originals
+    assert_as_exact_as_its_own(ALPHA_1024, ALPHA_1024.pipeline(), dtype)
 
 
 # ------------------------------------------------------------------------------------------------ eps scaling
