@@ -4,11 +4,13 @@ A CUDA graph replays without Python, so under graphs the only ranges are those a
 one around each layer's branch and each fused operation as well.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Final, Protocol, cast
@@ -227,8 +229,14 @@ def trace_run(run: Callable[[], object], probe: Probe, device: torch.device, pat
             _wait_for(device)
     finally:
         probe.around = nullcontext
-    with replacing(path) as partial_file:
-        seen.export_chrome_trace(str(partial_file))
+    # A trace says its own file's name, and the profiler takes no backslash in it: it is made elsewhere, then renamed.
+    with replacing(path) as partial_file, TemporaryDirectory() as folder:
+        made = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(made))
+        trace = made.read_bytes()
+        if not trace.rstrip().endswith(b"}"):
+            raise OSError("the profiler could not write all of it")  # which it only logs
+        partial_file.write_bytes(trace.replace(json.dumps(str(made)).encode(), json.dumps(str(path)).encode()))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -226,6 +226,25 @@ def test_the_job(tmp_path: Path) -> None:
     assert {"layer 1 MLP", "gated_sum", "embedding"} <= set(ranges)
 
 
+@pytest.mark.parametrize("folder", ["plain", 'of "quotes" and ü', "back\\slash"])
+def test_a_trace_says_the_name_of_its_file(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "mine.json"
+    path.parent.mkdir()
+    trace_run(lambda: torch.ones(2) + 1, Probe(), CPU, path)
+    assert json.loads(path.read_text())["traceName"] == str(path)
+    assert [each.name for each in path.parent.iterdir()] == ["mine.json"]
+
+
+def test_a_trace_that_the_profiler_could_not_finish_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(_: object, path: str) -> None:
+        Path(path).write_text('{"traceEvents": [')
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", half)
+    with pytest.raises(JobError, match=r"trace\.json: can't be written: the profiler could not write all of it"):
+        trace_run(lambda: torch.ones(2) + 1, Probe(), CPU, tmp_path / "trace.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_one_run_is_timed_after_one_that_warms_up(eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[AbstractContextManager[object]] = []

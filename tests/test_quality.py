@@ -287,6 +287,24 @@ def test_recognised_counts_hits_overall_and_by_class() -> None:
     torch.testing.assert_close(quality.recognised_by_class(logits, labels, 4), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tie_favours_no_class(dtype: torch.dtype) -> None:
+    """A classifier that says the same of everything guesses; where two of four are largest, each is half right."""
+    every = torch.arange(4)
+    assert [quality.recognised(torch.full((9, 4), 7.0, dtype=dtype), label.expand(9)) for label in every] == [0.25] * 4
+    two = torch.tensor([-1.0, 3.0, 2.0, 3.0], dtype=dtype)
+    for order in (every, every.flip(0), every.roll(1)):
+        by_class = quality.recognised_by_class(two[order].expand(4, 4), every, 4)
+        assert by_class.tolist() == [0.5 if largest else 0.0 for largest in (two == 3.0)[order]]
+    zeros = torch.tensor([[0.0, -0.0, -1.0]], dtype=dtype)
+    assert quality.recognised(zeros, torch.tensor([0])) == quality.recognised(zeros, torch.tensor([1])) == 0.5
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="logits has 1 non-finite values"):
+        quality.recognised(torch.tensor([[0.0, math.nan], [0.0, 1.0]]), torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from bench.default_model.fonts import LETTERS, find_faces, split_faces
 from bench.default_model.letters import WIDE, GlyphBank, render_bank
 from ebcache_fast.models.letter_classifier import LetterClassifier
+from ebcache_fast.quality import recognised, recognised_by_class
 
 
 def accuracy(model: LetterClassifier, bank: GlyphBank, images: int, seed: int) -> tuple[float, list[float]]:
@@ -24,9 +25,8 @@ def accuracy(model: LetterClassifier, bank: GlyphBank, images: int, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(images) % len(LETTERS)
     with torch.no_grad():
-        guesses = torch.cat([model(bank.draw(part, generator)).logits.argmax(1) for part in labels.split(260)])
-    right = (guesses == labels).float()
-    return right.mean().item(), [right[labels == i].mean().item() for i in range(len(LETTERS))]
+        logits = torch.cat([model(bank.draw(part, generator)).logits for part in labels.split(260)])
+    return recognised(logits, labels), recognised_by_class(logits, labels, len(LETTERS)).tolist()
 
 
 def train(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def fora(timesteps: tuple[int, ...], interval: float, shape: ModelShape, eps_sca
 
 
 def fora_at_cost(timesteps: tuple[int, ...], macs: int, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
-    """The FORA plan that costs as nearly ``macs`` a row as an interval allows, to compare at equal cost."""
+    """The FORA plan to compare at equal cost: as near ``macs`` a row as an interval allows, of two the cheaper."""
     last = max(1, len(timesteps) - 1)
     plans = (fora(timesteps, last / full, shape, eps_scale) for full in range(1, last + 1))
     return min(plans, key=lambda plan: abs(plan.macs(shape) - macs))

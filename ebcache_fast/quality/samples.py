@@ -42,7 +42,8 @@ def paired_error(images: Tensor, reference: Tensor) -> Tensor:
 def recognised(logits: Tensor, labels: Tensor) -> float:
     """The share of samples whose largest logit (N, K) is at their label (N,), integer.
 
-    Raises InputError for wrong shapes, a label outside 0..K-1, or a non-finite value.
+    No class is favoured: where n logits are the largest together, each of their labels counts 1/n, what a guess among
+    them would get. Raises InputError for wrong shapes, a label outside 0..K-1, or a non-finite value.
     """
     hits, _ = _hits(logits, labels)
     return float(hits.mean())
@@ -60,7 +61,8 @@ def recognised_by_class(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """1.0 or 0.0 for each sample (N,) float64, recognised or not, and its checked label (N,) int64."""
+    """1.0, 0.0 or a share of a tie for each sample (N,) float64, and its checked label (N,) int64."""
     scores = checked(logits, "logits", 2)
     y = checked_labels(labels, scores.shape[0], scores.shape[1])
-    return (scores.argmax(dim=1) == y).double(), y
+    largest = (scores == scores.amax(dim=1, keepdim=True)).double()
+    return (largest / largest.sum(dim=1, keepdim=True)).gather(1, y[:, None]).squeeze(1), y
