@@ -15,6 +15,7 @@ from typing import Self
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import ModelShape, Plan, StepType, check_timesteps
 from ebcache_fast.table_file import MAX_INT, naming, read_json, shown, write_json
+from ebcache_fast.table_fit import check_origin, check_sizes
 from ebcache_fast.table_schema import Provenance, SamplerSpec, TableFile
 
 __all__ = ["CacheTable", "Provenance", "SamplerSpec", "named_tables"]
@@ -57,7 +58,9 @@ class CacheTable:
     ) -> None:
         values = {
             "timesteps": tuple(_as_int(f"timesteps[{i}]", t) for i, t in enumerate(timesteps)),
-            "step_types": tuple(StepType(_as_int(f"step_types[{i}]", s, 3)) for i, s in enumerate(step_types)),
+            "step_types": tuple(
+                StepType(_as_int(f"step_types[{i}]", s, max(StepType))) for i, s in enumerate(step_types)
+            ),
             "eps_scale": _as_eps_scale(eps_scale, allow_amplify),
             "sampler": sampler,
             "model": None if model is None else _as_fingerprint(model),
@@ -145,15 +148,8 @@ class CacheTable:
         return Plan.from_types(self.step_types, self.timesteps, shape.depth, branches, self.eps_scale)
 
     def _check_model(self, shape: ModelShape) -> None:
-        actual = dict(shape.fingerprint)
-        wanted = actual if self.model is None else dict(self.model)
-        differing = [
-            f"{name} {wanted.get(name)}, not {actual.get(name)}"
-            for name in sorted(wanted | actual)
-            if wanted.get(name) != actual.get(name)
-        ]
-        if differing:
-            raise TableError(f"model: the table is for {'; '.join(differing)}; use a table made for this model")
+        check_sizes(self.model, shape)
+        check_origin(self.made, self.step_types, tuple(cost.branch for cost in shape.branches))
 
     def _check_steps(self) -> None:
         check_timesteps(self.timesteps)
@@ -196,6 +192,10 @@ def _as_int(name: str, value: object, highest: int = MAX_INT) -> int:
     if isinstance(value, bool) or not 0 <= number <= highest:
         raise TableError(f"{name}: expected an integer from 0 to {highest}, got {shown(value)}")
     return number
+
+
+def _as_step_type(name: str, value: object) -> StepType:
+    return StepType(_as_int(name, value, max(StepType)))
 
 
 def _as_eps_scale(value: float, allow_amplify: bool) -> float:

@@ -16,8 +16,27 @@ from ebcache_fast.timeline import Timeline
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-STYLES = {"NO_CACHE": "bold blue", "ATTENTION": "yellow", "MLP": "magenta", "ATTN_MLP": "green"}
-SHORT = {"NO_CACHE": "NO", "ATTENTION": "ATT", "MLP": "MLP", "ATTN_MLP": "A+M", "MIXED": "mixed"}
+STYLES = {
+    "NO_CACHE": "bold blue",
+    "ATTENTION": "yellow",
+    "MLP": "magenta",
+    "ATTN_MLP": "green",
+    "SELF_ATTENTION": "bright_yellow",
+    "CROSS_ATTENTION": "red",
+    "SELF_ATTN_MLP": "bright_green",
+    "CROSS_ATTN_MLP": "cyan",
+}
+SHORT = {
+    "NO_CACHE": "NO",
+    "ATTENTION": "ATT",
+    "MLP": "MLP",
+    "ATTN_MLP": "A+M",
+    "SELF_ATTENTION": "SELF",
+    "CROSS_ATTENTION": "CROSS",
+    "SELF_ATTN_MLP": "S+M",
+    "CROSS_ATTN_MLP": "C+M",
+    "MIXED": "mixed",
+}
 
 
 @contextmanager

@@ -21,6 +21,10 @@ STEP_COLOURS = {
     "ATTENTION": "#e59f2e",
     "MLP": "#8c6bb1",
     "ATTN_MLP": "#9fd3c7",
+    "SELF_ATTENTION": "#f2c57c",
+    "CROSS_ATTENTION": "#c8553d",
+    "SELF_ATTN_MLP": "#5fa777",
+    "CROSS_ATTN_MLP": "#d58fb5",
     "MIXED": "#999999",
 }
 STEP_MEANINGS = {
@@ -28,6 +32,10 @@ STEP_MEANINGS = {
     "ATTENTION": "reuses attention",
     "MLP": "reuses the MLP",
     "ATTN_MLP": "reuses attention and MLP",
+    "SELF_ATTENTION": "reuses self-attention",
+    "CROSS_ATTENTION": "reuses cross-attention",
+    "SELF_ATTN_MLP": "reuses self-attention and MLP",
+    "CROSS_ATTN_MLP": "reuses cross-attention and MLP",
     "MIXED": "differs by layer",
 }
 MARGIN, STRIP_HEIGHT, GAP = 28, 14, 3

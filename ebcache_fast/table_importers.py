@@ -16,8 +16,9 @@ import numpy as np
 
 from ebcache_fast.cache_table import CacheTable, Provenance
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType, branch_names
 from ebcache_fast.table_file import naming, read_bytes, read_json
+from ebcache_fast.table_fit import LISTS, SMOOTHCACHE
 
 _ACTIONS = {1: Action.COMPUTE, 0: Action.REUSE}
 _BRANCHES = {
@@ -51,6 +52,8 @@ def from_eb_npy(
     """
     with naming(path):
         codes = _read_npy(Path(path))
+        if (wrong := next((i for i, code in enumerate(codes) if not 0 <= code <= 3), None)) is not None:
+            raise TableError(f"step_types[{wrong}]: expected an integer from 0 to 3, got {codes[wrong]}")
         orders = {"execution": codes, "index": codes[::-1]}
         if order not in orders:
             raise TableError(f"order: expected one of {', '.join(orders)}, got {order!r}")
@@ -66,25 +69,26 @@ def from_smoothcache(
 ) -> CacheTable:
     """SmoothCache's JSON (arXiv 2411.10510): per branch a list of 1 (compute) and 0 (reuse), one per step.
 
-    A branch without a list is computed in every step, so a file with ``attn1`` alone gives ATTENTION steps.
-    Raises TableError for anything else, and where layers differ or no StepType does what a step asks for:
-    then `smoothcache_plan` reads the file.
+    A branch without a list is computed in every step, on every model, as SmoothCache wraps none but the modules that
+    it names: ``attn1`` alone gives SELF_ATTENTION steps. ``attn``, the original DiT's name, is its only attention, and
+    self-attention where there is cross-attention too. A 0 before anything is stored is computed.
+    Raises TableError for anything else, and for lists of single layers, which `smoothcache_plan` reads.
     """
     timesteps = tuple(timesteps)
     with naming(path):
         rows = _read_rows(Path(path), len(timesteps))
         if any(layer is not None for layer, _ in rows):
             raise TableError("it has lists for single layers, a CacheTable treats all alike; use smoothcache_plan")
-        present = frozenset({Branch.SELF_ATTN, Branch.MLP, *(branch for _, branch in rows)})
-        types = {step_type.reuses & present: step_type for step_type in StepType}
-        step_types = []
-        for i in range(len(timesteps)):
-            reused = frozenset(branch for (_, branch), row in rows.items() if row[i] is Action.REUSE)
-            if reused not in types:
-                raise TableError(f"step {i}: no step type reuses {_names(reused)} alone; use smoothcache_plan")
-            step_types.append(types[reused])
-        made = Provenance(by="SmoothCache (arXiv 2411.10510)", source=Path(path).name)
-        return CacheTable(timesteps, step_types, eps_scale, made=made, allow_amplify=allow_amplify)
+        types = {step_type.reuses: step_type for step_type in StepType}
+        reused = (
+            frozenset(branch for (_, branch), row in rows.items() if row[i] is Action.REUSE)
+            for i in range(len(timesteps))
+        )
+        lists = branch_names(branch for _, branch in rows)
+        made = Provenance(by=SMOOTHCACHE, source=Path(path).name, options={LISTS: lists})
+        return CacheTable(
+            timesteps, [types[each] for each in reused], eps_scale, made=made, allow_amplify=allow_amplify
+        )
 
 
 def smoothcache_plan(
@@ -94,20 +98,21 @@ def smoothcache_plan(
     eps_scale: float = 1.0,
     branches: tuple[Branch, ...] = (Branch.SELF_ATTN, Branch.MLP),
 ) -> Plan:
-    """SmoothCache's JSON with a list per layer (``attn-3``), or one for all, on a model of ``depth`` layers.
+    """SmoothCache's JSON with lists for single layers (``attn-3``), or for all, on a model of ``depth`` layers.
 
-    ``branches`` is what a layer of the model runs, in order; those without a list are computed in every step.
-    Raises TableError for anything else, for lists of a branch that cover some layers only, or other branches.
+    A layer's own list goes before the one for all; a layer that has neither is computed in every step, and so is a 0
+    before anything is stored. ``branches`` is what a layer of the model runs, in order.
+    Raises TableError for anything else, and for lists of a layer or branch that the model lacks.
     """
     timesteps = tuple(timesteps)
     with naming(path):
         rows = _read_rows(Path(path), len(timesteps))
-        for branch in {branch for _, branch in rows}:
-            layers = {layer for layer, owner in rows if owner is branch}
-            if branch not in branches or layers not in ({None}, set(range(depth))):
+        for layer, branch in rows:
+            if branch not in branches or (layer is not None and layer >= depth):
+                where = "all layers" if layer is None else f"layer {layer}"
                 raise TableError(
-                    f"{branch.name}: expected a list for all layers or each of 0 to {depth - 1}, for "
-                    f"{_names(branches)}, got {len(layers)}; give the depth and branches of the file's model"
+                    f"{branch.name}: expected lists for {branch_names(branches)} of layers 0 to {depth - 1}, got one "
+                    f"for {where}; give the depth and branches of the file's model"
                 )
         computed = (Action.COMPUTE,) * len(timesteps)
         slots = [[rows.get((n, b)) or rows.get((None, b), computed) for b in branches] for n in range(depth)]
@@ -171,11 +176,7 @@ def _row(name: str, flags: object, steps: int) -> Row:
         raise TableError(f"{name}: expected a list of 1 (compute) and 0 (reuse), got {reprlib.repr(flags)}")
     if len(flags) != steps:
         raise TableError(f"{name}: expected {steps}, one per timestep, got {len(flags)}")
-    return tuple(_ACTIONS[flag] for flag in flags)
-
-
-def _names(branches: Iterable[Branch]) -> str:
-    return " + ".join(branch.name for branch in Branch if branch in branches)
+    return (Action.COMPUTE, *(_ACTIONS[flag] for flag in flags[1:]))  # at first there is nothing to reuse
 
 
 def eps_scale_of(eps_scale: float | None, adm_lambda: float | None = None, eb_delta: float | None = None) -> float:

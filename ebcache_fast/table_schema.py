@@ -36,7 +36,16 @@ _Item = TypeVar("_Item")
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 Mismatch = Annotated[float, Field(ge=0)]
 Scalar = Annotated[bool | int | float | str | None, PlainValidator(_scalar)]
-StepName = Literal["NO_CACHE", "ATTENTION", "ATTN_MLP", "MLP"]
+StepName = Literal[
+    "NO_CACHE",
+    "ATTENTION",
+    "ATTN_MLP",
+    "MLP",
+    "SELF_ATTENTION",
+    "CROSS_ATTENTION",
+    "SELF_ATTN_MLP",
+    "CROSS_ATTN_MLP",
+]
 PerStep = Annotated[tuple[_Item, ...], Field(strict=False)]  # JSON only has lists; the items stay strict
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ebcache_fast import CacheTable
 from ebcache_fast.plan import StepType
 
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, ATTN_MLP, ATTENTION, NO, MLP)
 STEPS = len(TYPES)
 PROMPTS = ("a red cat sleeps", "the dog", "small green house", "old bird runs", "cat", "a bird sleeps")

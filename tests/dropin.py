@@ -12,7 +12,7 @@ from ebcache_fast.plan import Branch, Plan, StepType
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 DEPTH = 2
 TIMESTEPS = (930, 700, 420, 260, 111, 3)
-NO_CACHE, ATTENTION, ATTN_MLP, MLP = StepType
+NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO_CACHE, ATTENTION, ATTN_MLP, MLP, NO_CACHE, ATTN_MLP)
 LABELS = torch.tensor([1, 4, 1])
 

@@ -24,7 +24,7 @@ from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
 from ebcache_fast.samplers import Sampler, sampler_over, trajectory_noise
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, ATTENTION, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, MLP, NO)
 SMALLEST = {"hidden_size": 8, "input_size": 4, "patch_size": 2, "in_channels": 1, "num_heads": 1}
 

@@ -6,7 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from dropin import (
+    ATTENTION,
+    ATTN_MLP,
     LABELS,
+    MLP,
     NO_CACHE,
     TIMESTEPS,
     TYPES,
@@ -68,7 +71,7 @@ def test_without_reuse_it_is_the_model(sizes: dict[str, object], dtype: torch.dt
         assert relative_error(one, other) <= bound
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(StepType), st.integers(1, 80)), max_size=7)
+STEPS = st.lists(st.tuples(st.sampled_from((NO_CACHE, ATTENTION, ATTN_MLP, MLP)), st.integers(1, 80)), max_size=7)
 
 
 @given(

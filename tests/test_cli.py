@@ -30,7 +30,7 @@ from ebcache_fast.presets import Preset, load_letters
 from ebcache_fast.samplers import SAMPLERS
 from ebcache_fast.sampling import sample
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP = StepType
+NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS_50 = "letters-ddpm-50-1.5x"
 TINY = "DiT-tiny"
@@ -282,9 +282,25 @@ def test_table_import_from_smoothcache(run: Run, tmp_path: Path) -> None:
     line = "table import theirs.json --kind smoothcache --out ours.json --steps 4"
     assert run(f"{line} --eb-delta 0.8 --allow-amplify").code == 0
     table = CacheTable.load("ours.json")
-    assert table.step_types == (NO_CACHE, ATTENTION, ATTN_MLP, NO_CACHE)
+    assert [step_type.name for step_type in table.step_types] == [
+        "NO_CACHE",
+        "SELF_ATTENTION",
+        "SELF_ATTN_MLP",
+        "NO_CACHE",
+    ]
     assert table.eps_scale == 1.25
     assert run(f"{line} --eb-delta 0.8").code == 2
+
+
+def test_a_table_of_every_step_type_is_shown(run: Run) -> None:
+    CacheTable(range(len(StepType))[::-1], StepType).save("all.json")
+    code, out, _ = run("table show all.json")
+    assert code == 0
+    for step_type in StepType:
+        assert f"{step_type.name} 1" in out
+    code, _, err = run("table check all.json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "CROSS_ATTENTION" in err
 
 
 def test_info(run: Run) -> None:

@@ -18,7 +18,7 @@ from ebcache_fast.plan import Branch, StepType
 
 diffusers = pytest.importorskip("diffusers")
 
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, ATTN_MLP, ATTENTION, NO, MLP)
 TIMESTEPS = tuple(range(800, -1, -200))
 TABLE = CacheTable(TIMESTEPS, TYPES)

@@ -32,7 +32,7 @@ from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 pytest.importorskip("diffusers")
 
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 MIXED = [NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, NO]
 TRITON = replace(ops.own_matmul_operations(), attention=None)  # SDPA, as by default
 CPU = torch.device("cpu")

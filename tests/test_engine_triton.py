@@ -20,7 +20,7 @@ from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 LABELS = torch.tensor([1, 4])
 DEPTH = 2
 MIXED = [NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, NO]

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "noise_schedule", "files"),
     ("table_file", "timeline"),
     ("table_schema",),
+    ("table_fit",),
     ("cache_table",),
     ("table_importers",),
     ("operands", "sampler_step"),

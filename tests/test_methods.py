@@ -11,7 +11,7 @@ from ebcache_fast.methods import METHODS, USAGES, Setting, open_table, parse_met
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP = StepType
+NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 T4 = (999, 666, 333, 0)
 SHAPE = as_denoiser(tiny_dit()).shape
 SETTING = Setting(SHAPE, steps=4, sampler="ddim")

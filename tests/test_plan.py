@@ -1,7 +1,7 @@
 """The plan: what it accepts, what it derives, and costs checked against the paper's and against counting."""
 
 import pickle
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ from ebcache_fast.plan import Action, Branch, BranchShape, ModelShape, Plan, Ste
 DIT = (Branch.SELF_ATTN, Branch.MLP)
 CROSS_DIT = (Branch.SELF_ATTN, Branch.CROSS_ATTN, Branch.MLP)
 C, R = Action.COMPUTE, Action.REUSE
-NO_CACHE, ATTENTION, ATTN_MLP, MLP = StepType
+NO_CACHE, ATTENTION, ATTN_MLP, MLP, SELF, CROSS, SELF_MLP, CROSS_MLP = StepType
 
 # Two layers, costs that are powers of ten, so that a sum shows what went into it.
 TINY = ModelShape(
@@ -85,6 +85,29 @@ def test_step_types_keep_the_codes_of_the_released_tables() -> None:
     assert [int(t) for t in (NO_CACHE, ATTENTION, ATTN_MLP, MLP)] == [0, 1, 2, 3]
 
 
+def test_every_set_of_branches_has_one_step_type() -> None:
+    subsets = {frozenset(chosen) for n in range(4) for chosen in combinations(CROSS_DIT, n)}
+    assert {step_type.reuses for step_type in StepType} == subsets
+    for step_type in StepType:
+        step = StepPlan.uniform(step_type, 2, CROSS_DIT)
+        assert (step.step_type, step.type_name) == (step_type, step_type.name)
+        assert {branch for _, branch in step.reused} == step_type.reuses
+
+
+def test_types_of_one_attention_are_the_first_where_a_model_has_no_other() -> None:
+    for finer, usual in ((SELF, ATTENTION), (SELF_MLP, ATTN_MLP)):
+        assert StepPlan.uniform(finer, 2, DIT) == StepPlan.uniform(usual, 2, DIT)
+        assert StepPlan.uniform(finer, 2, DIT).step_type is usual
+
+
+@pytest.mark.parametrize("step_type", [CROSS, CROSS_MLP])
+def test_a_type_of_a_branch_that_layers_lack_is_refused(step_type: StepType) -> None:
+    problem = rf"^step type {step_type.name}: expected layers with CROSS_ATTN.*, got layers of SELF_ATTN \+ MLP; use "
+    for ask in (lambda: StepPlan.uniform(step_type, 2, DIT), lambda: plan_of(NO_CACHE, step_type)):
+        with pytest.raises(TableError, match=problem):
+            ask()
+
+
 def test_mixed_step_lists_its_slots_in_order_of_execution() -> None:
     step = StepPlan(DIT, ((C, R), (R, R), (R, C)))
     assert step.computed == ((0, Branch.SELF_ATTN), (2, Branch.MLP))
@@ -96,7 +119,7 @@ def test_mixed_step_lists_its_slots_in_order_of_execution() -> None:
 
 
 def test_only_steps_that_reuse_all_compute_nothing() -> None:
-    assert [StepPlan.uniform(t, 2, DIT).computes_nothing for t in StepType] == [False, False, True, False]
+    assert [t for t in StepType if StepPlan.uniform(t, 2, CROSS_DIT).computes_nothing] == [ATTN_MLP]
 
 
 def test_step_of_a_model_without_attention_is_named_by_what_it_does() -> None:

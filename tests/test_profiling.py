@@ -24,7 +24,7 @@ from ebcache_fast.sampling import sample
 from ebcache_fast.timeline import Timeline
 
 CPU = torch.device("cpu")
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TABLE = CacheTable([999, 700, 400, 200, 0], [NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO])
 DISPATCHES = ["NO_CACHE", "ATTN_MLP", "ATTENTION", "NO_CACHE"]
 NORM, EMBED, HEAD = "gated_residual_norm_modulate", "embedding / embed_norm_modulate", "head / head_update"

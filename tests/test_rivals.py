@@ -30,7 +30,7 @@ from bench.rivals.switches import SWITCHES
 from ebcache_fast.plan import Branch, Plan, StepType
 from ebcache_fast.samplers import make_sampler
 
-NO, ATTENTION, ATTN_MLP, _ = StepType
+NO, ATTENTION, ATTN_MLP, *_ = StepType
 TYPES = (NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO, ATTN_MLP)
 
 

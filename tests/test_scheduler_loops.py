@@ -23,7 +23,7 @@ from ebcache_fast.sampling import sample
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, NO, ATTENTION, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, MLP, NO)  # runs of 3 and of 1
 REUSED: dict[StepType, LayerReuse] = {
     NO: (False, False),

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from ebcache_fast import pictures
+from ebcache_fast import console, pictures
 from ebcache_fast.errors import EBCacheError, InputError, JobError
 from ebcache_fast.plan import Action, Branch, BranchShape, ModelShape, Plan, StepPlan, StepType
 from ebcache_fast.timeline import STEP_NAMES, Span, Timeline
 from ebcache_fast.timeline_picture import BAR, CELLS, FAN, WIDTH, draw_timeline
 
-NO, ATTENTION, ATTN_MLP, MLP = StepType
+NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 SHAPE = ModelShape(
     depth=2,
@@ -52,7 +52,8 @@ def test_a_step_whose_layers_differ_has_a_name() -> None:
     mixed = StepPlan(BRANCHES, ((Action.REUSE, Action.COMPUTE), (Action.COMPUTE, Action.COMPUTE)))
     plan = dataclasses.replace(PLAN, steps=(PLAN.steps[0], mixed, *PLAN.steps[2:]))
     assert Timeline.of_plan(plan, SHAPE).step_types[1] == "MIXED"
-    assert set(STEP_NAMES) == pictures.STEP_COLOURS.keys()
+    assert set(STEP_NAMES) == pictures.STEP_COLOURS.keys() == console.SHORT.keys()
+    assert set(STEP_NAMES) == console.STYLES.keys() | {"MIXED"}
 
 
 def test_cost_by_type() -> None:

@@ -7,7 +7,7 @@ it; a `Plan` lines up the StepPlans of a whole run and knows what they cost. Not
 
 from ebcache_fast.plan.model_shape import BranchShape, ModelShape
 from ebcache_fast.plan.plan import Plan, check_timesteps
-from ebcache_fast.plan.step_plan import Action, Branch, Slot, StepPlan, StepType
+from ebcache_fast.plan.step_plan import Action, Branch, Slot, StepPlan, StepType, branch_names
 
 __all__ = [
     "Action",
@@ -18,5 +18,6 @@ __all__ = [
     "Slot",
     "StepPlan",
     "StepType",
+    "branch_names",
     "check_timesteps",
 ]

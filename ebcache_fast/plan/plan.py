@@ -54,9 +54,13 @@ class Plan:
         branches: tuple[Branch, ...],
         eps_scale: float = 1.0,
     ) -> Self:
-        """The plan whose steps each treat all layers alike; both sequences in execution order."""
-        uniform = {step_type: StepPlan.uniform(step_type, depth, branches) for step_type in StepType}
-        return cls(tuple(uniform[step_type] for step_type in step_types), tuple(timesteps), eps_scale)
+        """The plan whose steps each treat all layers alike; both sequences in execution order.
+
+        Raises TableError too for a type that speaks of a branch which the layers lack.
+        """
+        types = tuple(step_types)
+        uniform = {step_type: StepPlan.uniform(step_type, depth, branches) for step_type in dict.fromkeys(types)}
+        return cls(tuple(uniform[step_type] for step_type in types), tuple(timesteps), eps_scale)
 
     @classmethod
     def uncached(

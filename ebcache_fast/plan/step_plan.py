@@ -1,5 +1,6 @@
 """What one step computes and what it reuses: branches, actions, the types of steps, and `StepPlan`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
@@ -25,17 +26,29 @@ class Action(Enum):
 
 
 class StepType(IntEnum):
-    """The steps that treat all layers alike, numbered as in EB-Cache's released tables (arXiv 2503.07120)."""
+    """The steps that treat all layers alike; 0 to 3 as in EB-Cache's released tables (arXiv 2503.07120).
+
+    ATTENTION and ATTN_MLP mean whatever attention a model has. The types after MLP tell self-attention from
+    cross-attention, so that every set of branches has a type.
+    """
 
     NO_CACHE = 0
     ATTENTION = 1
     ATTN_MLP = 2
     MLP = 3
+    SELF_ATTENTION = 4
+    CROSS_ATTENTION = 5
+    SELF_ATTN_MLP = 6
+    CROSS_ATTN_MLP = 7
 
     @property
     def reuses(self) -> frozenset[Branch]:
         """The branches that such a step reuses in every layer."""
         return _REUSES[self]
+
+    def fits(self, branches: tuple[Branch, ...]) -> bool:
+        """Whether layers of these branches have all that it speaks of, as layers of any branches have of 0 to 3."""
+        return self <= StepType.MLP or self.reuses <= frozenset(branches)
 
 
 _REUSES = {
@@ -43,6 +56,10 @@ _REUSES = {
     StepType.ATTENTION: frozenset({Branch.SELF_ATTN, Branch.CROSS_ATTN}),
     StepType.ATTN_MLP: frozenset(Branch),
     StepType.MLP: frozenset({Branch.MLP}),
+    StepType.SELF_ATTENTION: frozenset({Branch.SELF_ATTN}),
+    StepType.CROSS_ATTENTION: frozenset({Branch.CROSS_ATTN}),
+    StepType.SELF_ATTN_MLP: frozenset({Branch.SELF_ATTN, Branch.MLP}),
+    StepType.CROSS_ATTN_MLP: frozenset({Branch.CROSS_ATTN, Branch.MLP}),
 }
 
 Slot = tuple[int, Branch]  # the cache slot of one branch of one layer
@@ -68,7 +85,15 @@ class StepPlan:
 
     @classmethod
     def uniform(cls, step_type: StepType, depth: int, branches: tuple[Branch, ...]) -> Self:
-        """The plan that treats all ``depth`` layers as ``step_type`` says."""
+        """The plan that treats all ``depth`` layers as ``step_type`` says.
+
+        Raises TableError for a type that speaks of a branch which the layers lack.
+        """
+        if not step_type.fits(branches):
+            raise TableError(
+                f"step type {step_type.name}: expected layers with {branch_names(step_type.reuses)}, got layers of "
+                f"{branch_names(branches)}; use a table made for this model"
+            )
         row = tuple(Action.REUSE if branch in step_type.reuses else Action.COMPUTE for branch in branches)
         return cls(branches, (row,) * depth)
 
@@ -79,9 +104,9 @@ class StepPlan:
 
     @cached_property
     def step_type(self) -> StepType | None:
-        """The step type this plan equals; None where layers differ or no type fits."""
-        types = (t for t in StepType if StepPlan.uniform(t, self.depth, self.branches) == self)
-        return next(types, None)
+        """The step type this plan equals, the first that does; None where layers differ."""
+        types = (t for t in StepType if t.fits(self.branches))
+        return next((t for t in types if StepPlan.uniform(t, self.depth, self.branches) == self), None)
 
     @property
     def type_name(self) -> str:
@@ -111,3 +136,9 @@ class StepPlan:
         slots = product(range(self.depth), self.branches)
         actions = chain.from_iterable(self.actions)
         return tuple(slot for slot, action in zip(slots, actions, strict=True) if action is wanted)
+
+
+def branch_names(branches: Iterable[Branch]) -> str:
+    """Branches as messages name them, in the order of `Branch`: ``SELF_ATTN + MLP``."""
+    chosen = frozenset(branches)
+    return " + ".join(branch.name for branch in Branch if branch in chosen)
