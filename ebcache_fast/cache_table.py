@@ -30,7 +30,8 @@ class CacheTable:
         step_types: one StepType (or its code) per timestep, the first NO_CACHE.
         eps_scale: the factor b on the predicted noise, in (0, 1].
         sampler: whose timesteps these are, if known.
-        model: the sizes of the only model the table is for, ``dict(shape.fingerprint)``; None accepts any.
+        model: the sizes of the only model the table is for, ``dict(shape.fingerprint)``; None accepts any. Its
+            in_channels are kept, and not compared.
         made: where the table comes from.
         allow_amplify: lets ``eps_scale`` exceed 1. The file keeps it, so that amplifying stays deliberate.
 

@@ -7,16 +7,20 @@ from ebcache_fast.plan import Branch, ModelShape, StepType, branch_names
 from ebcache_fast.table_schema import Provenance
 
 SMOOTHCACHE = "SmoothCache (arXiv 2411.10510)"  # as `Provenance.by` names it
+INDIFFERENT = frozenset({"in_channels"})  # what a model is given beside latents, as image-to-video is, meets no branch
 LISTS = "lists"  # the option of its provenance that says which branches the schedule had lists for
 
 
 def check_sizes(model: tuple[tuple[str, int], ...] | None, shape: ModelShape) -> None:
-    """Raise TableError, naming what differs, unless a table bound to ``model`` is for this shape; None fits any."""
+    """Raise TableError, naming what differs, unless a table bound to ``model`` is for this shape; None fits any.
+
+    What comes before the blocks does not matter to reuse: a text-to-video table serves image-to-video.
+    """
     actual = dict(shape.fingerprint)
     wanted = actual if model is None else dict(model)
     differing = [
         f"{name} {wanted.get(name)}, not {actual.get(name)}"
-        for name in sorted(wanted | actual)
+        for name in sorted((wanted.keys() | actual.keys()) - INDIFFERENT)
         if wanted.get(name) != actual.get(name)
     ]
     if differing:

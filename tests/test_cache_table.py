@@ -260,6 +260,14 @@ def test_another_model_is_refused_with_every_difference() -> None:
             ask(other)
 
 
+@pytest.mark.parametrize("bound", [{"in_channels": 4}, {"in_channels": 8}, {}])
+def test_what_a_model_is_given_beside_latents_does_not_matter(bound: dict[str, int], tmp_path: Path) -> None:
+    """Files that were bound to it are read as before."""
+    replace(FULL, model={"width": 8, "depth": 2, **bound}).save(tmp_path / "t.json")
+    for fingerprint in (SHAPE.fingerprint, (*SHAPE.fingerprint, ("in_channels", 4))):
+        CacheTable.load(tmp_path / "t.json").check(replace(SHAPE, fingerprint=fingerprint), FULL.timesteps)
+
+
 def test_other_timesteps_are_refused() -> None:
     with pytest.raises(TableError, match=r"^timesteps\[1\]: expected the table's 500, got 490; retime"):
         FULL.check(SHAPE, [999, 490, 0])

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_kinds import COG_IMAGE, COG_VIDEO, Kind
+from diffusers_oracle import replaying
 from diffusers_tiny import (
     tiny_cogvideox_2b,
     tiny_cogvideox_5b,
@@ -198,3 +200,17 @@ def test_what_is_refused(make: Callable[[], Any], options: dict[str, Any], messa
 def test_a_scheduler_that_clips_is_refused() -> None:
     with pytest.raises(InputError, match="clip_sample=True of DDIMScheduler"):
         calibrate(tiny_pipeline(), labels=[1], steps=4)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(tiny_cogvideox_5b, COG_IMAGE), (tiny_cogvideox_2b, COG_VIDEO)])
+def test_a_table_of_text_to_video_serves_the_other_two(make: Callable[[], Any], kind: Kind) -> None:
+    """Bound to the model that it was made for: image-to-video has other channels in, and the same blocks."""
+    often = algorithm1.Algorithm1(a=9.0, k=9.0, max_run=1)
+    table = calibrate(make(), prompts=PROMPTS[:1], call=VIDEO, steps=STEPS, algorithm=often)
+    assert table.model is not None
+    pipe = kind.pipeline()
+    expected = kind.draw(replaying(pipe, dict(zip(table.timesteps, table.step_types, strict=True))), steps=STEPS)
+    assert relative_error(kind.draw(enable(pipe, table), steps=STEPS), expected) < 1e-5
+    done = stats(pipe)
+    assert not done.refreshed | done.originals
+    assert done.steps == {"NO_CACHE": 4, "ATTN_MLP": 2}
