@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from ebcache_fast.compare import Method, run_methods
-from ebcache_fast.demo import TABLES, machine
+from ebcache_fast.demo import TABLES
 from ebcache_fast.methods import Setting, open_table
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.presets import labels_in_turn, load_letters
+from ebcache_fast.report import machine
 
 OUT = Path(__file__).resolve().parent / "results" / "cpu-speedup.json"
 

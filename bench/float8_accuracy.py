@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ebcache_fast import Engine, EngineOptions
-from ebcache_fast.demo import machine
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Batch
 from ebcache_fast.engine.guidance import Guidance
@@ -28,6 +27,7 @@ from ebcache_fast.engine.trajectory import split
 from ebcache_fast.plan import Plan
 from ebcache_fast.presets import labels_in_turn, load_letters
 from ebcache_fast.quality import paired_error, recognised
+from ebcache_fast.report import machine
 from ebcache_fast.samplers import trajectory_noise
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, resolve_run
 

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast import enabled
-from ebcache_fast.demo import machine
 from ebcache_fast.dropin import answerable, cached_forward
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint, Watch
@@ -38,6 +37,7 @@ from ebcache_fast.engine.graphs import Graph
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.report import machine
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 OUT = Path(__file__).resolve().parent / "results" / "host-cost.json"

@@ -25,7 +25,6 @@ from bench.default_model.calibrate_tables import SCHEDULES, all_tables
 from ebcache_fast import ops, sample
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.compare import Method, equal_cost_methods
-from ebcache_fast.demo import machine
 from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
@@ -38,6 +37,7 @@ from ebcache_fast.plan import Branch, Plan
 from ebcache_fast.policies import fora
 from ebcache_fast.presets import Preset, labels_in_turn, load_letters
 from ebcache_fast.quality import paired_error, score
+from ebcache_fast.report import machine
 from ebcache_fast.sampler_step import sampler_update
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 

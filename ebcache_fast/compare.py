@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,14 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora_at_cost
-from ebcache_fast.quality import (
-    FeatureExtractor,
-    Features,
-    Reference,
-    Scores,
-    jackknife_error,
-    paired_error,
-    score,
-)
+from ebcache_fast.quality import Judge, Scores, paired_error
 from ebcache_fast.samplers import make_sampler
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, sample
+
+MIN_SAMPLES = 32  # a Frechet distance of fewer says nothing
+BATCH = 26
+
+Noise = Literal["same", "other steps", "other noise"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,9 @@ class Result:
     macs: multiply-accumulates of one sample's run, one guidance branch. speedup: the median over batches of the first
     method's time over this one's; mac_limit: what the MACs allow. paired_error: mean relative RMS difference from the
     first method's sample of the same noise. spread: standard errors by delete-one-group jackknife; for the speed-up
-    its lowest and highest batch.
+    its lowest and highest batch. noise: how far its noise is the first method's: "other noise" is drawn at other
+    steps, so that the paired error is not what caching does. scores: None where nobody judged. per_sample: figures of
+    each sample, by name.
     """
 
     name: str
@@ -62,8 +62,13 @@ class Result:
     seconds: float
     speedup: float
     paired_error: float
-    scores: Scores
+    scores: Scores | None
     spread: dict[str, float]
+    sampler: str
+    timesteps: tuple[int, ...]
+    noise: Noise
+    batch_seconds: tuple[float, ...]
+    per_sample: dict[str, tuple[float, ...]]
 
 
 def equal_cost_methods(shape: ModelShape, cached: Sequence[tuple[str, Plan]], sampler: str = "ddpm") -> list[Method]:
@@ -91,7 +96,7 @@ def run_methods(
     cfg_scale: float = DEFAULT_CFG_SCALE,
     guided_channels: int = GUIDED_CHANNELS,
     seed: int = 0,
-    batch_size: int = 52,
+    batch_size: int = BATCH,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Run]:
     """Sample every label (N,) by every method; within a batch the methods take turns, so that all share its moment.
@@ -100,6 +105,8 @@ def run_methods(
     """
     if not methods:
         raise InputError("no method was given; name at least one, the first being the one to compare with")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is below 1; {BATCH} suits a CPU")
     run = partial(sample, model, cfg_scale=cfg_scale, guided_channels=guided_channels, seed=seed, batch_size=batch_size)
     run(labels[:batch_size], steps=2)  # first calls set up kernels: not timed
     images: list[list[Tensor]] = [[] for _ in methods]
@@ -114,28 +121,63 @@ def run_methods(
     return [Run(torch.cat(i), tuple(s)) for i, s in zip(images, seconds, strict=True)]
 
 
+def measure(
+    model: nn.Module,
+    methods: Sequence[Method],
+    labels: Sequence[int],
+    judge: Judge | None = None,
+    *,
+    seed: int = 0,
+    cfg_scale: float = DEFAULT_CFG_SCALE,
+    batch_size: int = BATCH,
+    on_start: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[list[Run], list[Result]]:
+    """`run_methods`, then `judge_runs`; InputError for no method, or too few samples to judge by.
+
+    ``on_start`` gets the number of sample-steps to come, ``on_step`` how many are done.
+    """
+    check_count(len(labels), judged=judge is not None)
+    y = torch.tensor(labels)
+    if on_start is not None:
+        on_start(len(labels) * sum(len(method.plan) for method in methods))
+    runs = run_methods(model, methods, y, cfg_scale=cfg_scale, seed=seed, batch_size=batch_size, on_step=on_step)
+    return runs, judge_runs(model, methods, runs, y, judge)
+
+
+def check_count(samples: int, *, judged: bool = True) -> None:
+    """Raise InputError unless there are enough samples to judge by, or to say how much they spread."""
+    if judged and samples < MIN_SAMPLES:
+        raise InputError(f"samples={samples} is below {MIN_SAMPLES}; a Frechet distance of so few says nothing")
+    if samples < 2:
+        raise InputError(f"samples={samples} is below 2; one sample has no spread")
+
+
 def judge_runs(
     model: nn.Module,
     methods: Sequence[Method],
     runs: Sequence[Run],
     labels: Tensor,
-    judge: FeatureExtractor,
-    reference: Reference,
+    judge: Judge | None = None,
     groups: int = 8,
 ) -> list[Result]:
-    """A Result for each method; the first is the one that speed-ups and paired errors refer to."""
+    """A Result for each method; the first is the one that speed-ups and paired errors refer to.
+
+    Without a ``judge`` there are no scores. Raises InputError, naming the method, for samples that are not finite.
+    """
     shape = as_denoiser(model).shape
     baseline = runs[0]
     base_macs = methods[0].plan.macs(shape)
     results = []
     for method, run in zip(methods, runs, strict=True):
-        features = judge(run.images)
         ratios = [b / s for b, s in zip(baseline.seconds, run.seconds, strict=True)]
-        errors = paired_error(run.images, baseline.images)
+        errors = _paired_error(method, run, baseline)
+        judgement = None if judge is None else judge(run.images, labels, groups)
         macs = method.plan.macs(shape)
-        spread = _jackknife_scores(features, labels, reference, groups)
+        spread = {} if judgement is None else dict(judgement.errors)
         spread |= {"speedup_low": min(ratios), "speedup_high": max(ratios)}
         spread["paired_error"] = float(errors.std() / len(errors) ** 0.5)
+        per_sample = {} if judgement is None else judgement.per_sample
         results.append(
             Result(
                 name=method.name,
@@ -146,25 +188,32 @@ def judge_runs(
                 seconds=sum(run.seconds),
                 speedup=statistics.median(ratios),
                 paired_error=float(errors.mean()),
-                scores=score(features, labels, reference),
+                scores=None if judgement is None else judgement.scores,
                 spread=spread,
+                sampler=method.sampler,
+                timesteps=method.plan.timesteps,
+                noise=noise_beside(method, methods[0]),
+                batch_seconds=run.seconds,
+                per_sample={"paired_error": tuple(errors.tolist()), **per_sample},
             )
         )
     return results
 
 
-def _jackknife_scores(features: Features, labels: Tensor, reference: Reference, groups: int) -> dict[str, float]:
-    """The standard error of each score, from leaving out one of ``groups`` groups of samples at a time."""
-    group = torch.arange(len(labels)) % groups
-    left_out = [score(_select(features, group != g), labels[group != g], reference) for g in range(groups)]
-    names = ("fd_semantic", "fd_texture", "recognised", "contrast", "precision", "recall")
-    return {name: jackknife_error([getattr(scores, name) for scores in left_out]) for name in names}
+def noise_beside(method: Method, first: Method) -> Noise:
+    """How far a method's noise is the first one's, sample by sample.
+
+    All begin with the same; a sampler that draws more of it does so at each of its steps.
+    """
+    if method.sampler == first.sampler and method.plan.timesteps == first.plan.timesteps:
+        return "same"
+    draws = any(make_sampler(one.sampler, len(one.plan)).draws_noise for one in (method, first))
+    return "other noise" if draws else "other steps"
 
 
-def _select(features: Features, rows: Tensor) -> Features:
-    return Features(
-        semantic=features.semantic[rows],
-        texture=features.texture[rows],
-        logits=features.logits[rows],
-        contrast=features.contrast[rows],
-    )
+def _paired_error(method: Method, run: Run, first: Run) -> Tensor:
+    """`paired_error` (N,), naming the method in what is wrong."""
+    try:
+        return paired_error(run.images, first.images)
+    except InputError as error:
+        raise InputError(f"method {method.name!r}: {error}; leave it out") from None

@@ -52,17 +52,21 @@ def progress_bar() -> Iterator["tqdm[Any]"]:
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """One line a method: its steps, cost, time and quality; errors are one standard error."""
+    """One line a method: its steps, cost, time and quality; errors are one standard error.
+
+    An error against another noise, or at other timesteps, than the first method's says so.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    n = results[0].scores.n
-    grid = Table(title=f"{n} samples a method, same noise; ± is one standard error over samples")
-    columns = ("method", "steps", "GMACs", "seconds", "speed-up", "by MACs")
-    for name in (*columns, "FD semantic", "FD texture", "recognised", "contrast", "error vs first"):
+    n = len(results[0].per_sample["paired_error"])
+    grid = Table(title=f"{n} samples a method, each from one initial noise; ± is one standard error over samples")
+    columns = ["method", "steps", "GMACs", "seconds", "speed-up", "by MACs"]
+    if results[0].scores is not None:
+        columns += ["FD semantic", "FD texture", "recognised", "contrast"]
+    for name in (*columns, "error vs first"):
         grid.add_column(name, justify="left" if name in ("method", "steps") else "right")
     for r in results:
-        s, spread = r.scores, r.spread
         grid.add_row(
             r.name,
             count_steps(r.step_types),
@@ -70,13 +74,22 @@ def print_results(results: Sequence[Result]) -> None:
             f"{r.seconds:.1f}",
             f"{r.speedup:.2f}x",
             f"{r.mac_limit:.2f}x",
-            f"{s.fd_semantic:.2f} ± {spread['fd_semantic']:.2f}",
-            f"{s.fd_texture:.4f} ± {spread['fd_texture']:.4f}",
-            f"{s.recognised:.1%}",
-            f"{s.contrast:.3f}",
-            f"{r.paired_error:.3f}",
+            *_score_cells(r),
+            f"{r.paired_error:.3f}" + (f" ({r.noise})" if r.noise != "same" else ""),
         )
     Console(width=160).print(grid)
+
+
+def _score_cells(result: Result) -> list[str]:
+    """What the judge says, where there is one."""
+    if (s := result.scores) is None:
+        return []
+    return [
+        f"{s.fd_semantic:.2f} ± {result.spread['fd_semantic']:.2f}",
+        f"{s.fd_texture:.4f} ± {result.spread['fd_texture']:.4f}",
+        f"{s.recognised:.1%}",
+        f"{s.contrast:.3f}",
+    ]
 
 
 def print_table(table: CacheTable) -> None:

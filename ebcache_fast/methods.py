@@ -1,17 +1,21 @@
-"""Methods by name, as people write them on a command line: ``no-cache``, ``fora:2``, ``steps:33``, ``table:FILE``."""
+"""Methods as people write them on a command line: ``no-cache``, ``fora:2``, ``table:FILE``, a function of theirs."""
 
 import dataclasses
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Final
+from types import MappingProxyType, ModuleType
+from typing import Any, Final
 
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.cache_table import CacheTable, named_tables
 from ebcache_fast.compare import Method
-from ebcache_fast.errors import EBCacheError, InputError
+from ebcache_fast.errors import EBCacheError, InputError, TableError
+from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora
-from ebcache_fast.samplers import make_sampler
+from ebcache_fast.samplers import make_sampler, sampler_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Setting:
     steps: int
     sampler: str
 
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The sampler's own, for so many steps."""
+        return make_sampler(self.sampler, self.steps).timesteps
+
     def uncached(self, steps: int) -> Plan:
         """Every step computes everything, ``steps`` of them."""
         branches = tuple(cost.branch for cost in self.shape.branches)
@@ -29,16 +38,35 @@ class Setting:
 
 
 def parse_method(text: str, setting: Setting) -> Method:
-    """The method that ``text`` names; InputError, listing the known ones, for an unknown one or a bad argument."""
-    name, _, argument = text.partition(":")
-    if name not in METHODS:
+    """The method that ``text`` names; InputError, listing the known ones, for an unknown one or a bad argument.
+
+    ``MODULE:FUNCTION`` and ``FILE.py:FUNCTION`` are methods of the user's own: the function is called with the
+    timesteps, in execution order, and the model's ModelShape, and returns a Plan or a CacheTable. Its code is run.
+    """
+    name, _, argument = text.rpartition(":") if ".py:" in text else text.partition(":")
+    if name not in METHODS and not argument.isidentifier():
         raise InputError(f"method {text!r} is unknown; choose from {', '.join(USAGES)}")
     try:
-        return METHODS[name](argument, setting)
+        return METHODS[name](argument, setting) if name in METHODS else _own(text, name, argument, setting)
     except EBCacheError:
         raise
     except ValueError as error:
         raise InputError(f"method {text!r}: {error}; write it as one of {', '.join(USAGES)}") from None
+
+
+def default_methods(setting: Setting) -> tuple[str, ...]:
+    """What a comparison is of where nothing is named: no caching first, then the package's tables for this very
+    setting, FORA, fewer steps, and scaled epsilons."""
+    bound = tuple(sorted(setting.shape.fingerprint)), setting.sampler, setting.steps
+    tables = ((name, CacheTable.named(name)) for name in named_tables())
+    fitting = [
+        f"table:{name}"
+        for name, table in tables
+        if table.sampler is not None and (table.model, table.sampler.name, table.sampler.steps) == bound
+    ]
+    fewer = {round(setting.steps * share): None for share in (2 / 3, 0.4)}
+    steps = [f"steps:{count}" for count in fewer if 0 < count < setting.steps]
+    return ("no-cache", *fitting, "fora:2", "fora:3", *steps, "eps-scale:0.98")
 
 
 def open_table(text: str) -> CacheTable:
@@ -53,8 +81,7 @@ def _no_cache(argument: str, setting: Setting) -> Method:
 
 
 def _fora(argument: str, setting: Setting) -> Method:
-    timesteps = setting.uncached(setting.steps).timesteps
-    return Method(f"FORA, N={argument}", fora(timesteps, float(argument), setting.shape), setting.sampler)
+    return Method(f"FORA, N={argument}", fora(setting.timesteps, float(argument), setting.shape), setting.sampler)
 
 
 def _steps(argument: str, setting: Setting) -> Method:
@@ -70,12 +97,54 @@ def _eps_scale(argument: str, setting: Setting) -> Method:
 
 
 def _table(argument: str, setting: Setting) -> Method:
-    table = open_table(argument)
-    sampler = setting.sampler if table.sampler is None else table.sampler.name
-    return Method(f"Table {argument}", table.plan(setting.shape), sampler)
+    return Method(f"Table {argument}", _plan_of(open_table(argument), argument, setting), setting.sampler)
+
+
+def _own(text: str, name: str, function: str, setting: Setting) -> Method:
+    """What a function of the user's own plans."""
+    try:
+        made = getattr(_module(name), function)(setting.timesteps, setting.shape)
+    except Exception as error:  # whatever other people's code raises
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"method {text!r}: {type(error).__name__}: {first:.300}; name a function (timesteps, shape) -> Plan of a "
+            f"module that Python finds or of a FILE.py, or choose from {', '.join(USAGES)}"
+        ) from error
+    if not isinstance(made, Plan | CacheTable):
+        raise InputError(f"method {text!r}: it returns {type(made).__name__!r}; return a Plan or a CacheTable")
+    return Method(f"{function} of {name}", _plan_of(made, text, setting), setting.sampler)
+
+
+def _module(name: str) -> ModuleType:
+    """The module of this name, one in the current folder too, or that of a file."""
+    if not name.endswith(".py"):
+        sys.path.insert(0, "")
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove("")
+    spec: Any = importlib.util.spec_from_file_location(Path(name).stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _plan_of(table: CacheTable | Plan, name: str, setting: Setting) -> Plan:
+    """The table's plan, once it is known to fit the model and to be for the sampler of all methods; else TableError."""
+    plan = table.plan(setting.shape) if isinstance(table, CacheTable) else table
+    plan.macs(setting.shape)  # raises where the plan is for another model
+    spec = table.sampler if isinstance(table, CacheTable) else None
+    if spec is not None and (spec.name, spec.train_steps) != (setting.sampler, TRAIN_STEPS):
+        raise TableError(
+            f"table {name!r} is for the sampler {spec.name!r} over {spec.train_steps} training steps, and all methods "
+            f"are run by {setting.sampler!r} over {TRAIN_STEPS}, since only then their noise is the same; "
+            f"pass --sampler {spec.name}, or retime(timesteps) the table"
+        )
+    sampler_over(setting.sampler, NoiseSchedule.linear().respace(plan.timesteps))  # or timesteps that there are not
+    return plan
 
 
 METHODS: Final[Mapping[str, Callable[[str, Setting], Method]]] = MappingProxyType(
     {"no-cache": _no_cache, "table": _table, "fora": _fora, "steps": _steps, "eps-scale": _eps_scale}
 )
-USAGES = ("no-cache", "table:FILE_OR_NAME", "fora:N", "steps:N", "eps-scale:B")
+USAGES = ("no-cache", "table:FILE_OR_NAME", "fora:N", "steps:N", "eps-scale:B", "MODULE:FUNCTION", "FILE.py:FUNCTION")

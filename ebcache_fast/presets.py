@@ -3,7 +3,7 @@
 Made by bench/default_model; nothing here touches the network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import as_file, files
@@ -19,7 +19,7 @@ from ebcache_fast.models import DIT_MODELS, DiT, as_denoiser, load_pretrained
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit
 from ebcache_fast.models.letter_classifier import LetterClassifier
 from ebcache_fast.plan import ModelShape
-from ebcache_fast.quality import Features, Reference, contrast
+from ebcache_fast.quality import Features, Judge, Reference, contrast
 
 LETTERS = ascii_uppercase
 BUNDLED, DIFFUSERS = "letters", "diffusers"
@@ -72,6 +72,12 @@ def load_letters(device: torch.device | None = None) -> Preset:
         )
 
 
+def letters_judge() -> Judge:
+    """Who judges the bundled model's samples."""
+    preset = load_letters()
+    return Judge(preset.judge, preset.reference)
+
+
 def labels_of(text: str) -> list[int]:
     """The labels of a text's letters; InputError unless it is made of A to Z."""
     unknown = "".join(letter for letter in text.upper() if letter not in LETTERS)
@@ -82,11 +88,12 @@ def labels_of(text: str) -> list[int]:
     return [LETTERS.index(letter) for letter in text.upper()]
 
 
-def labels_in_turn(count: int, classes: int) -> list[int]:
-    """Every class in turn, over and over, ``count`` labels in all; InputError for fewer than one."""
+def labels_in_turn(count: int, classes: int, chosen: Sequence[int] = ()) -> list[int]:
+    """The chosen classes, or every class, in turn, over and over, ``count`` labels in all; InputError for none."""
     if count < 1:
         raise InputError(f"{count} samples were asked for; ask for at least one")
-    return [i % classes for i in range(count)]
+    turn = chosen or range(classes)
+    return [turn[i % len(turn)] for i in range(count)]
 
 
 def shape_of(name: str, image_size: int, num_classes: int) -> ModelShape:

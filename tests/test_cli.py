@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tiny import CLASSES, tiny_dit
 
-from ebcache_fast import cli, console, demo, job, presets
+from ebcache_fast import cli, compare, console, demo, job, presets
 from ebcache_fast._version import __version__
 from ebcache_fast.cache_table import CacheTable, SamplerSpec, named_tables
 from ebcache_fast.compare import Method
@@ -26,6 +26,7 @@ from ebcache_fast.methods import Setting, parse_method
 from ebcache_fast.models import DiT, as_denoiser
 from ebcache_fast.pictures import to_pixels
 from ebcache_fast.plan import StepType
+from ebcache_fast.policies import fora
 from ebcache_fast.presets import Preset, load_letters
 from ebcache_fast.samplers import SAMPLERS
 from ebcache_fast.sampling import sample
@@ -185,6 +186,52 @@ def test_compare(run: Run) -> None:
     assert [len(entry["step_types"]) for entry in report["methods"]] == [3, 3, 1, 3]
     assert [entry["eps_scale"] for entry in report["methods"]] == [1, 1, 1, 0.9]
     assert all(entry["name"] in out for entry in report["methods"])
+
+
+def test_compare_a_model_and_a_method_of_one_s_own(run: Run, tmp_path: Path) -> None:
+    """No classifier knows its classes: costs, times and errors alone, which anybody can compute from the samples."""
+    trained = tiny_dit(3, torch.float32)
+    torch.save({"ema": trained.state_dict()}, tmp_path / "tiny.pt")
+    (tmp_path / "mine.py").write_text(
+        "from ebcache_fast.policies import fora\n\ndef every_third(timesteps, shape):\n"
+        "    return fora(timesteps, 3, shape)\n"
+    )
+    line = (
+        f"compare {USE_TINY} --ckpt tiny.pt --methods no-cache mine.py:every_third steps:2 --samples 5 --labels 3 1"
+        " --num-sampling-steps 4 --sampler ddim --cfg-scale 2 --global-seed 6 --out there"
+    )
+    code, out, err = run(line)
+    assert (code, err) == (0, "")
+    assert "recognised" not in out
+    assert "(other steps)" in next(row for row in out.splitlines() if "2 steps" in row)
+    report = json.loads(Path("there/report.json").read_text())
+    assert report["labels"] == [3, 1, 3, 1, 3]
+    assert report.items() >= {"model": TINY, "sampler": "ddim", "cfg_scale": 2.0, "seed": 6}.items()
+    assert [entry["noise"] for entry in report["methods"]] == ["same", "same", "other steps"]
+    assert "scores" not in report["methods"][0]
+    settings = {"steps": 4, "sampler": "ddim", "cfg_scale": 2.0, "seed": 6}
+    plan = fora(tuple(report["methods"][1]["timesteps"]), 3, as_denoiser(trained).shape)
+    labels = report["labels"]
+    plain, cached = (sample(trained, labels, **settings, table=table) for table in (None, plan))
+    expected = (cached - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
+    assert report["methods"][1]["per_sample"]["paired_error"] == pytest.approx(expected.tolist(), rel=1e-5)
+    again = report["command"].removeprefix("ebcache-fast ").replace("--out there", "--out again")
+    assert run(again).code == 0
+    figures = [
+        [entry["per_sample"] for entry in json.loads(Path(folder, "report.json").read_text())["methods"]]
+        for folder in ("there", "again")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_compare_by_default_is_of_the_tables_for_the_setting(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+    monkeypatch.setattr(
+        compare, "measure", lambda model, methods, *_, **__: named.extend(m.name for m in methods) or exit()
+    )
+    with pytest.raises(SystemExit):
+        run("compare --samples 32 --num-sampling-steps 20 --sampler ddim")
+    assert {"Table letters-ddim-20-1.5x", "Table letters-ddim-20-2.5x", "8 steps"} <= set(named)
 
 
 def test_compare_without_a_folder_writes_nothing(run: Run) -> None:
@@ -442,10 +489,22 @@ BAD_INPUT = [
     # compare
     ("compare --methods", "no method was given; name at least one"),
     ("compare --methods nope", "method 'nope' is unknown; choose from no-cache, table:FILE_OR_NAME, fora:N"),
+    ("compare --per-proc-batch-size 0", "batch_size=0 is below 1"),
+    ("compare --cfg-scale nan", r"cfg_scale=nan is outside \[0, inf\)"),
+    ("compare --num-sampling-steps 0", r"steps=0 is outside \[1, 1000\]"),
     ("compare --methods no-cache fora:x", "method 'fora:x': could not convert .*; write it as one of"),
     ("compare --methods fora:0", "interval: expected 1 or more, got 0.0"),
     ("compare --methods eps-scale:1.1", r"method 'eps-scale:1.1': b is outside \(0, 1\]"),
     ("compare --methods table:other_model.json", "the table is for .*; use a table made for this model"),
+    (
+        f"compare --methods no-cache table:{LETTERS_50} --sampler ddim",
+        "is for the sampler 'ddpm' .* all methods are run by 'ddim' .*; pass --sampler ddpm, or retime",
+    ),
+    ("compare --methods no-cache nobody_s:policy", "ModuleNotFoundError: No module named 'nobody_s'; name a function"),
+    ("compare --methods no-cache os:getcwd", "method 'os:getcwd': TypeError: .*; name a function"),
+    ("compare --methods no-cache --labels 26", r"label 26 is outside \[0, 25\]"),
+    (f"compare {USE_TINY} --ckpt tiny.pt --samples 1", "samples=1 is below 2"),
+    (f"compare {USE_TINY}", f"model '{TINY}' needs its weights"),
     ("compare --methods no-cache --samples 8", "samples=8 is below 32"),
     ("compare --methods no-cache --out empty", "empty can't be made"),
     ("compare --methods no-cache --sampler euler --samples 32", "sampler 'euler' is unknown"),

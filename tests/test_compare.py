@@ -20,7 +20,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.noise_schedule import respaced_timesteps
 from ebcache_fast.plan import Branch, Plan, StepType
-from ebcache_fast.quality import Features, Reference, paired_error, score
+from ebcache_fast.quality import Features, Judge, Reference, paired_error, recognition, score
 from ebcache_fast.sampling import sample
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
@@ -100,6 +100,12 @@ def test_progress_counts_every_sample_of_every_step() -> None:
     assert sum(advanced) == 3 * (3 + 2)
 
 
+def test_too_few_samples_to_judge_by_or_to_spread() -> None:
+    for judged, samples in ((Judge(judge, REFERENCE), 31), (None, 1)):
+        with pytest.raises(InputError, match=f"samples={samples} is below"):
+            compare.measure(MODEL, [Method("a", UNCACHED)], [0] * samples, judged)
+
+
 def test_no_method_is_an_error() -> None:
     with pytest.raises(InputError, match="no method was given; name at least one"):
         run_methods(MODEL, [], torch.tensor([0]))
@@ -135,7 +141,7 @@ RUNS = [
 
 
 def results() -> list[compare.Result]:
-    return judge_runs(MODEL, METHODS, RUNS, LABELS, judge, REFERENCE, groups=4)
+    return judge_runs(MODEL, METHODS, RUNS, LABELS, Judge(judge, REFERENCE), groups=4)
 
 
 def test_costs_are_those_of_the_plans() -> None:
@@ -174,6 +180,49 @@ def test_scores_are_those_of_all_samples() -> None:
         assert result.scores.n == 21
 
 
+def test_every_sample_s_own_figures_are_kept() -> None:
+    for result, run in zip(results(), RUNS, strict=True):
+        features = judge(run.images)
+        assert result.per_sample == {
+            "paired_error": tuple(paired_error(run.images, RUNS[0].images).tolist()),
+            "recognised": tuple(recognition(features.logits, LABELS).tolist()),
+            "contrast": tuple(features.contrast.tolist()),
+        }
+        assert result.batch_seconds == run.seconds
+
+
+def test_without_a_judge_there_are_costs_times_and_errors() -> None:
+    for alone, judged in zip(judge_runs(MODEL, METHODS, RUNS, LABELS), results(), strict=True):
+        assert alone.scores is None
+        assert (alone.macs, alone.speedup, alone.paired_error) == (judged.macs, judged.speedup, judged.paired_error)
+        assert alone.per_sample == {"paired_error": judged.per_sample["paired_error"]}
+        assert alone.spread == {name: judged.spread[name] for name in ("speedup_low", "speedup_high", "paired_error")}
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (("ddpm", UNCACHED), ("same", "other noise")),
+        (("ddpm", CACHED), ("same", "other noise")),
+        (("ddpm", SHORTER), ("other noise", "other noise")),
+        (("ddim", UNCACHED), ("other noise", "same")),
+        (("ddim", SHORTER), ("other noise", "other steps")),
+        (("dpm-solver++", UNCACHED), ("other noise", "other steps")),
+    ],
+)
+def test_whose_noise_is_the_first_method_s(other: tuple[str, Plan], expected: tuple[str, str]) -> None:
+    """DDPM draws noise at every step, the two others none but the first."""
+    method = Method("other", other[1], other[0])
+    for first, noise in zip(("ddpm", "ddim"), expected, strict=True):
+        assert compare.noise_beside(method, Method("first", UNCACHED, first)) == noise
+
+
+def test_samples_that_are_no_numbers_name_their_method() -> None:
+    broken = Run(RUNS[1].images.clone().index_fill_(0, torch.tensor([3]), math.nan), RUNS[1].seconds)
+    with pytest.raises(InputError, match=r"method 'cached': images has 256 non-finite values.*; leave it out"):
+        judge_runs(MODEL, METHODS, [RUNS[0], broken, RUNS[2]], LABELS)
+
+
 def test_spread_is_the_jackknife_over_groups() -> None:
     """Directly: leave out every fourth sample, starting anew each time; (g - 1) / g of the squared deviations."""
     for result, run in zip(results(), RUNS, strict=True):
@@ -192,7 +241,7 @@ def test_spread_is_the_jackknife_over_groups() -> None:
 def test_a_mixed_step_has_a_name() -> None:
     mixed = dataclasses.replace(CACHED.steps[1], actions=(CACHED.steps[1].actions[0], CACHED.steps[0].actions[1]))
     odd = Plan((CACHED.steps[0], mixed, CACHED.steps[0]), CACHED.timesteps)
-    (result,) = judge_runs(MODEL, [Method("odd", odd)], RUNS[:1], LABELS, judge, REFERENCE, groups=4)
+    (result,) = judge_runs(MODEL, [Method("odd", odd)], RUNS[:1], LABELS)
     assert result.step_types == ("NO_CACHE", "MIXED", "NO_CACHE")
 
 

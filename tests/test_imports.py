@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # What the commands are made of: the bundled model, pictures, comparisons, experiments.
     ("presets", "pictures"),
     ("compare", "experiments", "timeline_picture"),
+    ("report",),
     ("methods", "console", "demo"),
     ("dropin",),
     ("attach", "job", "profile_job"),

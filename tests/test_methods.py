@@ -1,5 +1,7 @@
 """Methods by name: what each means, and one clear line for what is none."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ from tiny import tiny_dit
 
 from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.errors import EBCacheError, InputError, TableError
-from ebcache_fast.methods import METHODS, USAGES, Setting, open_table, parse_method
+from ebcache_fast.methods import METHODS, USAGES, Setting, default_methods, open_table, parse_method
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
+from ebcache_fast.presets import load_letters
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 T4 = (999, 666, 333, 0)
@@ -43,11 +46,11 @@ def test_what_each_name_means(text: str, expected: list[StepType], timesteps: tu
 
 def test_a_plan_fits_the_model() -> None:
     for text in ("no-cache", "fora:2", "steps:3", "eps-scale:1", "table:fora-2-50"):
-        assert parse_method(text, SETTING).plan.macs(SHAPE) > 0
+        assert parse_method(text, Setting(SHAPE, 4, "ddpm")).plan.macs(SHAPE) > 0
 
 
 def test_every_method_says_how_it_is_written() -> None:
-    assert [usage.partition(":")[0] for usage in USAGES] == list(METHODS)
+    assert [usage.partition(":")[0] for usage in USAGES] == [*METHODS, "MODULE", "FILE.py"]
 
 
 def test_a_table_by_name_and_by_file(tmp_path: Path) -> None:
@@ -62,10 +65,85 @@ def test_a_table_by_name_and_by_file(tmp_path: Path) -> None:
     assert str(path) in method.name
 
 
-def test_a_table_s_own_sampler_counts(tmp_path: Path) -> None:
-    spec = SamplerSpec(name="ddpm", steps=4, train_steps=1000)
-    CacheTable(T4, [NO_CACHE] * 4, sampler=spec).save(tmp_path / "t.json")
-    assert parse_method(f"table:{tmp_path / 't.json'}", SETTING).sampler == "ddpm"
+@pytest.mark.parametrize("spec", [("ddpm", 1000), ("ddim", 500), ("dpm-solver++", 1000)])
+def test_a_table_for_another_sampler_is_refused(spec: tuple[str, int], tmp_path: Path) -> None:
+    """It would get other noise than the methods beside it; retimed, it says that it is for any."""
+    table = CacheTable(
+        (499, 333, 166, 0), [NO_CACHE] * 4, sampler=SamplerSpec(name=spec[0], steps=4, train_steps=spec[1])
+    )
+    path = tmp_path / "t.json"
+    table.save(path)
+    remedy = rf"pass --sampler {re.escape(spec[0])}, or retime\(timesteps\) the table"
+    with pytest.raises(
+        TableError, match=f"is for the sampler '{re.escape(spec[0])}' over {spec[1]} .*'ddim'.*{remedy}"
+    ):
+        parse_method(f"table:{path}", SETTING)
+    table.retime(SETTING.timesteps).save(path)
+    method = parse_method(f"table:{path}", SETTING)
+    assert (method.sampler, method.plan.timesteps) == ("ddim", T4)
+
+
+OWN = """
+from ebcache_fast import CacheTable, StepType
+from ebcache_fast.policies import fora
+
+def every_third(timesteps, shape):
+    return fora(timesteps, 3, shape)
+
+def last_reused(timesteps, shape):
+    return CacheTable(timesteps, [0] * (len(timesteps) - 1) + [StepType.ATTN_MLP])
+
+def stranger(timesteps, shape):
+    return list(timesteps)
+
+def too_late(timesteps, shape):
+    return CacheTable([2000, 0], [0, 0])
+
+def fails(timesteps, shape):
+    return 1 / 0
+"""
+
+
+def test_a_function_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a folder" / "my-own.py").write_text(OWN)
+    (tmp_path / "policies_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    before = [*sys.path]
+    for where in ("policies_of_mine", "a folder/my-own.py", str(tmp_path / "policies_of_mine.py")):
+        method = parse_method(f"{where}:every_third", SETTING)
+        assert (types(method.plan), method.sampler) == ([NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE], "ddim")
+        assert where in method.name
+        assert types(parse_method(f"{where}:last_reused", SETTING).plan)[-1] is ATTN_MLP
+        for function, problem in (
+            ("stranger", "it returns 'list'; return a Plan or a CacheTable"),
+            ("fails", r"ZeroDivisionError: division by zero; name a function \(timesteps, shape\)"),
+            ("missing", "AttributeError: .* 'missing'; name a function"),
+        ):
+            with pytest.raises(InputError, match=f"^method '{re.escape(where)}:{function}': {problem}"):
+                parse_method(f"{where}:{function}", SETTING)
+        with pytest.raises(EBCacheError, match="2000"):
+            parse_method(f"{where}:too_late", SETTING)
+    assert sys.path == before
+    with pytest.raises(InputError, match="ModuleNotFoundError: No module named 'nobody_s'; name a function"):
+        parse_method("nobody_s:policy", SETTING)
+    with pytest.raises(InputError, match=r"FileNotFoundError: .*missing\.py"):
+        parse_method("missing.py:policy", SETTING)
+
+
+def test_what_is_compared_where_nothing_is_named() -> None:
+    """The tables for this very setting, whatever it is, and fewer steps at two thirds and two fifths of the cost."""
+    letters = as_denoiser(load_letters().model).shape
+    tables = ["table:letters-ddpm-50-1.5x", "table:letters-ddpm-50-2.5x"]
+    rest = ["fora:2", "fora:3", "steps:33", "steps:20", "eps-scale:0.98"]
+    assert list(default_methods(Setting(letters, 50, "ddpm"))) == ["no-cache", *tables, *rest]
+    assert list(default_methods(Setting(SHAPE, 50, "ddpm"))) == ["no-cache", *rest]
+    few = default_methods(Setting(letters, 20, "ddim"))
+    assert few[1:3] == ("table:letters-ddim-20-1.5x", "table:letters-ddim-20-2.5x")
+    for steps in (1, 2, 3, 20, 1000):
+        for sampler in ("ddim", "ddpm"):
+            setting = Setting(letters, steps, sampler)
+            assert all(parse_method(text, setting).sampler == sampler for text in default_methods(setting))
 
 
 @pytest.mark.parametrize("text", ["nope", "", "FORA:2", "no_cache", "fora 2", ":2", "table.json"])

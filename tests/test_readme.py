@@ -15,6 +15,7 @@ from torch import nn
 
 from ebcache_fast import cli, models, stats
 from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.methods import Setting, parse_method
 from ebcache_fast.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,14 @@ def test_the_other_code_runs(
     assert capsys.readouterr().out.count("Stats(steps=") == 2
 
 
+def test_the_method_of_one_s_own_can_be_compared(tmp_path: Path) -> None:
+    (policy,) = (block for block in everywhere("python") if "def policy" in block)
+    (tmp_path / "mine.py").write_text(policy)
+    shape = models.as_denoiser(tiny_dit()).shape
+    method = parse_method(f"{tmp_path / 'mine.py'}:policy", Setting(shape, 10, "ddim"))
+    assert 1 < method.plan.mac_limit(shape) < 2.5
+
+
 def tiny_sigma() -> Any:
     """Of 256 x 256 pixels, the smallest that the pipeline has aspect ratios for."""
     pipe = tiny_pixart_sigma()
@@ -137,7 +146,7 @@ def test_the_pipelines_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_block_of_code_is_one_of_these() -> None:
-    assert len(everywhere("python")) == 7
+    assert len(everywhere("python")) == 8
 
 
 COMMAND_ROWS: Mapping[str, str] = dict(re.findall(r"^\| `ebcache-fast (\S+)(.*?)` \|", README, re.MULTILINE))

@@ -1,55 +1,76 @@
-"""``ebcache-fast compare``: methods against each other on the bundled model."""
+"""``ebcache-fast compare``: methods against each other on one model."""
 
 from pathlib import Path
 
 
 def compare(
-    methods: tuple[str, ...] = (
-        "no-cache",
-        "table:letters-ddpm-50-1.5x",
-        "table:letters-ddpm-50-2.5x",
-        "fora:2",
-        "fora:3",
-        "steps:33",
-        "steps:20",
-        "eps-scale:0.98",
-    ),
+    methods: tuple[str, ...] | None = None,
+    model: str = "letters",
+    ckpt: Path | None = None,
+    image_size: int = 256,
+    num_classes: int = 1000,
     samples: int = 104,
+    labels: tuple[int, ...] | None = None,
     num_sampling_steps: int = 50,
     sampler: str = "ddpm",
     cfg_scale: float = 1.5,
     global_seed: int = 0,
+    per_proc_batch_size: int = 26,
     out: Path | None = None,
 ) -> None:
-    """Compare methods on the bundled model: same noise, interleaved, each against the first.
+    """Compare methods on one model: same noise, interleaved, each against the first.
+
+    The bundled model's samples are also judged by its classifier; of any other model there are costs, times and errors.
 
     Args:
-        methods: any of no-cache, table:FILE_OR_NAME, fora:N, steps:N, eps-scale:B.
+        methods: any of no-cache, table:FILE_OR_NAME, fora:N, steps:N, eps-scale:B, and of your own MODULE:FUNCTION or
+            FILE.py:FUNCTION, a function (timesteps, shape) that returns a Plan or a CacheTable.
+        model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
+        ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
+        image_size: 256 or 512, of a latent model.
+        num_classes: of a latent model.
         samples: how many stand behind each figure.
+        labels: classes that the samples take in turn; without, all.
         num_sampling_steps: of methods that do not say their own.
-        sampler: ddpm, ddim or dpm-solver++.
+        sampler: ddpm, ddim or dpm-solver++, of all methods; a table for another one is refused.
         cfg_scale: guidance scale; 1 for none.
         global_seed: of all noise.
+        per_proc_batch_size: samples at once.
         out: folder for report.json.
     """
-    from ebcache_fast import console, demo
+    options = dict(locals())
+    from ebcache_fast import console
+    from ebcache_fast.compare import check_count, measure
     from ebcache_fast.files import make_folder
-    from ebcache_fast.methods import Setting, parse_method
+    from ebcache_fast.methods import Setting, default_methods, parse_method
     from ebcache_fast.models import as_denoiser
-    from ebcache_fast.presets import default_device, labels_in_turn, load_letters
+    from ebcache_fast.presets import BUNDLED, labels_in_turn, letters_judge, open_model
+    from ebcache_fast.report import command_line, write_report
 
-    preset = load_letters(default_device())
-    denoiser = as_denoiser(preset.model)
+    judge = letters_judge() if model == BUNDLED else None
+    check_count(samples, judged=judge is not None)
+    opened = open_model(model, ckpt, image_size, num_classes)
+    denoiser = as_denoiser(opened)
     setting = Setting(denoiser.shape, num_sampling_steps, sampler)
-    parsed = [parse_method(method, setting) for method in methods]
-    labels = labels_in_turn(samples, denoiser.num_classes)
+    options["methods"] = default_methods(setting) if methods is None else methods
+    parsed = [parse_method(method, setting) for method in options["methods"]]
+    drawn = labels_in_turn(samples, denoiser.num_classes, labels or ())
     if out is not None:
         make_folder(out)
     with console.progress_bar() as bar:
-        _, results = demo.measure(
-            preset, parsed, labels, global_seed, cfg_scale, on_start=bar.reset, on_step=bar.update
+        _, results = measure(
+            opened,
+            parsed,
+            drawn,
+            judge,
+            seed=global_seed,
+            cfg_scale=cfg_scale,
+            batch_size=per_proc_batch_size,
+            on_start=bar.reset,
+            on_step=bar.update,
         )
     console.print_results(results)
     if out is not None:
-        demo.write_report(out / "report.json", results, global_seed)
+        settings = {"model": model, "sampler": sampler, "cfg_scale": cfg_scale, "seed": global_seed}
+        write_report(out / "report.json", results, drawn, command_line("compare", options), settings)
         print(out / "report.json")

@@ -6,7 +6,8 @@ stand beside it. All is computed in float64 on the CPU, whatever device and floa
 """
 
 from ebcache_fast.quality.distances import GaussianStats, frechet_distance, inception_score, precision_recall
-from ebcache_fast.quality.samples import contrast, paired_error, recognised, recognised_by_class
+from ebcache_fast.quality.judging import Judge, Judgement
+from ebcache_fast.quality.samples import contrast, paired_error, recognised, recognised_by_class, recognition
 from ebcache_fast.quality.scoring import FeatureExtractor, Features, Reference, Scores, score
 from ebcache_fast.quality.spread import (
     PairedDifference,
@@ -20,6 +21,8 @@ __all__ = [
     "FeatureExtractor",
     "Features",
     "GaussianStats",
+    "Judge",
+    "Judgement",
     "PairedDifference",
     "Reference",
     "Scores",
@@ -34,5 +37,6 @@ __all__ = [
     "precision_recall",
     "recognised",
     "recognised_by_class",
+    "recognition",
     "score",
 ]

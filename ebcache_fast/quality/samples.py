@@ -39,30 +39,30 @@ def paired_error(images: Tensor, reference: Tensor) -> Tensor:
     return difference / size
 
 
-def recognised(logits: Tensor, labels: Tensor) -> float:
-    """The share of samples whose largest logit (N, K) is at their label (N,), integer.
+def recognition(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far each sample is recognised, its largest logit (N, K) at its label (N,), integer: (N,) float64.
 
-    No class is favoured: where n logits are the largest together, each of their labels counts 1/n, what a guess among
-    them would get. Raises InputError for wrong shapes, a label outside 0..K-1, or a non-finite value.
+    1 or 0; and, so that no class is favoured, 1/n where n logits are the largest together and the label's is one of
+    them, what a guess would get. Raises InputError for wrong shapes, a label outside 0..K-1, or a non-finite value.
     """
-    hits, _ = _hits(logits, labels)
-    return float(hits.mean())
+    scores = checked(logits, "logits", 2)
+    y = checked_labels(labels, scores.shape[0], scores.shape[1])
+    largest = (scores == scores.amax(dim=1, keepdim=True)).double()
+    return (largest / largest.sum(dim=1, keepdim=True)).gather(1, y[:, None]).squeeze(1)
+
+
+def recognised(logits: Tensor, labels: Tensor) -> float:
+    """The mean `recognition` of samples with these logits (N, K) and labels (N,); raises as that does."""
+    return float(recognition(logits, labels).mean())
 
 
 def recognised_by_class(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
     """`recognised` for each class alone: (classes,) float64, NaN for a class that no sample has.
 
-    Raises InputError like `recognised`, and if the logits are not `classes` wide.
+    Raises InputError like `recognition`, and if the logits are not `classes` wide.
     """
-    hits, y = _hits(logits, labels)
+    hits = recognition(logits, labels)
     if logits.shape[1] != classes:
         raise InputError(f"classes is {classes}; it must be {logits.shape[1]}, the width of the logits: pass that")
+    y = labels.detach().cpu().long()
     return torch.bincount(y, weights=hits, minlength=classes) / torch.bincount(y, minlength=classes)
-
-
-def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """1.0, 0.0 or a share of a tie for each sample (N,) float64, and its checked label (N,) int64."""
-    scores = checked(logits, "logits", 2)
-    y = checked_labels(labels, scores.shape[0], scores.shape[1])
-    largest = (scores == scores.amax(dim=1, keepdim=True)).double()
-    return (largest / largest.sum(dim=1, keepdim=True)).gather(1, y[:, None]).squeeze(1), y
