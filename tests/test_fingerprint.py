@@ -194,8 +194,56 @@ def test_a_layer_made_where_another_lay_is_another() -> None:
         assert watch.look() is not before
 
 
-def test_shared_layers_are_looked_at_in_each_place() -> None:
+def test_a_layer_more_places_of_which_there_are_by_now() -> None:
     layer = nn.Linear(2, 2)
-    once, twice = nn.Sequential(layer), nn.Sequential(layer, layer)
-    found: list[Tensor] = [torch.tensor(Watch(one).look().versions) for one in (once, twice)]
-    assert [len(one) for one in found] == [2, 4]
+    model = nn.Sequential(layer)
+    watch = Watch(model)
+    before = watch.look()
+    model.append(layer)
+    after = watch.look()
+    assert after.parts != before.parts
+    assert after.versions == before.versions, "it is looked at once"
+
+
+class Numbered(nn.Module):
+    """A layer with plain numbers, as attention has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.scale, self.is_causal, self.stride, self.kind, self.eps = 2, 0.5, False, (1, 1), "a", None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+NUMBERS: dict[str, Change] = {
+    "a norm's epsilon": lambda model: setattr(model.blocks[-1].norm2, "eps", 1e-3),
+    "heads": lambda model: setattr(model.blocks[-1].attn, "num_heads", 1),
+    "a kind of GELU": lambda model: setattr(model.blocks[0].mlp.act, "approximate", "none"),
+    "a number of the whole": lambda model: setattr(model, "patch_size", 1),
+    "a layer's mode": lambda model: model.y_embedder.train(),
+    **{
+        f"{name}={value}": lambda model, name=name, value=value: setattr(last(model).more, name, value)  # type: ignore[misc]
+        for name, value in dict(heads=4, scale=0.25, is_causal=True, stride=(2, 1), kind="b", eps=1e-6).items()
+    },
+    "no number": lambda model: delattr(last(model).more, "heads"),
+    "a class's forward": lambda model: setattr(Numbered, "forward", lambda self, x: 2 * x),
+    "a processor's number": lambda model: setattr(model.blocks[0].attn.processor, "_attention_backend", "sage"),
+}
+
+
+@pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
+def test_other_numbers_and_functions_are_other_code(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Numbered, "forward", Numbered.forward)
+    model = tiny_dit()
+    last(model).more = Numbered()
+    model.blocks[0].attn.processor = type("Processor", (), {})()
+    model.blocks[0].attn.processor._attention_backend = None
+    watch = Watch(model)
+    before = watch.look()
+    assert watch.look() is before
+    change(model)
+    after = watch.look()
+    assert after.code != before.code
+    assert after.parts != before.parts
+    assert after is watch.look()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.ops import TORCH
 
 CPU = torch.device("cpu")
-MATMUL = torch.backends.cuda.matmul
+MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
+WAYS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 JOB = Job(plan_of((NO, ATTN_MLP)), labels=(2,))
 
 
@@ -35,12 +37,38 @@ def called(switch: Callable[[Any], object], value: object, before: object) -> It
     switch(before)
 
 
+@contextmanager
+def switched(on: Callable[[], object], off: Callable[[], object]) -> Iterator[None]:
+    on()
+    yield
+    off()
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float32 by the old name": lambda: called(torch.set_float32_matmul_precision, "high", "highest"),
     "float32 by the new name": lambda: setting(MATMUL, "fp32_precision", "tf32"),
     "float16": lambda: setting(MATMUL, "allow_fp16_reduced_precision_reduction", False),
     "bfloat16": lambda: setting(MATMUL, "allow_bf16_reduced_precision_reduction", False),
+    "float16, added up so": lambda: setting(MATMUL, "allow_fp16_accumulation", True),
+    "float16 by split k": lambda: setting(MATMUL, "allow_fp16_reduced_precision_reduction", (False, False)),
+    "bfloat16 by split k": lambda: setting(MATMUL, "allow_bf16_reduced_precision_reduction", (False, False)),
+    "float32 everywhere": lambda: setting(torch.backends, "fp32_precision", "tf32"),
+    "convolutions by the old name": lambda: setting(CUDNN, "allow_tf32", False),
+    "convolutions by the new name": lambda: setting(CUDNN.conv, "fp32_precision", "ieee"),
+    "products of a CPU": lambda: setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "no cuDNN": lambda: setting(CUDNN, "enabled", False),
+    "cuDNN tries": lambda: setting(CUDNN, "benchmark", True),
+    "cuDNN repeats": lambda: setting(CUDNN, "deterministic", True),
+    "no oneDNN": lambda: setting(torch.backends.mkldnn, "enabled", False),
+    "another default": lambda: called(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "unwritten memory": lambda: setting(torch.utils.deterministic, "fill_uninitialized_memory", False),
     "determinism": lambda: called(torch.use_deterministic_algorithms, True, False),
+    "determinism, as a warning": lambda: switched(
+        partial(torch.use_deterministic_algorithms, True, warn_only=True),
+        partial(torch.use_deterministic_algorithms, False),
+    ),
+    "sums of plain attention": lambda: called(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, True, False),
+    "another order": lambda: sdpa_kernel([*reversed(WAYS)], set_priority=True),
     "flash attention": lambda: sdpa_kernel([SDPBackend.FLASH_ATTENTION]),
     "no flash attention": lambda: called(torch.backends.cuda.enable_flash_sdp, False, True),
     "no efficient attention": lambda: called(torch.backends.cuda.enable_mem_efficient_sdp, False, True),
@@ -57,15 +85,13 @@ def said_in_full() -> None:
 
 def test_every_setting_counts() -> None:
     assert Numerics.now(CPU) == Numerics.now(CPU)
-    found = [Numerics.now(CPU)]
-    for change in SETTINGS.values():
+    usual = Numerics.now(CPU)
+    for name, change in SETTINGS.items():
         with change():
-            found.append(Numerics.now(CPU))
+            assert Numerics.now(CPU) != usual, name
+        assert Numerics.now(CPU) == usual, name
     with torch.autocast("cpu", torch.bfloat16):
-        found.append(Numerics.now(CPU))
-        assert Numerics.now(torch.device("cuda")) == found[0]
-    assert len({*found}) == len(found) - 1  # two names of one setting
-    assert Numerics.now(CPU) == found[0]
+        assert Numerics.now(CPU) != usual == Numerics.now(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
@@ -84,3 +110,13 @@ def test_graphs_of_other_settings_are_others(change: Callable[[], AbstractContex
     with change():
         assert [captures_of_a_run(), captures_of_a_run()] == [2, 0]
     assert captures_of_a_run() == 0
+
+
+def test_the_attention_backend_of_diffusers_counts_where_diffusers_is_loaded() -> None:
+    dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    usual = Numerics.now(CPU)
+    with dispatch.attention_backend("_native_math"):
+        assert Numerics.now(CPU) != usual
+    assert Numerics.now(CPU) == usual
+    with setting(dispatch, "dispatch_attention_fn", None):
+        assert Numerics.now(CPU) != usual

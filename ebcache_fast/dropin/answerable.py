@@ -10,15 +10,17 @@ from torch import nn
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
 from ebcache_fast.dropin.probe import probe
-from ebcache_fast.engine.fingerprint import Columns, Fingerprint, Watch
+from ebcache_fast.engine.fingerprint import Fingerprint, Watch
+from ebcache_fast.engine.numerics import Functions, Numerics, functions_now
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import Denoiser, as_denoiser
+from ebcache_fast.models.layers import in_training, parameters_of, walk
 from ebcache_fast.plan import Plan
 from ebcache_fast.sampling import plan_for
 
 OFF_SWITCH = "EBCACHE_DISABLE"
-Probed = list[tuple[nn.Module, type]]  # the modules that a probe ran, in each of their places, as what they were
+Probed = tuple[object, ...]  # what a probe ran: modules in their places, the code they run, torch's functions
 
 
 class DeclinedError(Exception):
@@ -31,6 +33,7 @@ class Answerable(NamedTuple):
     call: ModelCall
     denoiser: Denoiser
     weights: Fingerprint
+    numerics: Numerics
 
 
 class Gate:
@@ -43,9 +46,11 @@ class Gate:
     def __init__(self, model: nn.Module, plan: Plan, options: EngineOptions, own: OwnForward) -> None:
         options.check(as_denoiser(model))
         self.model, self.plan, self.options, self.own = model, plan, options, own
+        if layer := in_training(model):
+            raise InputError(f"{type(model).__name__}'s {layer} is in training mode; call model.eval()")
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
         self.forget()
-        self._probed = _modules_of(model)
+        self._probed: Probed = self._code(self._watch.look(), functions_now())
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has another model to look at."""
@@ -58,8 +63,8 @@ class Gate:
     def forget(self) -> None:
         """Look at everything again when the next call comes."""
         self._watch = Watch(self.model)
-        self._parts: Columns | None = None  # those of the fingerprint that was looked at last
-        self._probed = Probed()
+        self._seen: object = None  # parts and functions as they were looked at last
+        self._probed = ()
         self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
         self._misfit: str | None = None  # why the model can't be answered for as it is now
 
@@ -69,18 +74,22 @@ class Gate:
         Raises DeclinedError where the model's own forward has to answer, InputError for one that no model can.
         """
         call = self._asks_for_nothing_else(call)
-        weights = self._watch.look()  # while the device may be busy with the last call still
-        if weights.parts != self._parts:
-            self._look_again()
-            self._parts = weights.parts
+        weights, functions = (
+            self._watch.look(),
+            functions_now(),
+        )  # while the device may be busy with the last call still
+        if (seen := (weights.parts, functions)) != self._seen:
+            self._look_again(weights, functions)
+            self._seen = seen
         if self._misfit:
             raise DeclinedError(self._misfit)
-        if torch.is_autocast_enabled(self._device_type):
+        numerics = Numerics.now(self._device, functions)
+        if numerics.autocast:
             raise DeclinedError("autocast is on")
         if (form := (call.form, weights)) != self._checked:
             call.check(self._denoiser)
             self._checked = form
-        return Answerable(call, self._denoiser, weights)
+        return Answerable(call, self._denoiser, weights, numerics)
 
     def _asks_for_nothing_else(self, call: ModelCall | None) -> ModelCall:
         if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
@@ -89,13 +98,13 @@ class Gate:
             raise DeclinedError("arguments that the engine does not know")
         if self.model.training:
             raise DeclinedError("the model is in training mode")
-        if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *self.model.parameters())):
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *parameters_of(self.model))):
             raise DeclinedError("gradients are recorded")
         if call.is_guided_by_row:
             raise DeclinedError("cfg_scale differs within the batch")
         return call
 
-    def _look_again(self) -> None:
+    def _look_again(self, weights: Fingerprint, functions: Functions) -> None:
         """Find out whether the model can still be answered for; hooks or modules may be others by now."""
         self._misfit = None
         try:
@@ -103,15 +112,20 @@ class Gate:
             self.options.check(self._denoiser)
             if (weight := self._denoiser.weight()).is_meta:
                 raise InputError("its weights are on the meta device, as offloading leaves them")
-            self._device_type = weight.device.type
-            if (modules := _modules_of(self.model)) != self._probed:
+            self._device = weight.device
+            if layer := in_training(self.model):
+                raise InputError(f"its {layer} is in training mode, and the engine runs it as in eval mode")
+            if (code := self._code(weights, functions)) != self._probed:
                 self._probe_again()
-                self._probed = modules
+                self._probed = code
         except EBCacheError as error:
-            self._probed, self._misfit = Probed(), f"the model was changed: {error}"
+            self._misfit = f"the model was changed: {error}"
         else:
             if module := self._denoiser.passed_over_hooks():
                 self._misfit = f"{module} has hooks, and no part of the engine calls it"
+
+    def _code(self, weights: Fingerprint, functions: Functions) -> Probed:
+        return [tuple(module._modules.items()) for _, module in walk(self.model)], weights.code, functions
 
     def _probe_again(self) -> None:
         plan_for(self._denoiser, self.plan)
@@ -119,7 +133,3 @@ class Gate:
             guided_channels = probe(self.model, self.plan)
         if guided_channels != self.guided_channels:
             raise InputError("its forward_with_cfg is another one; enable it again")
-
-
-def _modules_of(model: nn.Module) -> Probed:
-    return [(module, type(module)) for _, module in model.named_modules(remove_duplicate=False)]

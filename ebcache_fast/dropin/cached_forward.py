@@ -21,6 +21,7 @@ from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Arrival, StepScheduler
@@ -128,7 +129,7 @@ class CachedForward:
         return self.own.answer(name, *args, **named)
 
     def _step(self, answerable: Answerable) -> Tensor:
-        call, denoiser, weights = answerable
+        call, denoiser, weights, numerics = answerable
         facts = call.read(denoiser)
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
@@ -139,13 +140,13 @@ class CachedForward:
         if lane is not None:
             lane.refuse_twins(arrival, t)
         is_taken_over = lane is not None and lane.is_taken_over(self._makes_of(key), call.given)
-        why = _why_not_planned(lane, arrival, weights, is_taken_over=is_taken_over)
+        why = _why_not_planned(lane, arrival, weights, numerics, is_taken_over=is_taken_over)
         if why is not None:
             if self.options.strict:
                 raise TrajectoryError(f"t={t:g} was not expected: {why}; strict=False computes such a step in full")
             _count(self._refreshed, why, "a step computes everything")
             arrival = arrival._replace(planned=False)
-        if lane is None or arrival.begins or lane.weights != weights:
+        if lane is None or arrival.begins or lane.weights != weights or lane.numerics != numerics:
             lane = self._begin(key, call, weights, began_anew=lane is not None and lane.is_begun_anew(arrival))
         self._lanes.move_to_end(key)
         return self._run(lane, key, arrival, t, call)
@@ -209,10 +210,14 @@ def _count(counter: Counter[str], why: str, what: str) -> None:
         logging.getLogger(__name__).warning("%s: %s; ebcache_fast.stats counts how often", what, why)
 
 
-def _why_not_planned(lane: Lane | None, arrival: Arrival, weights: Fingerprint, *, is_taken_over: bool) -> str | None:
+def _why_not_planned(
+    lane: Lane | None, arrival: Arrival, weights: Fingerprint, numerics: Numerics, *, is_taken_over: bool
+) -> str | None:
     """Why everything has to be computed; None where the plan can be followed."""
     if lane is not None and not arrival.begins and lane.weights != weights:
         return "weights changed within a run"
+    if lane is not None and not arrival.begins and lane.numerics != numerics:
+        return "torch's settings or functions changed within a run"
     if is_taken_over and not arrival.begins:
         return "a run did not begin with the first step"
     if arrival.planned:

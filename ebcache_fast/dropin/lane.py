@@ -6,6 +6,7 @@ from weakref import ref
 from torch import Tensor
 
 from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.step_scheduler import Arrival
 from ebcache_fast.engine.trajectory import ForwardTrajectory
 from ebcache_fast.errors import TrajectoryError
@@ -23,6 +24,11 @@ class Lane:
     is_remade: bool = False  # at each step, so that other tensors mean nothing
     expected: int = 0  # the step that comes next
     is_shared: bool = False  # by two runs
+
+    @property
+    def numerics(self) -> Numerics:
+        """Under which it began."""
+        return self.trajectory.place.spec.numerics
 
     def is_begun_anew(self, arrival: Arrival) -> bool:
         """Whether the run that replaces this one may take turns with it; runs that were refused are over."""

@@ -12,6 +12,7 @@ from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
+from ebcache_fast.models.layers import parameters_of
 from ebcache_fast.plan import Plan
 
 # Of the largest output. Two orders of the same sums differ by far less; another kind of attention, by far more.
@@ -26,7 +27,7 @@ def probe(model: nn.Module, plan: Plan) -> int:
     Raises InputError where its forward is not what the engine would run in its place.
     """
     weight = as_denoiser(model).weight()
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in parameters_of(model)):
         raise InputError(
             f"{type(model).__name__} is on the meta device, without weights; load them first, and offload whole "
             "models (enable_model_cpu_offload), not layers"

@@ -19,7 +19,7 @@ class TrustingForward(CachedForward):
     _ending = Ending.PREDICT_GUARDED
 
     def _step(self, answerable: Answerable) -> Tensor:
-        call, denoiser, weights = answerable
+        call, denoiser, weights, numerics = answerable
         key = self._kind_of(call)
         if (lane := self._lanes.get(key)) is None:
             if call.read(denoiser).timesteps != {self.plan.timesteps[0]}:
@@ -30,6 +30,9 @@ class TrustingForward(CachedForward):
         if lane.weights != weights:
             self._end(key)
             raise TrajectoryError("weights changed within a run; begin it again")
+        if lane.numerics != numerics:
+            self._end(key)
+            raise TrajectoryError("torch's settings or functions changed within a run; begin it again")
         if call.context and lane.is_taken_over(self._makes_of(key), call.given) and lane.expected > 1:
             self._end(key)
             raise TrajectoryError("a run of other prompt tensors goes on in the middle; begin it with the first step")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
 from ebcache_fast.engine.graphs import Graph, Graphs
+from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.stats import Counts
 from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.step_scheduler import Dispatch
@@ -18,6 +19,7 @@ from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError, InputError
 from ebcache_fast.models.denoiser import Context, Denoiser
 from ebcache_fast.models.float8 import Float8Branches
+from ebcache_fast.models.layers import tensors_of
 from ebcache_fast.ops import Operations
 from ebcache_fast.plan import Plan
 
@@ -29,6 +31,7 @@ class Ready:
     """Work that can run: all that is left to do for it is a call."""
 
     run: Callable[[], None]
+    run_eagerly: Callable[[], None]
     names: tuple[str, ...]  # the type of each step
     hits: int
     why_eager: str | None  # None of a graph
@@ -61,6 +64,7 @@ class BufferSet:
         self._graphs: dict[Work, Graph] = {}
         self._refused: dict[Work, str] = {}
         self._streams = StreamOrder(buffers.x.device)
+        self._strict = False
         self._next_step: int | None = None  # what the clock on the device says, if that is known
 
     @property
@@ -78,6 +82,7 @@ class BufferSet:
 
         What can't be captured will run eagerly, and is counted; CaptureError instead if ``strict``.
         """
+        self._strict = strict
         for work in dict.fromkeys(works):
             if work not in self._graphs and work not in self._refused:
                 self._capture(work, room, strict=strict)
@@ -114,6 +119,18 @@ class BufferSet:
         self.set_context(modulation.context)
         modulation.load_row(step, t)
 
+    def as_of_now(self, ready: Ready) -> Ready:
+        """The same, but eagerly where its graph was captured under other settings or functions of torch than now's.
+
+        CaptureError instead if strict.
+        """
+        if ready.why_eager is not None or Numerics.now(self.buffers.x.device) == self.spec.numerics:
+            return ready
+        why = "torch's settings or functions changed within a run"
+        if self._strict:
+            raise CaptureError(f"{why}, which its graphs don't follow; strict=False runs its steps eagerly from there")
+        return replace(ready, run=ready.run_eagerly, why_eager=why)
+
     def run(self, ready: Ready, step: int) -> None:
         """Run work of which ``step`` is the first."""
         self.join()
@@ -137,8 +154,7 @@ class BufferSet:
             self._runner.clock.set(0)
             body()  # allocates the workspace, compiles the kernels
             self._runner.clock.set(0)
-            weights = [*self._model.parameters(), *self._model.buffers()]
-            static = [*self.buffers.tensors, *self._runner.clock.tensors, *weights]
+            static = [*self.buffers.tensors, *self._runner.clock.tensors, *tensors_of(self._model)]
             self._graphs[work] = self._backend.capture(body, static)
         except Exception as error:  # whatever a driver, a library or somebody's hook may raise
             self._refuse(work, f"capture failed with {type(error).__name__}", error, strict=strict)
@@ -156,9 +172,10 @@ class BufferSet:
         names = tuple(dispatch.plan.type_name for dispatch in work for _ in range(dispatch.steps))
         hits = sum(dispatch.steps * len(dispatch.plan.reused) for dispatch in work)
         graph = self._graphs.get(work)
+        execute = partial(self._execute, work)
         if graph is not None:
-            return Ready(graph.replay, names, hits, None)
-        return Ready(partial(self._execute, work), names, hits, self._refused[work])
+            return Ready(graph.replay, execute, names, hits, None)
+        return Ready(execute, execute, names, hits, self._refused[work])
 
     def _count(self, ready: Ready) -> None:
         counts = self._counts

@@ -1,22 +1,25 @@
 """What a model is made of right now, so that a graph or a table made from it can tell whether it still holds."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter, call, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ebcache_fast.models.layers import has_another_forward
+from ebcache_fast.models.layers import has_another_forward, walk
 
 Columns = tuple[list[Any], ...]
 INSIDE = list(map(itemgetter, ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")))
+PLAIN = (bool, int, float, str, tuple, type(None))  # what a graph would keep of an attribute
 
 
 class Fingerprint(NamedTuple):
     """Two models of equal parts lie at the same addresses; of equal versions, nothing wrote there since.
 
-    Adapters of peft that were scaled, or turned on and off, count as written to.
+    Parts are also the plain numbers among the attributes of layers (an epsilon, heads, a factor), and their classes'
+    functions. Adapters of peft that were scaled, or turned on and off, count as written to.
 
     A write through ``.data`` changes neither. So whatever is computed from weights is computed anew for each
     trajectory, and graphs read the weights themselves.
@@ -26,55 +29,87 @@ class Fingerprint(NamedTuple):
     versions: list[Any]
     watched: bool  # hooks, or a forward of its own, on some part of the model: Python that a graph would not run
 
+    @property
+    def code(self) -> Columns:
+        """What Python its layers run and with which numbers, but for hooks: the first of its parts."""
+        return self.parts[:5]
+
 
 class Watch:
     """Looks at one model time and again: its modules, their hooks and the memory of their parameters and buffers.
 
     The drop-in looks at every call, so it is done by whole columns, in loops that Python does not interpret, and the
-    tree of modules is walked only when one of them has others below it than it had. Those seen last are kept, so that
-    no other module can come to lie where one of them did.
+    modules are walked only when one of them has others below it than it had. Those seen last are kept, so that no other
+    module can come to lie where one of them did.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules: list[nn.Module] = []  # until the first look: a model that is copied has nothing yet
-        self._insides: list[dict[str, Any]] = []
+        self._tree: _Tree | None = None  # until the first look: a model that is copied has nothing yet
         self._seen: Fingerprint | None = None
 
     def look(self) -> Fingerprint:
         """What it is made of now; the very object of the last look where that is the same."""
-        if _look_at(self._modules, self._insides) != self._seen:
-            self._modules = _walk(self._model)
-            self._insides = list(map(vars, self._modules))
-            self._seen = _look_at(self._modules, self._insides)
-        return self._seen
+        if self._tree is None or _look_at(self._tree) != self._seen:
+            self._tree = _Tree.of(self._model)
+            self._seen = _look_at(self._tree)
+        return self._seen  # type: ignore[return-value]  # of the branch before, or of an earlier one
 
 
-def _walk(model: nn.Module) -> list[nn.Module]:
-    """The model and all below it; a module that has two places comes twice."""
-    modules, found = [model], [model]
-    while found:
-        found = [child for child in _values(vars(one)["_modules"] for one in found) if child is not None]
-        modules += found
-    return modules
+class _Tree(NamedTuple):
+    """A model's modules, itself first, and where to find what else they are made of."""
+
+    modules: Sequence[nn.Module]
+    insides: Sequence[dict[str, Any]]
+    getters: Sequence[Callable[[Any], Any]]  # of the numbers in each of
+    numbered: Sequence[dict[str, Any]]
+    functions: Sequence[Callable[[], Any]]  # what finds those of each class
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Tree":
+        modules = [module for _, module in walk(model)]
+        insides = list(map(vars, modules))
+        processors = [one for one in map(dict.get, insides, repeat("processor")) if one is not None]
+        # A linear layer's sizes are its weight's. Names with a _ are bookkeeping, but those of processors.
+        found = [(_plain_in(vars(one), hidden=False), vars(one)) for one in modules if type(one) is not nn.Linear]
+        found += [(_plain_in(vars(one), hidden=True), vars(one)) for one in processors if hasattr(one, "__dict__")]
+        getters = [itemgetter(*names) for names, _ in found if names]
+        functions: list[Callable[[], Any]] = [
+            partial(getattr, kind, "forward") for kind in dict.fromkeys(map(type, modules))
+        ]
+        functions += [partial(getattr, kind, "__call__", None) for kind in dict.fromkeys(map(type, processors))]
+        return cls(modules, insides, getters, [inside for names, inside in found if names], functions)
 
 
-def _look_at(modules: Sequence[nn.Module], insides: Sequence[dict[str, Any]]) -> Fingerprint:
-    """The fingerprint of modules and their attributes, the whole model's first."""
+def _plain_in(inside: dict[str, Any], *, hidden: bool) -> list[str]:
+    """The names of attributes that are numbers, flags, names or tuples of them, but for the mode of training."""
+    names = (name for name, value in inside.items() if isinstance(value, PLAIN) and name != "training")
+    return [name for name in names if hidden or name[0] != "_"]
+
+
+def _look_at(tree: _Tree) -> Fingerprint | None:
+    """The fingerprint of modules and their attributes, the whole model's first; None where one has fewer by now."""
+    insides = tree.insides
     children, parameters, buffers, hooks, pre_hooks = (list(map(get, insides)) for get in INSIDE)
     tensors = [one for one in chain(_values(parameters), _values(buffers)) if one is not None]
     # The model's own hooks run around a graph, and its own forward may be the one that asks.
     forwards = list(map(dict.get, insides[1:], repeat("forward")))
-    python = list(map(len, hooks[1:])), list(map(len, pre_hooks[1:]))
-    others = forwards.count(None) < len(forwards) and any(map(has_another_forward, modules[1:]))
+    hooked = any(hooks[1:]), any(pre_hooks[1:])
+    python = [list(map(len, each[1:])) if some else () for some, each in zip(hooked, (hooks, pre_hooks), strict=True)]
+    others = forwards.count(None) < len(forwards) and any(map(has_another_forward, tree.modules[1:]))
     strides = chain.from_iterable(map(Tensor.stride, tensors))
     memory = map(Tensor.data_ptr, tensors), strides, map(attrgetter("dtype"), tensors)
     processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
-    kinds = map(type, modules), processors
-    columns = *kinds, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
+    modes = list(map(dict.get, tree.numbered, repeat("training")))  # of no matter where all are in the same
+    kinds = map(type, tree.modules), processors, map(call, tree.functions), modes if len({*modes}) > 1 else ()
+    try:
+        numbers = list(map(call, tree.getters, tree.numbered))
+    except KeyError:
+        return None
+    columns = numbers, *kinds, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
     versions = [*_versions(tensors), *_adapters(insides)]
-    return Fingerprint(parts, versions, others or any(chain(*python)))
+    return Fingerprint(parts, versions, others or any(hooked))
 
 
 def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:

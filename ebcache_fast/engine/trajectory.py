@@ -47,7 +47,7 @@ class Trajectory:
             raise TrajectoryError(f"{self._why_over}; begin a new run")
         if not self._waiting:
             return 0
-        ready = self._waiting.pop()
+        ready = self._place.as_of_now(self._waiting.pop())
         self._why_over = "a step of this run failed, perhaps half way through"  # unless all goes well
         self._place.run(ready, self._done)
         self._why_over = None

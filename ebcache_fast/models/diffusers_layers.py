@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Means
-from ebcache_fast.models.layers import is_watched, linear_gelu, linear_into
+from ebcache_fast.models.layers import is_watched, linear_gelu, linear_into, walk
 
 
 def refuse_other_ways(model: nn.Module) -> None:
     """InputError where hooks of diffusers keep features, or weights in a dtype of their own or somewhere else."""
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         registry = vars(module).get("_diffusers_hook")
         for name, hook in registry.hooks.items() if registry is not None else ():
             if hook._is_stateful or name == "layerwise_casting" or name.endswith("group_offloading"):
@@ -32,9 +32,9 @@ def is_known(part: Any) -> bool:
 def first_foreign(named: Any) -> str | None:
     """The path of the first of these (path, module) whose class, or attention processor, is neither's own."""
     for path, module in named:
-        for name, part in module.named_modules(prefix=path):
+        for name, part in walk(module, path):
             if not is_known(part) or not is_known(getattr(part, "processor", part)):
-                return str(name)
+                return name
     return None
 
 

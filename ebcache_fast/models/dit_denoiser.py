@@ -19,6 +19,7 @@ from ebcache_fast.models.layers import (
     is_watched,
     linear_gelu,
     linear_into,
+    walk,
     weight_of,
 )
 from ebcache_fast.operands import Linear, Patches
@@ -131,7 +132,7 @@ class DiTDenoiser(LabelConditioned):
         called = (*(f"attn.{name}" for name in ("qkv", "proj", "q_norm", "k_norm")), "mlp.fc1", "mlp.act", "mlp.fc2")
         of_layers = (f"blocks.{i}.{name}" for i in range(len(self._blocks)) for name in called)
         there = ((path, attrgetter(path)(self._model)) for path in (*ends, *of_layers) if has(self._model, path))
-        return next((path for path, layer in there if not all(map(is_torchs_own, layer.modules()))), None)
+        return next((path for path, layer in there if not all(is_torchs_own(one) for _, one in walk(layer))), None)
 
     @property
     def has_plain_ends(self) -> bool:

@@ -1,5 +1,6 @@
 """What adapters ask of a model's layers: whether they are torch's own and bare, and how to run them."""
 
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +15,37 @@ from ebcache_fast.operands import Linear
 def is_torchs_own(module: nn.Module) -> bool:
     """Whether its class is one of torch.nn."""
     return type(module).__module__.startswith("torch.nn.modules")
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model and all below it, level by level, each once with the first path to it, whatever holds what."""
+    found, seen = [(prefix, model)], {id(model)}
+    for path, module in found:
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append((f"{path}{path and '.'}{name}", child))
+
+
+def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All of the model and what is below it; one that has two places comes twice."""
+    for _, module in walk(model):
+        yield from (one for one in module._parameters.values() if one is not None)
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Its parameters and buffers."""
+    yield from parameters_of(model)
+    for _, module in walk(model):
+        yield from (one for one in module._buffers.values() if one is not None)
+
+
+def in_training(model: nn.Module) -> str | None:
+    """A layer in training mode, to which that makes a difference; None without any."""
+    matter = ("p", "drop_prob", "dropout_prob", "track_running_stats")  # dropout of every kind, and batch norm
+    training = ((path, module) for path, module in walk(model) if module.training)
+    return next((path for path, module in training if any(vars(module).get(name) for name in matter)), None)
 
 
 def has(model: nn.Module, path: str) -> bool:
