@@ -75,7 +75,7 @@ def enable(
     options = EngineOptions(strict=strict, fp8=fp8, max_graphs=max_graphs, max_trajectories=max_trajectories)
     before = _cached_forward(module)
     with before.own.asked() if before is not None else nullcontext():
-        velocity = VelocityScaling.of(model, module, plan.eps_scale)
+        velocity = VelocityScaling.of(model, module, plan)
         cached = (TrustingForward if trust_order else CachedForward)(module, plan, options, velocity)
     disable(module)
     cached.install()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Self
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import ModelShape, Plan, StepType, check_timesteps
-from ebcache_fast.table_file import MAX_INT, naming, read_json, shown, write_json
+from ebcache_fast.plan import MAX_INT, ModelShape, Plan, StepType, exact_timesteps, shown
+from ebcache_fast.table_file import naming, read_json, write_json
 from ebcache_fast.table_fit import check_origin, check_sizes
 from ebcache_fast.table_schema import Provenance, SamplerSpec, TableFile
 
@@ -26,7 +26,8 @@ class CacheTable:
     """The type of every step of a sampling run: immutable, and valid from the moment it exists.
 
     Args:
-        timesteps: integers >= 0 in execution order, strictly decreasing.
+        timesteps: numbers >= 0 in execution order, strictly decreasing: those that the sampler gives its model, to the
+            last bit. Whole ones become ints; numpy's and torch's scalars are taken too.
         step_types: one StepType (or its code) per timestep, the first NO_CACHE.
         eps_scale: the factor b on the predicted noise, in (0, 1].
         sampler: whose timesteps these are, if known.
@@ -39,7 +40,7 @@ class CacheTable:
         TableError: one of these does not hold; the message names the field.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]  # whole ones are ints
     step_types: tuple[StepType, ...]
     eps_scale: float
     sampler: SamplerSpec | None
@@ -49,7 +50,7 @@ class CacheTable:
 
     def __init__(
         self,
-        timesteps: Iterable[int],
+        timesteps: Iterable[float],
         step_types: Iterable[int],
         eps_scale: float = 1.0,
         sampler: SamplerSpec | None = None,
@@ -58,7 +59,7 @@ class CacheTable:
         allow_amplify: bool = False,
     ) -> None:
         values = {
-            "timesteps": tuple(_as_int(f"timesteps[{i}]", t) for i, t in enumerate(timesteps)),
+            "timesteps": exact_timesteps(timesteps),
             "step_types": tuple(
                 StepType(_as_int(f"step_types[{i}]", s, max(StepType))) for i, s in enumerate(step_types)
             ),
@@ -116,13 +117,13 @@ class CacheTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def step_type_at(self, timestep: int) -> StepType:
+    def step_type_at(self, timestep: float) -> StepType:
         """The type of the step that runs at ``timestep``; TableError where none does."""
         if timestep not in self.timesteps:
             raise TableError(f"timestep: expected one of the table's, {reprlib.repr(self.timesteps)}, got {timestep}")
         return self.step_types[self.timesteps.index(timestep)]
 
-    def retime(self, timesteps: Iterable[int], sampler: SamplerSpec | None = None) -> Self:
+    def retime(self, timesteps: Iterable[float], sampler: SamplerSpec | None = None) -> Self:
         """The same step types, step by step, at another sampler's ``timesteps`` (as many of them)."""
         timesteps = tuple(timesteps)
         if len(timesteps) != len(self):
@@ -132,7 +133,7 @@ class CacheTable:
             )
         return replace(self, timesteps=timesteps, sampler=sampler)
 
-    def check(self, shape: ModelShape, timesteps: Iterable[int]) -> None:
+    def check(self, shape: ModelShape, timesteps: Iterable[float]) -> None:
         """Raise TableError, naming what differs, unless the table is for this model and these timesteps."""
         self._check_model(shape)
         for i, (own, given) in enumerate(zip(self.timesteps, self.retime(timesteps).timesteps, strict=True)):
@@ -153,7 +154,6 @@ class CacheTable:
         check_origin(self.made, self.step_types, tuple(cost.branch for cost in shape.branches))
 
     def _check_steps(self) -> None:
-        check_timesteps(self.timesteps)
         lengths = {"step_types": len(self.step_types)}
         if self.sampler is not None:
             lengths["sampler.steps"] = self.sampler.steps

@@ -111,7 +111,7 @@ class NoiseSchedule:
         """The full linear schedule, every timestep executed. Raises InputError as `linear_betas` does."""
         return cls(tuple(linear_betas(train_steps).tolist()), tuple(reversed(range(train_steps))))
 
-    def respace(self, timesteps: Sequence[int]) -> Self:
+    def respace(self, timesteps: Sequence[float]) -> Self:
         """The same training schedule with other executed timesteps, counted on the training schedule.
 
         Raises InputError when they are empty, no whole numbers, out of range or not strictly decreasing.
@@ -186,11 +186,14 @@ def _frozen(values: Array) -> Array:
     return values
 
 
-def _whole(t: int) -> int:
+def _whole(t: float) -> int:
     try:
-        return index(t)
+        return index(t)  # type: ignore[arg-type]
     except TypeError:
-        raise InputError(f"timestep {t!r} is not a whole number; give integers in execution order") from None
+        raise InputError(
+            f"timestep {t!r} is not a whole number; give integers in execution order: a table with others, such as "
+            "Euler's, is for ebcache_fast.enable, in the loop that has them"
+        ) from None
 
 
 def _check_steps(train_steps: int, steps: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ from typing import Any
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.files import replacing
+from ebcache_fast.plan import shown
 
 MAX_BYTES = 4 * 2**20  # far above any real table: a wrong path must not fill the memory
-MAX_INT = 2**63 - 1  # what an int64 tensor holds
 
 
 @contextmanager
@@ -69,11 +68,6 @@ def write_json(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
 def key_shown(name: str) -> str:
     """A key of the file as it may stand in a message: on one line, not too long."""
     return repr(name)[1:-1][:80]
-
-
-def shown(value: object) -> str:
-    """A value of the file as it may stand in a message; str() itself refuses the longest integers."""
-    return "an integer beyond 64 bits" if isinstance(value, int) and abs(value) > MAX_INT else reprlib.repr(value)
 
 
 def _layout(value: object, indent: str = "") -> str:

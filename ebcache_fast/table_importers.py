@@ -36,7 +36,7 @@ RowKey = tuple[int | None, Branch]  # the layer it is for, None for all
 
 def from_eb_npy(
     path: str | os.PathLike[str],
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     order: str = "execution",
     eps_scale: float = 1.0,
     allow_amplify: bool = False,
@@ -63,7 +63,7 @@ def from_eb_npy(
 
 def from_smoothcache(
     path: str | os.PathLike[str],
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     eps_scale: float = 1.0,
     allow_amplify: bool = False,
 ) -> CacheTable:
@@ -93,7 +93,7 @@ def from_smoothcache(
 
 def smoothcache_plan(
     path: str | os.PathLike[str],
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     depth: int,
     eps_scale: float = 1.0,
     branches: tuple[Branch, ...] = (Branch.SELF_ATTN, Branch.MLP),

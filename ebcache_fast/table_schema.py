@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.table_file import MAX_INT, key_shown, shown
+from ebcache_fast.plan import MAX_INT, shown
+from ebcache_fast.table_file import key_shown
 
 
 class _Record(BaseModel):
@@ -32,8 +33,15 @@ def _scalar(value: object) -> object:
     raise ValueError("Input should be a finite number, a string, a boolean or null")
 
 
+def _timestep(value: object) -> object:
+    if type(value) in (int, float) and 0 <= value <= MAX_INT:  # type: ignore[operator]
+        return value
+    raise ValueError(f"Input should be a number from 0 to {MAX_INT}")
+
+
 _Item = TypeVar("_Item")
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Timestep = Annotated[float, PlainValidator(_timestep)]  # an int where it is whole
 Mismatch = Annotated[float, Field(ge=0)]
 Scalar = Annotated[bool | int | float | str | None, PlainValidator(_scalar)]
 StepName = Literal[
@@ -78,7 +86,7 @@ class TableFile(_Record):
     version: int = Field(alias="schema", ge=1, le=1)
     model: dict[str, Count] | None
     sampler: SamplerSpec | None
-    timesteps: PerStep[Count]
+    timesteps: PerStep[Timestep]
     step_types: PerStep[StepName]
     eps_scale: float
     allow_amplify: bool

@@ -129,7 +129,7 @@ COGS = (COG_2B, COG_5B, COG_IMAGE, COG_VIDEO)
 THREE = (DIT, SIGMA, COG_2B)  # one of each
 
 
-def timesteps(pipe: Any, steps: int = STEPS) -> tuple[int, ...]:
+def timesteps(pipe: Any, steps: int = STEPS) -> tuple[float, ...]:
     """Those that the pipeline's scheduler runs."""
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
@@ -155,6 +155,6 @@ def ask(model: Any, call: Call, t: float, seed: int = 0) -> Tensor:
     return out
 
 
-def drive(model: Any, call: Call, ts: Sequence[int], seed: int = 0) -> list[Tensor]:
+def drive(model: Any, call: Call, ts: Sequence[float], seed: int = 0) -> list[Tensor]:
     """A call a step, with latents of each step's own."""
     return [ask(model, call, t, seed + i) for i, t in enumerate(ts)]

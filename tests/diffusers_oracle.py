@@ -42,7 +42,7 @@ class Replaying(nn.Module):
         return self.kept[self.place]
 
 
-def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale: float = 1.0) -> Any:
+def replaying(pipe: Any, types: Mapping[float, StepType] | None = None, eps_scale: float = 1.0) -> Any:
     """A copy of a plain pipeline that follows ``types``, by timestep; one that is not there computes everything.
 
     None stands for `TYPES` over as many steps of its scheduler.
@@ -59,7 +59,7 @@ def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale:
 
     def set_step(_: nn.Module, args: Any, named: dict[str, Any]) -> None:
         for each in found:
-            each.begin(of_step.get(int(named["timestep"][0]), NO))
+            each.begin(of_step.get(named["timestep"][0].item(), NO))
 
     model.register_forward_pre_hook(set_step, with_kwargs=True)
     if eps_scale != 1.0:
@@ -67,7 +67,7 @@ def replaying(pipe: Any, types: Mapping[int, StepType] | None = None, eps_scale:
     return pipe
 
 
-def by_timestep(pipe: Any, types: Sequence[StepType] = TYPES) -> dict[int, StepType]:
+def by_timestep(pipe: Any, types: Sequence[StepType] = TYPES) -> dict[float, StepType]:
     """Step types by the timesteps of the pipeline's scheduler."""
     return dict(zip(timesteps(pipe, len(types)), types, strict=True))
 
@@ -103,7 +103,7 @@ def scaled_v(v: Tensor, x: Tensor, squared: float, b: float) -> Tensor:
     return alpha * eps - sigma * x0
 
 
-def drive_replaying(pipe: Any, call: Call, ts: Sequence[int], types: Sequence[StepType] = TYPES) -> list[Tensor]:
+def drive_replaying(pipe: Any, call: Call, ts: Sequence[float], types: Sequence[StepType] = TYPES) -> list[Tensor]:
     """A call a step of the module, by the oracle."""
     other = replaying(pipe, dict(zip(ts, types, strict=False)))
     return drive(other.transformer, call, ts)

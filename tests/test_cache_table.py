@@ -12,13 +12,14 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebcache_fast import cache_table, table_file
 from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec, named_tables
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Branch, BranchShape, ModelShape, StepPlan, StepType
+from ebcache_fast.plan import Branch, BranchShape, ModelShape, Plan, StepPlan, StepType
 from ebcache_fast.table_schema import StepName
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
@@ -118,6 +119,22 @@ def test_every_field_but_the_two_sequences_is_optional() -> None:
     assert len(table) == 2
 
 
+@pytest.mark.parametrize(
+    "timesteps",
+    [(999.0, 799.2, 0.0), np.array([999, 799.2, 0]), np.array([999, 799.2, 0]).tolist(), torch.tensor([999, 799.2, 0])],
+)
+def test_whole_timesteps_become_ints_and_others_stay_as_they_are(timesteps: Any) -> None:
+    table = CacheTable(timesteps, [0, 1, 2])
+    assert [type(t) for t in table.timesteps] == [int, float, int]
+    assert table.timesteps == tuple(float(t) for t in timesteps)
+    plan = Plan.uncached(timesteps, 1, (Branch.MLP,))
+    assert repr(plan.timesteps) == repr(table.timesteps)
+
+
+def test_half_precision_is_taken_as_it_is() -> None:
+    assert CacheTable(torch.tensor([999, 990], dtype=torch.bfloat16), [0, 1]).timesteps == (1000, 992)
+
+
 def test_arrays_and_codes_become_plain_ints_and_step_types() -> None:
     table = CacheTable(np.array([5, 3]), np.array([0, 2]), eps_scale=np.float32(0.5))
     assert table == CacheTable([5, 3], [NO_CACHE, ATTN_MLP], 0.5)
@@ -132,9 +149,15 @@ def test_arrays_and_codes_become_plain_ints_and_step_types() -> None:
         ({"timesteps": []}, "timesteps: expected at least one"),
         ({"timesteps": [3, 3, 1]}, r"timesteps\[1\]: expected less than 3"),
         ({"timesteps": [1, 2, 3]}, r"timesteps\[1\]: expected less than 1"),
-        ({"timesteps": [2, 1, -1]}, r"timesteps\[2\]: expected an integer .* got -1"),
+        ({"timesteps": [2, 1, -1]}, r"timesteps\[2\]: expected a number from 0 to \d+, got -1"),
         ({"timesteps": [2, 1, False]}, r"timesteps\[2\]: .* got False"),
-        ({"timesteps": [2.0, 1, 0]}, r"timesteps\[0\]: .* got 2\.0"),
+        ({"timesteps": [2.5, 1.5, -0.5]}, r"timesteps\[2\]: expected a number .* got -0\.5"),
+        ({"timesteps": [float("inf"), 1, 0]}, r"timesteps\[0\]: .* got inf"),
+        ({"timesteps": [2, float("nan"), 0]}, r"timesteps\[1\]: .* got nan"),
+        ({"timesteps": [2, 1j, 0]}, r"timesteps\[1\]: .* got 1j"),
+        ({"timesteps": [2.0**63, 1, 0]}, r"timesteps\[0\]: "),
+        ({"timesteps": [9.5, 9.5, 0]}, r"timesteps\[1\]: expected less than 9\.5, .* Heun's .* use another one"),
+        ({"timesteps": np.ones((3, 1))}, r"timesteps\[0\]: "),
         ({"timesteps": ["2", 1, 0]}, r"timesteps\[0\]: .* got '2'"),
         ({"timesteps": [10**5000, 1, 0]}, r"timesteps\[0\]: .* beyond 64 bits"),
         ({"timesteps": [2**63, 1, 0]}, r"timesteps\[0\]: "),
@@ -300,7 +323,7 @@ SCORES = st.none() | st.floats(0, allow_infinity=False)
 @st.composite
 def tables(draw: st.DrawFn) -> CacheTable:
     n = draw(st.integers(1, 5))
-    timesteps = sorted(draw(st.sets(COUNTS, min_size=n, max_size=n)), reverse=True)
+    timesteps = sorted(draw(st.sets(COUNTS | st.floats(0, 1e18), min_size=n, max_size=n)), reverse=True)
     per_step = {"min_size": n, "max_size": n}
     made = st.builds(
         Provenance,
@@ -314,7 +337,7 @@ def tables(draw: st.DrawFn) -> CacheTable:
         SamplerSpec,
         name=st.from_regex(r"[a-z][a-z0-9_.+-]{0,5}", fullmatch=True),
         steps=st.just(n),
-        train_steps=st.integers(min(timesteps[0] + 1, 2**63 - 1), 2**63 - 1),
+        train_steps=st.integers(min(int(timesteps[0]) + 1, 2**63 - 1), 2**63 - 1),
     )
     amplify = draw(st.booleans())
     return CacheTable(
@@ -434,6 +457,7 @@ def as_read(text: bytes) -> Any:
     """What plain JSON makes of a file, with real numbers real and the parts that ``made`` may lack."""
     document = json.loads(text)
     document["eps_scale"] = document["eps_scale"] / 1
+    document["timesteps"] = [int(t) if t == int(t) else t for t in document["timesteps"]]
     if document["made"] is not None:
         document["made"] = {"options": {}, "errors": {}, "votes": {}} | document["made"]
         errors = document["made"]["errors"]
@@ -501,7 +525,7 @@ def test_a_truncated_file_is_refused(length: int, folder: Path) -> None:
         ("schema", "true", "schema: expected a valid integer, got True"),
         ("sampler.steps", "3.0", "sampler.steps: expected a valid integer, got 3.0"),
         ("sampler", "5", "sampler: "),
-        ("timesteps", "[999, 1e999, 0]", "timesteps[1]: expected a valid integer, got inf"),
+        ("timesteps", "[999, 1e999, 0]", "timesteps[1]: expected a number from 0 to 9223372036854775807, got inf"),
         ("timesteps", "[999, 999, 0]", "timesteps[1]: expected less than 999"),
         ("step_types", '["NO_CACHE", "mlp", "MLP"]', "step_types[1]: expected 'NO_CACHE', 'ATTENTION'"),
         ("step_types", "[0, 2, 2]", "step_types[0]: expected 'NO_CACHE'"),

@@ -23,6 +23,7 @@ from tiny import relative_error
 from ebcache_fast import disable, enable, stats
 from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.errors import InputError
+from ebcache_fast.models import as_denoiser
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -72,7 +73,8 @@ def test_a_timestep_that_is_not_in_the_table_is_scaled_too(kind: Kind, pipe: Any
 
 @only_2b
 def test_the_timesteps_that_can_be_scaled_are_the_schedules(kind: Kind, pipe: Any) -> None:
-    scaling = VelocityScaling.of(pipe, pipe.transformer, 0.9)
+    plan = table_of(pipe, eps_scale=0.9).plan(as_denoiser(pipe.transformer).shape)
+    scaling = VelocityScaling.of(pipe, pipe.transformer, plan)
     assert scaling is not None
     v, x = torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0))
     for t in (0, 499, 999):

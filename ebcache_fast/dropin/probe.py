@@ -54,11 +54,11 @@ class _Probe:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._engine = model, Engine(model, make_graphs=no_graphs)
         denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
-        generator = torch.Generator("cpu").manual_seed(0)
+        generator, t = torch.Generator("cpu").manual_seed(0), plan.timesteps[0]
         latents, context = denoiser.example(rows=2)
         self._call = ModelCall(
             x=torch.randn(2, *latents, generator=generator, device="cpu").to(weight),
-            t=torch.full((2,), plan.timesteps[0], device=weight.device),
+            t=torch.full((2,), t, dtype=torch.int64 if isinstance(t, int) else torch.float32, device=weight.device),
             y=torch.tensor((0, denoiser.num_classes - 1 + denoiser.has_null_label), device=weight.device),
             cfg_scale=CFG_SCALE,
             context=context,

@@ -33,7 +33,7 @@ class ModulationTable:
         self._context: Context = ()
 
     @classmethod
-    def of(cls, denoiser: Denoiser, timesteps: tuple[int, ...], labels: Tensor, context: Context = ()) -> Self:
+    def of(cls, denoiser: Denoiser, timesteps: tuple[float, ...], labels: Tensor, context: Context = ()) -> Self:
         """A table of the very size that these steps, labels (R,) and their context need, filled."""
         conditions = denoiser.conditions(labels)
         table = cls(denoiser, len(timesteps), count_distinct(conditions), len(conditions))
@@ -45,7 +45,7 @@ class ModulationTable:
         """What it consists of."""
         return self.layers, self.head, self.row_of
 
-    def load(self, timesteps: tuple[int, ...], labels: Tensor, context: Context = ()) -> None:
+    def load(self, timesteps: tuple[float, ...], labels: Tensor, context: Context = ()) -> None:
         """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once."""
         self._distinct, row_of = torch.unique(self._denoiser.conditions(labels), return_inverse=True)
         self._context = context

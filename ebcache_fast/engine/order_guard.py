@@ -26,10 +26,10 @@ class OrderGuard(NamedTuple):
         """What it consists of."""
         return self.given, self.planned, self.broken
 
-    def load(self, timesteps: tuple[int, ...], labels: Tensor) -> None:
+    def load(self, timesteps: tuple[float, ...], labels: Tensor) -> None:
         """Expect these timesteps, in this order, and labels (R,)."""
         planned = self.planned[: len(timesteps)]
-        planned[:, 0] = torch.tensor(timesteps, device=labels.device).unsqueeze(1)
+        planned[:, 0] = planned.new_tensor(timesteps).unsqueeze(1)
         planned[:, 1] = labels
         self.broken.zero_()
 

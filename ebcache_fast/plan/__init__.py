@@ -6,10 +6,12 @@ it; a `Plan` lines up the StepPlans of a whole run and knows what they cost. Not
 """
 
 from ebcache_fast.plan.model_shape import BranchShape, ModelShape
-from ebcache_fast.plan.plan import Plan, check_timesteps
+from ebcache_fast.plan.plan import Plan
 from ebcache_fast.plan.step_plan import Action, Branch, Slot, StepPlan, StepType, branch_names
+from ebcache_fast.plan.timesteps import MAX_INT, exact_timesteps, shown
 
 __all__ = [
+    "MAX_INT",
     "Action",
     "Branch",
     "BranchShape",
@@ -19,5 +21,6 @@ __all__ = [
     "StepPlan",
     "StepType",
     "branch_names",
-    "check_timesteps",
+    "exact_timesteps",
+    "shown",
 ]

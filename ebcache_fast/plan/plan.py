@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby
 from typing import Self
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.model_shape import BranchShape, ModelShape
 from ebcache_fast.plan.step_plan import Branch, Slot, StepPlan, StepType
+from ebcache_fast.plan.timesteps import exact_timesteps
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Plan:
     """
 
     steps: tuple[StepPlan, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]  # whole ones are ints
     eps_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_timesteps(self.timesteps)
+        object.__setattr__(self, "timesteps", exact_timesteps(self.timesteps))
         if len(self.steps) != len(self.timesteps):
             raise TableError(f"steps: expected one per timestep, {len(self.timesteps)}, got {len(self.steps)}")
         if not 0 < self.eps_scale < math.inf:
@@ -49,7 +50,7 @@ class Plan:
     def from_types(
         cls,
         step_types: Iterable[StepType],
-        timesteps: Iterable[int],
+        timesteps: Iterable[float],
         depth: int,
         branches: tuple[Branch, ...],
         eps_scale: float = 1.0,
@@ -64,7 +65,7 @@ class Plan:
 
     @classmethod
     def uncached(
-        cls, timesteps: Iterable[int], depth: int, branches: tuple[Branch, ...], eps_scale: float = 1.0
+        cls, timesteps: Iterable[float], depth: int, branches: tuple[Branch, ...], eps_scale: float = 1.0
     ) -> Self:
         """The plan in which every step computes everything."""
         timesteps = tuple(timesteps)
@@ -138,20 +139,6 @@ class Plan:
                 f"got {_layers(shape.depth, tuple(costs))}; make the plan for this model"
             )
         return costs
-
-
-def check_timesteps(timesteps: tuple[int, ...]) -> None:
-    """Raise TableError unless there is a timestep and all are >= 0 and strictly decreasing."""
-    if not timesteps:
-        raise TableError("timesteps: expected at least one, got none")
-    if timesteps[-1] < 0:
-        raise TableError(f"timesteps[{len(timesteps) - 1}]: expected 0 or more, got {timesteps[-1]}")
-    for i, (before, t) in enumerate(pairwise(timesteps), start=1):
-        if t >= before:
-            raise TableError(
-                f"timesteps[{i}]: expected less than {before}, the one before, got {t}; "
-                "timesteps stand in execution order, each once"
-            )
 
 
 def _layers(depth: int, branches: tuple[Branch, ...]) -> str:

@@ -10,7 +10,7 @@ from ebcache_fast.errors import TableError
 from ebcache_fast.plan import ModelShape, Plan, StepType
 
 
-def fora(timesteps: tuple[int, ...], interval: float, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
+def fora(timesteps: tuple[float, ...], interval: float, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
     """Full steps where the step index passes a multiple of ``interval``, and at the first executed step.
 
     The index counts down to 0 at the last executed step, where FORA anchors the phase, so that the last step
@@ -27,7 +27,7 @@ def fora(timesteps: tuple[int, ...], interval: float, shape: ModelShape, eps_sca
     return Plan.from_types(types, timesteps, shape.depth, branches, eps_scale)
 
 
-def fora_at_cost(timesteps: tuple[int, ...], macs: int, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
+def fora_at_cost(timesteps: tuple[float, ...], macs: int, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
     """The FORA plan to compare at equal cost: as near ``macs`` a row as an interval allows, of two the cheaper."""
     last = max(1, len(timesteps) - 1)
     plans = (fora(timesteps, last / full, shape, eps_scale) for full in range(1, last + 1))
