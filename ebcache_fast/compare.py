@@ -65,7 +65,7 @@ class Result:
     scores: Scores | None
     spread: dict[str, float]
     sampler: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     noise: Noise
     batch_seconds: tuple[float, ...]
     per_sample: dict[str, tuple[float, ...]]
