@@ -137,11 +137,10 @@ def test_samplers_by_name_have_no_noise_level_between_two_timesteps() -> None:
 
 
 def test_a_comparison_by_command_refuses_such_a_table(tmp_path: Path) -> None:
-    model = fresh_model()
     CacheTable([999, 499.5], [0, 2]).save(tmp_path / "t.json")
-    method = parse_method(f"table:{tmp_path / 't.json'}", Setting(as_denoiser(model).shape, 2, "ddim"))
+    setting = Setting(as_denoiser(fresh_model()).shape, 2, "ddim")
     with pytest.raises(InputError, match=r"^timestep 499\.5"):
-        sample(model, [1], table=method.plan, sampler=method.sampler)
+        parse_method(f"table:{tmp_path / 't.json'}", setting)
 
 
 def test_noise_within_velocity_is_scaled_at_the_schedules_timesteps_alone() -> None:
