@@ -22,7 +22,7 @@ from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
-from ebcache_fast.errors import InputError
+from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import Context, Denoiser
 from ebcache_fast.plan import StepPlan, StepType
 from ebcache_fast.sampler_step import remember, sampler_update
@@ -80,6 +80,14 @@ class Algorithm1:
         flat = eps.flatten(1)
         norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
         return norm / math.sqrt(flat.shape[1]) if self.norm == "rms" else norm
+
+
+class SampleError(Exception):
+    """One sample of a batch, or none in particular, stopped it; the message says how."""
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 def may_cache(step: int, steps: int) -> bool:
@@ -140,8 +148,8 @@ def tally_batch(
     """Sample one batch, advanced by the original output times b; count what each sample would have cached.
 
     labels (N,), noise (steps + 1, N, C, H, W), or (1, …) for a sampler that draws none. context: of all batch rows, the
-    conditional ones first. Every sample follows
-    its own decisions: its cache takes over a step's outputs only where that step, as voted, computes them.
+    conditional ones first. Every sample follows its own decisions: its cache takes over a step's outputs only where
+    that step, as voted, computes them. Raises SampleError where an output is not finite, or the model raises.
     """
     steps = sampler.steps
     tally = Tally.empty(steps)
@@ -224,6 +232,15 @@ class _Search:
 
     def _run(self, x: Tensor, step: int, kind: StepType, cache: FeatureCache) -> Prediction:
         out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
-        self._runner.clock.set(step)
-        self._runner.predict(x, self._plans[kind], cache, out)
+        where = f"at step {step} ({kind.name})"
+        try:
+            self._runner.clock.set(step)
+            self._runner.predict(x, self._plans[kind], cache, out)
+        except EBCacheError:
+            raise
+        except Exception as error:
+            raise SampleError(f"the model raised {type(error).__name__} {where}: {error}") from error
+        finite = out.isfinite().flatten(1).all(dim=1)  # (R,)
+        if not finite.all():
+            raise SampleError(f"the model's output {where} is not finite", int(finite.int().argmin()) % len(x))
         return split(out, len(x), x.shape[1])

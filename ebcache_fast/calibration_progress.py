@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from ebcache_fast.algorithm1 import Tally
 from ebcache_fast.errors import JobError
 from ebcache_fast.files import replacing
+
+SHOWN = 4  # differences from another call that are named
 
 
 class CalibrationProgress:
@@ -26,13 +29,14 @@ class CalibrationProgress:
         """Read the file if it is there; JobError unless it was written by a call of the same arguments."""
         found = self._load(call)
         differing = [
-            f"{name} {found['call'].get(name)!r}, not {call.get(name)!r}"
-            for name in sorted(found["call"].keys() | call.keys())
+            f"{name} {reprlib.repr(found['call'].get(name))}, not {reprlib.repr(call.get(name))}"
+            for name in [*call, *sorted(found["call"].keys() - call.keys())]
             if found["call"].get(name) != call.get(name)
         ]
         if differing:
+            more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             raise JobError(
-                f"{self._path} belongs to a calibration with {'; '.join(differing)}; "
+                f"{self._path} belongs to a calibration with {'; '.join(differing[:SHOWN])}{more}; "
                 "repeat that call, or choose another progress file"
             )
         self._content = found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ebcache_fast import ops
 from ebcache_fast._version import __version__
 from ebcache_fast.cache_table import CacheTable, named_tables
+from ebcache_fast.calibration_target import TOLERANCE
 from ebcache_fast.compare import Result
 from ebcache_fast.plan import ModelShape, Plan, StepType
 from ebcache_fast.presets import default_device
@@ -49,6 +50,12 @@ def progress_bar() -> Iterator["tqdm[Any]"]:
 
     with tqdm(total=0, unit=" sample-steps", unit_scale=True, dynamic_ncols=True, leave=False, disable=None) as bar:
         yield bar
+
+
+def set_total(bar: "tqdm[Any]", to_come: int) -> None:
+    """Let the bar end after so many more, so that it shows the time left."""
+    bar.total = bar.n + to_come
+    bar.refresh()
 
 
 def print_results(results: Sequence[Result]) -> None:
@@ -115,6 +122,17 @@ def print_table(table: CacheTable) -> None:
         console.print(line, highlight=False, markup=False)
     runs = [(kind, len(list(group))) for kind, group in groupby(table.step_types)]
     console.print(" ".join(f"{SHORT[StepType(kind).name]}x{length}" for kind, length in runs), markup=False)
+
+
+def print_calibration(table: CacheTable) -> None:
+    """What a calibration cost and, where it had a target, how near it came."""
+    options = {} if table.made is None else table.made.options
+    if "target_speedup" in options:
+        target, reached = float(str(options["target_speedup"])), float(str(options["speedup"]))
+        away = abs(reached - target) > TOLERANCE * target
+        near = f", not {target:g}x: no table of these rules is nearer" if away else f", where {target:g}x was asked for"
+        print(f"speed-up by MACs: {reached:.2f}x{near}")
+    print(f"cost: {options['samplings']} uncached samplings by MACs, {options['samplings_a_sample']} for each sample")
 
 
 def count_steps(step_types: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from ebcache_fast import calibration
 from ebcache_fast.attach import module_of
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.calibration import Prompted
+from ebcache_fast.calibration_voting import SEARCH_SAMPLES, Prompted, shown
 from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.first_call import first_call
-from ebcache_fast.errors import InputError
-from ebcache_fast.models import Context, as_denoiser
+from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.errors import EBCacheError, InputError, JobError
+from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import sampler_of
 
 _DECIDED = ("sampler", "guided_channels", "prompted")  # among the options: by the pipeline
@@ -69,15 +71,17 @@ def calibrate(
         if prompts is not None or call is not None:
             raise InputError(f"{type(model).__name__} takes labels; pass labels in place of prompts and call")
         return calibration.calibrate(module, **(options | chosen))
-    if not prompts or isinstance(prompts, str):
+    if not prompts or isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"prompts={prompts!r} must be a list of one or more for {type(model).__name__}")
     run = dict(call or {}) | {"num_inference_steps": steps, "guidance_scale": scale}
     by_prompt: dict[str, Any] = {
         "samples": len(prompts),
         "batch_size": 1,
-        "prompted": _prompted(model, list(prompts), run),
     }
-    return calibration.calibrate(module, **(by_prompt | options | chosen))
+    options = by_prompt | options
+    first = min(options["batch_size"], options["samples"])
+    options["prompted"] = _prompted(model, tuple(prompts), run, max(1, first))
+    return calibration.calibrate(module, **(options | chosen))
 
 
 def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -100,29 +104,54 @@ def _refuse_offloaded(pipe: Any, module: nn.Module) -> None:
         )
 
 
-def _prompted(pipe: Any, prompts: list[str], run: Mapping[str, Any]) -> Prompted:
-    """What the pipeline makes of prompts, batch by batch."""
+def _prompted(pipe: Any, prompts: tuple[str, ...], run: Mapping[str, Any], first: int) -> Prompted:
+    """What the pipeline makes of prompts, batch by batch, the first of ``first`` samples; each is encoded once."""
     channels = as_denoiser(pipe.transformer).out_channels
+    encoded = lru_cache(maxsize=SEARCH_SAMPLES)(lambda samples: _encoded(pipe, prompts, samples, run))
 
-    def context_of(samples: range) -> Context:
-        given = [prompts[k % len(prompts)] for k in samples]
-        seen = first_call(pipe, prompt=given, **run)
-        copies = 2 if run["guidance_scale"] != 1 else 1
-        if len(seen.x) != copies * len(given):
-            raise InputError(
-                f"the pipeline has {len(seen.x)} rows for {len(given)} prompts at guidance_scale="
-                f"{run['guidance_scale']}; use 1 for no guidance or more than 1, and one picture a prompt"
-            )
-        order = torch.arange(len(seen.x), device=seen.x.device)
-        if copies == 2 and calls_class(pipe.transformer).unconditional_first:
-            order = order.roll(len(given))
-        rows: Context = cast(Any, seen.context).rows(order)
-        return rows
+    def batch(samples: range) -> tuple[int, ...]:
+        return tuple(k % len(prompts) for k in samples)
 
-    latents = tuple(first_call(pipe, prompt=prompts[:1], **run).x.shape[1:])
+    latents = tuple(encoded(batch(range(first))).x.shape[1:])
     if latents[0] > channels:
         raise InputError(
             f"{type(pipe).__name__} gives its transformer more than latents, {latents[0]} channels for {channels}; "
             "calibrate the text-to-video pipeline of the same kind, and use its table"
         )
-    return Prompted(latents, context_of, zlib.crc32(repr((prompts, sorted(run.items(), key=str))).encode()))
+    checksum = zlib.crc32(repr((list(prompts), sorted(run.items(), key=str))).encode())
+    return Prompted(latents, lambda samples: encoded(batch(samples)).context, checksum, prompts)
+
+
+def _encoded(pipe: Any, prompts: tuple[str, ...], samples: tuple[int, ...], run: Mapping[str, Any]) -> ModelCall:
+    """The call that the pipeline makes of its transformer for these prompts, the conditional rows first.
+
+    InputError or JobError, naming the prompt, where a text can't be encoded or is not finite.
+    """
+    given = [prompts[k] for k in samples]
+    try:
+        seen = first_call(pipe, prompt=given, **run)
+    except EBCacheError:
+        raise
+    except Exception as error:
+        raise JobError(
+            f"sample {' and '.join(f'{k}, prompt {shown(prompts, k)}' for k in samples)}: the pipeline raised "
+            f"{type(error).__name__}: {error}; a progress_file keeps the samples before: repeat the call"
+        ) from error
+    copies = 2 if run["guidance_scale"] != 1 else 1
+    if len(seen.x) != copies * len(given):
+        raise InputError(
+            f"the pipeline has {len(seen.x)} rows for {len(given)} prompts at guidance_scale="
+            f"{run['guidance_scale']}; use 1 for no guidance or more than 1, and one picture a prompt"
+        )
+    order = torch.arange(len(seen.x), device=seen.x.device)
+    if copies == 2 and calls_class(pipe.transformer).unconditional_first:
+        order = order.roll(len(given))
+    call = seen._replace(x=seen.x.new_empty(0, *seen.x.shape[1:]), context=cast(Any, seen.context).rows(order))
+    if (row := call.row_not_finite()) is not None:
+        k = samples[row % len(given)]
+        which = "text" if row < len(given) else "negative prompt's text"
+        raise InputError(
+            f"sample {k}, prompt {shown(prompts, k)}: its {which}, as the pipeline encodes it, holds a number that is "
+            "not finite; encode in bfloat16 or float32, whose range is wider than float16's, or leave the prompt out"
+        )
+    return call

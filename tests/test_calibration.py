@@ -117,21 +117,6 @@ def test_the_table_carries_the_scale(b: float) -> None:
 FEW = CALL | {"samples": 3}
 
 
-@cache
-def reachable() -> tuple[float, ...]:
-    """The speed-ups of the tables of many thresholds."""
-    factors = [10 ** (exponent / 8) for exponent in range(-18, 14)]
-    algorithms = [Algorithm1(a=0.002 * f, k=0.02 * f, max_run=None) for f in factors]
-    return tuple(speedup(calibrate(model(), **(FEW | {"algorithm": algorithm}))) for algorithm in algorithms)
-
-
-@pytest.mark.parametrize("target", [1.0, 1.1, 1.2, 1.3, 1.45, 100.0])
-def test_a_target_is_hit_as_nearly_as_tables_allow(target: float) -> None:
-    reached = speedup(calibrate(model(), **FEW, target_speedup=target))
-    nearest = min(abs(possible - target) for possible in reachable())
-    assert abs(reached - target) <= max(nearest + 1e-9, 0.02 * target)
-
-
 def test_a_target_keeps_the_ratio_of_the_thresholds() -> None:
     made = calibrate(model(), **FEW, target_speedup=1.3).made
     assert made is not None
@@ -173,7 +158,8 @@ def test_a_finished_call_is_not_run_again(tmp_path: Path) -> None:
 
 def test_a_search_resumes_too(tmp_path: Path) -> None:
     path, all_steps, rest = tmp_path / "progress.json", [], []
-    call = FEW | {"batch_size": 2, "target_speedup": 1.3}
+    tight = Algorithm1(a=0.0002, k=0.002, max_run=None)  # so that several thresholds are tried
+    call = FEW | {"batch_size": 2, "target_speedup": 1.3, "algorithm": tight}
     expected = calibrate(model(), **call, on_step=all_steps.append)
     half = len(all_steps) // (2 * STEPS) * STEPS
     interrupted(path, half + 1, **call)
@@ -280,9 +266,6 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "sampler": ({"sampler": "euler"}, "'euler' is unknown"),
     "steps": ({"steps": 0}, "steps=0"),
     "guidance": ({"cfg_scale": -1.0}, "cfg_scale=-1.0"),
-    "target below 1": ({"target_speedup": 0.9}, "target_speedup=0.9"),
-    "target nan": ({"target_speedup": math.nan}, "target_speedup=nan"),
-    "target infinite": ({"target_speedup": math.inf}, "target_speedup=inf"),
 }
 
 

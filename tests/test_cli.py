@@ -176,6 +176,18 @@ def test_calibrate_then_use_the_table(run: Run) -> None:
     assert "progress.json belongs to a calibration with" in err
 
 
+def test_calibrate_says_how_near_it_came_and_what_it_cost(run: Run) -> None:
+    few = "calibrate --out t.json --samples 2 --num-sampling-steps 4 --sampler ddim"
+    code, out, _ = run(f"{few} --target-speedup 1.25")  # one step may be cached
+    assert code == 0
+    assert "speed-up by MACs: 1.32x, not 1.25x: no table of these rules is nearer" in out
+    assert re.search(r"cost: \d\.\d uncached samplings by MACs, \d\.\d+ for each sample", out)
+    assert "target_speedup = 1.25" in out
+    code, out, err = run(f"{few} --target-speedup 1.32")
+    assert (code, err) == (0, "")
+    assert "speed-up by MACs: 1.32x, where 1.32x was asked for" in out
+
+
 def test_compare(run: Run) -> None:
     code, out, err = run(
         "compare --methods no-cache fora:2 steps:1 eps-scale:0.9 --samples 32 --num-sampling-steps 3 --out there"
@@ -480,7 +492,9 @@ BAD_INPUT = [
     ("calibrate --out t.json --samples 0", "samples=0 and batch_size=64 must be 1 or more"),
     ("calibrate --out t.json --a nan", "a=nan and k=0.15 must be finite"),
     ("calibrate --out t.json --max-run -1", "max_run=-1 is below 1"),
-    ("calibrate --out t.json --target-speedup 0.9", r"target_speedup=0.9 is outside \[1, inf\)"),
+    ("calibrate --out t.json --target-speedup 20", r"target_speedup=20 is outside \[1, \d.\d+\], .*ask for less"),
+    ("calibrate --out t.json --target-speedup 1.5 --num-sampling-steps 3", r"is outside \[1, 1.00\]"),
+    ("calibrate --out t.json --target-speedup 0.9", r"target_speedup=0.9 is outside \[1, 3.33\]"),
     ("calibrate --out t.json --eps-scale 1.1", r"eps_scale=1.1 is outside \(0, 1\]"),
     ("calibrate --out t.json --cfg-scale inf", "cfg_scale=inf is outside"),
     ("calibrate --out t.json --progress-file empty", "empty is not a calibration's progress file"),

@@ -33,7 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("sampling", "profiling"),
     ("algorithm1",),
-    ("calibration_progress",),
+    ("calibration_progress", "calibration_target"),
+    ("calibration_voting",),
     ("calibration", "quality"),
     # What the commands are made of: the bundled model, pictures, comparisons, experiments.
     ("presets", "pictures"),

@@ -117,7 +117,9 @@ def test_it_is_the_same_again_and_resumes_for_the_same_prompts_alone(tmp_path: P
     assert sum(stats(pipe).steps.values()) == STEPS  # it is enabled still
 
 
-def test_samples_take_the_prompts_in_turn_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The prompts of each encoding."""
     seen: list[list[str]] = []
 
     def watched(pipe: Any, **arguments: Any) -> Any:
@@ -125,9 +127,22 @@ def test_samples_take_the_prompts_in_turn_one_at_a_time(monkeypatch: pytest.Monk
         return first_call(pipe, **arguments)
 
     monkeypatch.setattr(pipeline_calibration, "first_call", watched)
+    return seen
+
+
+def test_samples_take_the_prompts_in_turn_and_each_is_encoded_once(encoded: list[list[str]]) -> None:
     calibrate(tiny_pixart_sigma(), prompts=PROMPTS, call=SIGMA, steps=STEPS, samples=3)
-    one, other = ([prompt] for prompt in PROMPTS)
-    assert seen[-3:] == [one, other, one]  # after those that tell the sizes
+    assert encoded == [[prompt] for prompt in PROMPTS]
+
+
+def test_a_search_encodes_each_prompt_once(encoded: list[list[str]]) -> None:
+    tight = algorithm1.Algorithm1(a=1e-5, k=1e-5)  # so that several thresholds are tried
+    table = calibrate(
+        tiny_pixart_sigma(), prompts=PROMPTS, call=SIGMA, steps=STEPS, target_speedup=1.3, algorithm=tight, batch_size=2
+    )
+    assert table.made is not None
+    assert table.made.options["rounds"] > 2
+    assert encoded == [PROMPTS]
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {

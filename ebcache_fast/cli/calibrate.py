@@ -1,5 +1,6 @@
 """``ebcache-fast calibrate``: a Cache Table for a model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +40,8 @@ def calibrate(
         sampler: ddpm, ddim or dpm-solver++.
         cfg_scale: guidance scale; 1 for none.
         eps_scale: factor b on the predicted noise, in (0, 1].
-        target_speedup: find the threshold whose table the MAC count allows this speed-up.
+        target_speedup: loosen the thresholds until the MAC count allows a table this speed-up, and take back what is
+            too much.
         a: threshold at the last step; where a target is given, only its ratio to k counts.
         k: how much higher the threshold is at the first step.
         criterion: compare outputs as vectors, or, as in the paper, by their norms.
@@ -73,7 +75,9 @@ def calibrate(
             batch_size=per_proc_batch_size,
             progress_file=progress_file,
             on_step=bar.update,
+            on_total=partial(console.set_total, bar),
         )
     table.save(out)
     console.print_table(table)
+    console.print_calibration(table)
     print(out)

@@ -162,6 +162,7 @@ class CachedForward:
     def _begin(
         self, key: tuple[Hashable, ...], call: ModelCall, weights: Fingerprint, *, began_anew: bool = False
     ) -> Lane:
+        call.check_text()
         if key in self._lanes:
             self._end(key)
         elif len(self._lanes) >= self.options.max_trajectories:

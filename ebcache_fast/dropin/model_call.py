@@ -47,6 +47,19 @@ class ModelCall(NamedTuple):
         """What its caller holds for the length of a run: prompts, or labels."""
         return next(one for one in (*self.context, self.y) if one is not None)
 
+    def row_not_finite(self) -> int | None:
+        """The first row whose text is not finite throughout; None without one. It waits for the device."""
+        finite = self.given.reshape(len(self.given), -1).isfinite().all(dim=1)
+        return None if finite.all() else int(finite.int().argmin())
+
+    def check_text(self) -> None:
+        """InputError where a text is not finite: what comes of it would be blamed on the latents."""
+        if (row := self.row_not_finite()) is not None:
+            raise InputError(
+                f"the text of row {row} holds a number that is not finite, as prompts that a float16 encoder overflows "
+                "at; encode the prompt in bfloat16 or float32"
+            )
+
     @property
     def form(self) -> Hashable:
         """All that `check` looks at, of the call."""
@@ -103,6 +116,7 @@ class ModelCall(NamedTuple):
             wrong = next(label for label in labels if not 0 <= label <= highest)
             raise InputError(f"label {wrong} in y is outside [0, {highest}]; this model has no other")
         if not math.isfinite(x):
+            self.check_text()
             raise InputError("x holds a number that is not finite; begin again, from finite noise")
         if strange := [t for t in timesteps if not math.isfinite(t)]:
             raise InputError(f"t={strange[0]} is not finite; pass timesteps of the plan, in its order")
