@@ -79,7 +79,7 @@ def test_the_first_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_other_code_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The names it takes as given are a model and its sizes; a thousand samples of a tiny model are quick."""
+    """The names it takes as given are a model and its sizes; of a tiny one the branches cost too little for 1.5x."""
     monkeypatch.chdir(tmp_path)
     model = tiny_dit(dtype=torch.float32, depth=1)
     denoiser = models.as_denoiser(model)
@@ -89,7 +89,7 @@ def test_the_other_code_runs(
         [block for block in everywhere("python") if word in block]
         for word in ("Engine(", "forward_with_cfg", "StepType")
     )
-    few = tables.replace("samples=1000, steps=50", "samples=4, steps=6")
+    few = tables.replace("samples=1000, steps=50, target_speedup=1.5", "samples=4, steps=6, target_speedup=1.2")
     assert few != tables
     for block in (few, graphs, loop):
         exec(block, names)
