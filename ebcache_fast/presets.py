@@ -14,16 +14,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DIT_MODELS, DiT, as_denoiser, load_pretrained
-from ebcache_fast.models.checkpoint import load_checkpoint, load_dit
+from ebcache_fast.models.checkpoint import load_dit, open_checkpoint
 from ebcache_fast.models.letter_classifier import LetterClassifier
+from ebcache_fast.models.pretrained import stored_dtype
 from ebcache_fast.plan import ModelShape
 from ebcache_fast.quality import Features, Judge, Reference, contrast
+from ebcache_fast.room import MORE_RUNS, OF_A_LABEL, check_room
 
 LETTERS = ascii_uppercase
 BUNDLED, DIFFUSERS = "letters", "diffusers"
 LATENT_SCALE = 8  # of the autoencoder that the released DiTs work with
+LARGEST_IMAGE, MOST_CLASSES = 4096, 1_000_000  # beyond, a slip of the pen would fill the memory with sizes alone
 _FOLDER = "assets/letters"
 
 
@@ -53,6 +57,19 @@ class LetterJudge:
 def default_device() -> torch.device:
     """Where the commands run a model: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name, or `default_device`; InputError where it is not here, or holds no values."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend raises what it likes
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"device {name!r} can't be used here ({first:.200}); choose {default_device()}") from None
+    return device
 
 
 def load_letters(device: torch.device | None = None) -> Preset:
@@ -89,9 +106,16 @@ def labels_of(text: str) -> list[int]:
 
 
 def labels_in_turn(count: int, classes: int, chosen: Sequence[int] = ()) -> list[int]:
-    """The chosen classes, or every class, in turn, over and over, ``count`` labels in all; InputError for none."""
+    """The chosen classes, or every class, in turn, over and over, ``count`` labels in all.
+
+    InputError for none, for more than fit into memory, and for a class that there is not.
+    """
     if count < 1:
         raise InputError(f"{count} samples were asked for; ask for at least one")
+    check_room("samples", count, OF_A_LABEL, MORE_RUNS)
+    for label in chosen:
+        if not 0 <= label < classes:
+            raise InputError(f"label {label} is outside [0, {classes - 1}]; this model has {classes} classes")
     turn = chosen or range(classes)
     return [turn[i % len(turn)] for i in range(count)]
 
@@ -104,29 +128,44 @@ def shape_of(name: str, image_size: int, num_classes: int) -> ModelShape:
         return as_denoiser(_factory(name, image_size, num_classes)()).shape
 
 
-def open_model(name: str, checkpoint: Path | None, image_size: int, num_classes: int) -> nn.Module:
+def open_model(
+    name: str,
+    checkpoint: Path | None,
+    image_size: int,
+    num_classes: int,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> nn.Module:
     """The bundled model by its name, "letters", or an original DiT by its, with the weights of ``checkpoint``.
 
-    Or "diffusers", whose ``checkpoint`` is a folder of a DiTTransformer2DModel or its pipeline. It lies on
-    `default_device`. ``image_size`` is that of the decoded pictures: latents are an eighth of it.
-    InputError for an unknown name, a missing checkpoint or one that does not fit.
+    Or "diffusers", whose ``checkpoint`` is a folder of a DiTTransformer2DModel or its pipeline. It lies on ``device``,
+    by default the GPU if there is one, in ``dtype``, by default that of the weights. ``image_size`` is that of the
+    decoded pictures: latents are an eighth of it. InputError for an unknown name or device, a missing checkpoint or one
+    that does not fit.
     """
+    place, kind = device_of(device), None if dtype is None else getattr(torch, dtype)
     if name == BUNDLED:
         if checkpoint is not None:
             raise InputError(f"model {name!r} has its own weights; leave out --ckpt, or say which --model it is of")
-        return load_letters(default_device()).model
+        return load_letters(place).model.to(kind)
     if name == DIFFUSERS:
         if checkpoint is None:
             raise InputError(f"model {name!r} needs its weights; pass --ckpt FOLDER, as save_pretrained writes it")
-        return load_pretrained(checkpoint).to(default_device())
+        return load_pretrained(checkpoint, torch_dtype=kind or stored_dtype(checkpoint)).to(place)
     factory = _factory(name, image_size, num_classes)
     if checkpoint is None:
         raise InputError(f"model {name!r} needs its weights; pass --ckpt FILE.pt or FILE.safetensors")
-    with torch.device("meta"):  # no time is spent on values that the file will replace
-        model = factory()
-    model.to_empty(device=default_device())
-    load_checkpoint(model, checkpoint)
-    return model.eval()
+    return open_checkpoint(factory, checkpoint, place, kind)
+
+
+def engine_options(model: nn.Module, *, fp8: bool) -> EngineOptions:
+    """How the commands run a model; InputError for fp8 where nothing is gained by it or it can't be."""
+    denoiser = as_denoiser(model)
+    if fp8 and denoiser.weight().device.type == "cpu":
+        raise InputError("fp8=True on a CPU gains nothing; leave out --fp8, or choose --device cuda where a GPU is")
+    options = EngineOptions(fp8=fp8)
+    options.check(denoiser)
+    return options
 
 
 def _factory(name: str, image_size: int, num_classes: int) -> Callable[[], DiT]:
@@ -135,8 +174,10 @@ def _factory(name: str, image_size: int, num_classes: int) -> Callable[[], DiT]:
         raise InputError(f"model {name!r} has its sizes in its folder alone; name the original DiT of the same sizes")
     if name not in DIT_MODELS:
         raise InputError(f"model {name!r} is unknown; choose {BUNDLED}, {DIFFUSERS}, {', '.join(DIT_MODELS)}")
-    if image_size < 1 or image_size % LATENT_SCALE:
-        raise InputError(f"image_size={image_size} is no multiple of {LATENT_SCALE}; the released ones are 256 and 512")
-    if num_classes < 1:
-        raise InputError(f"num_classes={num_classes} is below 1; ImageNet has 1000")
+    if not 1 <= image_size <= LARGEST_IMAGE or image_size % LATENT_SCALE:
+        raise InputError(
+            f"image_size={image_size} is no multiple of {LATENT_SCALE} up to {LARGEST_IMAGE}; 256 and 512 are released"
+        )
+    if not 1 <= num_classes <= MOST_CLASSES:
+        raise InputError(f"num_classes={num_classes} is outside [1, {MOST_CLASSES}]; ImageNet has 1000")
     return partial(DIT_MODELS[name], input_size=image_size // LATENT_SCALE, num_classes=num_classes)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.engine.graphs import cuda_graphs, no_graphs
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.files import make_folder
 from ebcache_fast.pictures import save_picture
 from ebcache_fast.profiling import Probe, ProfiledEngine, time_run, trace_run
@@ -27,17 +28,18 @@ def profile_into(
     *,
     eager: bool = False,
     trace: bool = True,
+    options: EngineOptions | None = None,
     **arguments: Any,
 ) -> tuple[Timeline, list[Path]]:
     """Time one batch under ``table``, after one that warms up, and write timeline.json and timeline.png.
 
     ``names`` say what the files are of. ``eager`` does without CUDA graphs, ``trace`` runs once more under
-    torch.profiler, into trace.json. ``arguments`` are those of `ebcache_fast.sample`. Returns the timeline and the
-    files. Raises JobError before any sampling if the folder can't be written, and as `sample` does.
+    torch.profiler, into trace.json. ``options`` are the engine's, ``arguments`` those of `ebcache_fast.sample`. Returns
+    the timeline and the files. Raises JobError before any sampling if the folder can't be written, and as that does.
     """
     make_folder(folder)
     probe = Probe()
-    engine = ProfiledEngine(model, probe, make_graphs=no_graphs if eager else cuda_graphs)
+    engine = ProfiledEngine(model, probe, options, make_graphs=no_graphs if eager else cuda_graphs)
     run = partial(sample, model, labels, table=table, batch_size=len(labels), engine=engine, **arguments)
     run()  # allocates, compiles, captures
     weight = engine.denoiser.weight()

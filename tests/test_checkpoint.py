@@ -319,11 +319,6 @@ def test_positions_are_required(tmp_path: Path) -> None:
     assert "'pos_embed': expected shape (1, 4, 8), got no such key" in refused(tmp_path / "a.pt")
 
 
-def test_parallel_training_prefix_is_named(tmp_path: Path) -> None:
-    torch.save({f"module.{name}": w for name, w in build().state_dict().items()}, tmp_path / "a.pt")
-    assert "got no such key" in refused(tmp_path / "a.pt")
-
-
 @pytest.mark.parametrize("name", sorted(build(depth=1).state_dict()))
 def test_every_key_counts(tmp_path: Path, name: str) -> None:
     weights = build().state_dict()

@@ -486,7 +486,7 @@ BAD_INPUT = [
     (f"sample {USE_TINY} --ckpt deeper.pt", "deeper.pt: 'blocks.2.* expected no such key"),
     (f"sample --model {TINY} --image-size 64 --ckpt tiny.pt", r"'y_embedder.* expected shape \(1001, 16\), got shape"),
     (f"sample --model {TINY} --image-size 100 --ckpt tiny.pt", "image_size=100 is no multiple of 8"),
-    (f"sample --model {TINY} --num-classes 0 --ckpt tiny.pt", "num_classes=0 is below 1"),
+    (f"sample --model {TINY} --num-classes 0 --ckpt tiny.pt", "num_classes=0 is outside"),
     (f"sample {USE_TINY} --ckpt tiny.pt --text Z", r"label 25 is outside \[0, 4\]; this model has 5 classes"),
     # calibrate
     ("calibrate --out t.json --samples 0", "samples=0 and batch_size=64 must be 1 or more"),

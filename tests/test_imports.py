@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reference", "kernels"),
     ("ops",),
     ("models", "samplers", "policies"),
-    ("engine",),
+    ("engine", "room"),
     ("sampling", "profiling"),
     ("algorithm1",),
     ("calibration_progress", "calibration_target"),

@@ -99,6 +99,23 @@ def test_a_full_disk_leaves_the_old_file(
     assert (tmp_path / name).read_bytes() == old
 
 
+def test_samples_that_are_no_numbers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is good is kept; where nothing is, there is no file."""
+    images = torch.zeros(3, 3, 8, 8)
+    monkeypatch.setattr(job, "sample", lambda model, labels: images)
+    images[1, 0, 3, 3] = float("inf")
+    images[2, 0, 3, 3] = float("nan")
+    with pytest.raises(
+        JobError, match=r"^2 of 3 samples in .*samples\.npz are not finite, first 1: lower the guidance"
+    ):
+        sample_into(tmp_path, PIXELS, LABELS)
+    assert names(tmp_path) == ["samples.npz", "samples.png"]
+    images[0] = float("nan")
+    with pytest.raises(JobError, match="all 3 samples are not finite; nothing is written"):
+        sample_into(tmp_path / "new", PIXELS, LABELS)
+    assert names(tmp_path / "new") == []
+
+
 def test_progress_reaches_the_caller(tmp_path: Path) -> None:
     advanced: list[int] = []
     sample_into(tmp_path, PIXELS, LABELS, steps=2, batch_size=2, on_step=advanced.append)

@@ -142,7 +142,7 @@ def test_an_original_by_name_with_its_weights(tmp_path: Path) -> None:
         (TINY, "a.pt", 100, CLASSES, "image_size=100 is no multiple of 8"),
         (TINY, "a.pt", 0, CLASSES, "image_size=0 is no multiple of 8"),
         (TINY, "a.pt", 8, CLASSES, "input_size 1 is not a multiple of 4"),
-        (TINY, "a.pt", 64, 0, "num_classes=0 is below 1"),
+        (TINY, "a.pt", 64, 0, "num_classes=0 is outside"),
         (TINY, "missing.pt", 64, CLASSES, "missing.pt can't be read"),
         ("letters", "a.pt", 64, CLASSES, "model 'letters' has its own weights; leave out --ckpt"),
     ],

@@ -11,6 +11,8 @@ def calibrate(
     ckpt: Path | None = None,
     image_size: int = 256,
     num_classes: int = 1000,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
     samples: int = 1000,
     num_sampling_steps: int = 50,
     sampler: str = "ddpm",
@@ -35,6 +37,8 @@ def calibrate(
         ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         image_size: 256 or 512, of a latent model.
         num_classes: of a latent model.
+        dtype: what the model computes in; without, what its weights are in.
+        device: cpu, cuda, cuda:1 and so on; without, the GPU if there is one.
         samples: how many vote.
         num_sampling_steps: steps of the table.
         sampler: ddpm, ddim or dpm-solver++.
@@ -55,13 +59,22 @@ def calibrate(
     from ebcache_fast import calibrate as search
     from ebcache_fast import console
     from ebcache_fast.algorithm1 import Algorithm1
+    from ebcache_fast.errors import InputError
     from ebcache_fast.files import make_room
+    from ebcache_fast.models import as_denoiser
+    from ebcache_fast.plan.timesteps import MAX_INT
     from ebcache_fast.presets import open_model
+    from ebcache_fast.room import check_votes
 
+    for name, number in {"max_run": max_run, "seed": global_seed, "batch_size": per_proc_batch_size}.items():
+        if number > MAX_INT:
+            raise InputError(f"{name}={number} is above {MAX_INT}, the most that a table's file can say; choose less")
+    opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
+    check_votes(as_denoiser(opened), samples, per_proc_batch_size, num_sampling_steps, cfg_scale)
     make_room(out)  # hours of votes must not be lost for want of a place
     with console.progress_bar() as bar:
         table = search(
-            open_model(model, ckpt, image_size, num_classes),
+            opened,
             samples=samples,
             steps=num_sampling_steps,
             sampler=sampler,

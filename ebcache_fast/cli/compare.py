@@ -1,6 +1,7 @@
 """``ebcache-fast compare``: methods against each other on one model."""
 
 from pathlib import Path
+from typing import Literal
 
 
 def compare(
@@ -9,6 +10,8 @@ def compare(
     ckpt: Path | None = None,
     image_size: int = 256,
     num_classes: int = 1000,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
     samples: int = 104,
     labels: tuple[int, ...] | None = None,
     num_sampling_steps: int = 50,
@@ -29,6 +32,8 @@ def compare(
         ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         image_size: 256 or 512, of a latent model.
         num_classes: of a latent model.
+        dtype: what the model computes in; without, what its weights are in.
+        device: cpu, cuda, cuda:1 and so on; without, the GPU if there is one.
         samples: how many stand behind each figure.
         labels: classes that the samples take in turn; without, all.
         num_sampling_steps: of methods that do not say their own.
@@ -46,14 +51,18 @@ def compare(
     from ebcache_fast.models import as_denoiser
     from ebcache_fast.presets import BUNDLED, labels_in_turn, letters_judge, open_model
     from ebcache_fast.report import command_line, write_report
+    from ebcache_fast.room import check_run
+    from ebcache_fast.samplers import make_sampler
 
     judge = letters_judge() if model == BUNDLED else None
     check_count(samples, judged=judge is not None)
-    opened = open_model(model, ckpt, image_size, num_classes)
+    opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
     denoiser = as_denoiser(opened)
     setting = Setting(denoiser.shape, num_sampling_steps, sampler)
     options["methods"] = default_methods(setting) if methods is None else methods
     parsed = [parse_method(method, setting) for method in options["methods"]]
+    plans, draws = [method.plan for method in parsed], make_sampler(sampler, num_sampling_steps).draws_noise
+    check_run(denoiser, samples, per_proc_batch_size, plans, draws_noise=draws, cfg_scale=cfg_scale)
     drawn = labels_in_turn(samples, denoiser.num_classes, labels or ())
     if out is not None:
         make_folder(out)

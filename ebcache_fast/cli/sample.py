@@ -1,6 +1,7 @@
 """``ebcache-fast sample``: pictures or latents of any model."""
 
 from pathlib import Path
+from typing import Literal
 
 
 def sample(
@@ -11,6 +12,9 @@ def sample(
     num_samples: int = 26,
     image_size: int = 256,
     num_classes: int = 1000,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
+    fp8: bool = False,
     cfg_scale: float = 1.5,
     num_sampling_steps: int | None = None,
     sampler: str | None = None,
@@ -29,6 +33,9 @@ def sample(
         num_samples: how many, where --text does not say it.
         image_size: 256 or 512, of a latent model.
         num_classes: of a latent model.
+        dtype: what the model computes in; without, what its weights are in.
+        device: cpu, cuda, cuda:1 and so on; without, the GPU if there is one.
+        fp8: QKV's and fc1's products in float8; of an original DiT in bfloat16, on a GPU from compute capability 8.9.
         cfg_scale: guidance scale; 1 for none.
         num_sampling_steps: the table's, or 50.
         sampler: ddpm, ddim or dpm-solver++; the table's, or ddpm.
@@ -38,13 +45,19 @@ def sample(
         sample_dir: folder to write.
     """
     from ebcache_fast import console, job
+    from ebcache_fast.engine.engine import Engine
     from ebcache_fast.methods import open_table
-    from ebcache_fast.models import as_denoiser
-    from ebcache_fast.presets import labels_in_turn, labels_of, open_model
+    from ebcache_fast.presets import engine_options, labels_in_turn, labels_of, open_model
+    from ebcache_fast.room import check_run
+    from ebcache_fast.sampling import resolve_run
 
-    opened = open_model(model, ckpt, image_size, num_classes)
-    labels = labels_of(text) if text is not None else labels_in_turn(num_samples, as_denoiser(opened).num_classes)
+    opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
+    engine = Engine(opened, engine_options(opened, fp8=fp8))
     chosen = None if table is None else open_table(table)
+    plan, stepper = resolve_run(engine.denoiser, chosen, num_sampling_steps, sampler, eps_scale)
+    count, draws = num_samples if text is None else len(text), stepper.draws_noise
+    check_run(engine.denoiser, count, per_proc_batch_size, [plan], draws_noise=draws, cfg_scale=cfg_scale)
+    labels = labels_of(text) if text is not None else labels_in_turn(num_samples, engine.denoiser.num_classes)
     with console.progress_bar() as bar:
         written = job.sample_into(
             sample_dir,
@@ -58,5 +71,6 @@ def sample(
             seed=global_seed,
             batch_size=per_proc_batch_size,
             on_step=bar.update,
+            engine=engine,
         )
     print(*written, sep="\n")

@@ -6,15 +6,12 @@ InputError before anything is changed.
 
 import math
 import os
-import warnings
-import zipfile
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -22,25 +19,42 @@ from torch.overrides import TorchFunctionMode
 from ebcache_fast.errors import InputError
 from ebcache_fast.files import replacing
 from ebcache_fast.models.dit import DiT
-
-WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the best first
-
-StateDict = dict[str, Tensor]
-Metadata = Mapping[str, str]
+from ebcache_fast.models.weights_file import Metadata, StateDict, dtype_of, first_line, read_weights, shown
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copy a checkpoint's weights into ``model``, converted to its dtype.
 
-    path: a ``.pt`` or ``.pth`` with a state dict, plain or under ``"ema"``, ``"model"`` or ``"state_dict"``;
-    or a ``.safetensors``. Keys and shapes must equal the model's.
+    path: a ``.pt`` or ``.pth`` with a state dict, or a ``.safetensors``. What training wraps around it is taken off: a
+    key such as ``"ema"`` or ``"state_dict"``, and the ``module.`` or ``_orig_mod.`` that DistributedDataParallel and
+    torch.compile put before every name. Keys and shapes must equal the model's.
 
     Raises InputError, and leaves the model as it was, for a file that can't be read, holds anything but dense
     floating weights, or is another model's; the message names the first key that differs.
     """
-    weights, _ = _read(Path(path))
+    weights, _ = read_weights(Path(path))
     _check(weights, model.state_dict(), path)
     model.load_state_dict(weights)
+
+
+def open_checkpoint(
+    make: Callable[[], nn.Module],
+    path: str | os.PathLike[str],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model that ``make`` makes, on ``device`` and in evaluation mode, with a checkpoint's weights.
+
+    In ``dtype``; None means that of most of the weights, float32 where nothing is computed in it. Raises InputError as
+    `load_checkpoint` does, before any memory is taken.
+    """
+    with torch.device("meta"):  # no time is spent on values that the file will replace
+        model = make()
+    weights, _ = read_weights(Path(path))
+    _check(weights, model.state_dict(), path)
+    model.to(dtype or dtype_of(weights.values())).to_empty(device=device)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def load_dit(path: str | os.PathLike[str], num_heads: int | None = None) -> DiT:
@@ -52,12 +66,12 @@ def load_dit(path: str | os.PathLike[str], num_heads: int | None = None) -> DiT:
 
     Raises InputError as `load_checkpoint` does, and where ``num_heads`` is missing or does not fit.
     """
-    weights, metadata = _read(Path(path))
+    weights, metadata = read_weights(Path(path))
     try:
         with torch.device("meta"), _WithoutDraws():  # the file's values replace them all
             model = DiT(**_sizes(weights, metadata, num_heads))
     except ValueError as error:
-        raise InputError(f"{path}: {_first_line(error)}") from None
+        raise InputError(f"{path}: {first_line(error)}") from None
     _check(weights, model.state_dict(), path)
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     copies = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
@@ -90,68 +104,7 @@ def save_weights(model: DiT, path: str | os.PathLike[str], dtype: torch.dtype | 
         try:
             save_file(weights, partial, metadata)
         except SafetensorError as error:  # its wrapping of what the system refused
-            raise OSError(_first_line(error)) from None
-
-
-def _read(path: Path) -> tuple[StateDict, Metadata]:
-    """The weights, on the CPU and mapped rather than read where the format can, and the metadata."""
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        suffixes = " or ".join(_READERS)
-        raise InputError(f"{path}: expected the suffix {suffixes}, got {path.suffix!r}; rename it")
-    try:
-        content, metadata = reader(path)
-    except Exception as error:  # foreign bytes make these parsers raise whatever they like
-        # Torch hides the unpickler's reason behind a page of advice.
-        reason = (error.__suppress_context__ and error.__context__) or error
-        raise InputError(
-            f"{path} can't be read ({_first_line(reason)}); pass an undamaged checkpoint of weights alone"
-        ) from None
-    return _unwrapped(content, path), metadata
-
-
-def _read_safetensors(path: Path) -> tuple[object, Metadata]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _read_torch(path: Path) -> tuple[object, Metadata]:
-    # The original's training script adds its argparse arguments: plain data.
-    with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
-        mapped = zipfile.is_zipfile(path)  # else torch's format before 1.6, which can't be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), {}
-
-
-_READERS: Mapping[str, Callable[[Path], tuple[object, Metadata]]] = {
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".safetensors": _read_safetensors,
-}
-
-
-def _unwrapped(content: object, path: Path) -> StateDict:
-    """The state dict in a checkpoint's content; InputError unless it holds dense floating weights alone."""
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a state dict, got {_kind(content)}; pass a file that holds one")
-    weights = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
-    for name, value in weights.items():
-        if not (isinstance(name, str) and _is_weight(value)):
-            raise InputError(
-                f"{path}: {_shown(name)}: expected dense floating weights, got {_kind(value)}; "
-                f"pass a state dict, plain or under one of {', '.join(WRAPPERS)}"
-            )
-    return dict(weights)
-
-
-def _is_weight(value: object) -> bool:
-    """Whether it is a dense floating tensor, with memory of its own for every element."""
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.layout is torch.strided
-        and not (value.is_nested or value.is_meta)
-        and 0 < value.nbytes <= value.untyped_storage().nbytes()
-    )
+            raise OSError(first_line(error)) from None
 
 
 def _check(weights: StateDict, expected: Mapping[str, Tensor], path: object) -> None:
@@ -160,7 +113,7 @@ def _check(weights: StateDict, expected: Mapping[str, Tensor], path: object) -> 
         wanted, got = (_shape(state.get(name)) for state in (expected, weights))
         if wanted != got:
             raise InputError(
-                f"{path}: {_shown(name)}: expected {wanted}, got {got}; "
+                f"{path}: {shown(name)}: expected {wanted}, got {got}; "
                 "pass a checkpoint of this model, or build the model of the checkpoint's sizes"
             )
 
@@ -211,18 +164,3 @@ def _dimensions(weights: StateDict, name: str, count: int) -> tuple[int, ...]:
 
 def _shape(weight: Tensor | None) -> str:
     return "no such key" if weight is None else f"shape {tuple(weight.shape)}"
-
-
-def _kind(value: object) -> str:
-    """What a thing is that should be a weight."""
-    name = type(value).__name__
-    return f"a {name} ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else f"a {name}"
-
-
-def _shown(name: object) -> str:
-    """A file's key as it may stand in a message: on one line, not too long."""
-    return f"{str(name)!r:.100}"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{next(iter(str(error).splitlines()), type(error).__name__):.300}"

@@ -2,12 +2,16 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
+from ebcache_fast.models.weights_file import dtype_of
 
 _CONFIG = "config.json"
 
@@ -22,7 +26,7 @@ def load_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
         import diffusers
     except ImportError as error:
         raise InputError("diffusers is not installed; pip install 'ebcache-fast[diffusers]'") from error
-    found = next((one for one in (Path(folder), Path(folder) / "transformer") if (one / _CONFIG).is_file()), None)
+    found = _transformer_of(folder)
     if found is None:
         raise InputError(f"{folder} has no {_CONFIG}, nor has its transformer/; pass a folder of save_pretrained")
     try:
@@ -33,3 +37,18 @@ def load_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
         first = (str(error).splitlines() or [""])[0]
         raise InputError(f"{found} can't be loaded ({type(error).__name__}: {first}); save it again") from error
     return cast(nn.Module, model.eval())
+
+
+def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype that a transformer of ``folder`` was saved in, by its safetensors; float32 where there are none."""
+    found = _transformer_of(folder)
+    weights: list[Tensor] = []
+    for path in [] if found is None else sorted(found.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:  # whoever loads them will say
+            weights += [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    return dtype_of(weights)
+
+
+def _transformer_of(folder: str | os.PathLike[str]) -> Path | None:
+    """Where the transformer's files are: in the folder itself, or in that of a pipeline's part."""
+    return next((one for one in (Path(folder), Path(folder) / "transformer") if (one / _CONFIG).is_file()), None)
