@@ -36,8 +36,7 @@ def embed_norm_modulate(x: Tensor, patches: Patches, norm: Norm, at: At, h: Tens
 def norm_modulate(h: Tensor, norm: Norm, at: At, u: Tensor | None = None) -> Tensor:
     """``LayerNorm(h) * (1 + scale) + shift`` over the channels of h -> (R, T, D), in u's memory if it is given."""
     normed = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, norm.eps)
-    modulated: Tensor = torch.addcmul(_rows(norm.shift, at), normed, 1 + _rows(norm.scale, at), out=u)
-    return modulated
+    return _plus_product(_rows(norm.shift, at), normed, 1 + _rows(norm.scale, at), u)
 
 
 def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
@@ -49,7 +48,7 @@ def gated_residual(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor
 def add_gated(h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At) -> None:
     """`gated_residual`, of which it is the sum."""
     for branch, gate in zip(branches, gates, strict=True):
-        h.addcmul_(_rows(gate, at), branch)
+        _plus_product(h, _rows(gate, at), branch, h)
 
 
 def gated_residual_norm_modulate(
@@ -225,6 +224,16 @@ def advance(at: At) -> None:
     """Do what ``at.advance`` asks for."""
     if at.advance is not None:
         torch.add(at.step, at.advance.by, out=at.advance.to)
+
+
+def _plus_product(base: Tensor, one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
+    """``base + one * other``, in half precision rounded once.
+
+    Else it is rounded twice, as models' own code does it: layers that quantise their input find the very one there.
+    """
+    if base.itemsize < 4:
+        return torch.addcmul(base, one, other, out=out)
+    return torch.add(base, one * other, out=out)
 
 
 def _rows(vectors: Tensor, at: At) -> Tensor:

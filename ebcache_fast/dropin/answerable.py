@@ -15,7 +15,7 @@ from ebcache_fast.engine.numerics import Functions, Numerics, functions_now
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import Denoiser, as_denoiser
-from ebcache_fast.models.layers import in_training, parameters_of, walk
+from ebcache_fast.models.layers import PLAIN_TENSORS, in_training, parameters_of, walk
 from ebcache_fast.plan import Plan
 from ebcache_fast.sampling import plan_for
 
@@ -96,6 +96,8 @@ class Gate:
             raise DeclinedError(OFF_SWITCH)
         if call is None:
             raise DeclinedError("arguments that the engine does not know")
+        if not PLAIN_TENSORS.issuperset(map(type, (call.y, *call.numbers))):
+            raise DeclinedError("arguments that are no plain tensors")
         if self.model.training:
             raise DeclinedError("the model is in training mode")
         if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *parameters_of(self.model))):

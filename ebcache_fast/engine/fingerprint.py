@@ -6,9 +6,10 @@ from itertools import chain, repeat
 from operator import attrgetter, call, itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ebcache_fast.models.layers import has_another_forward, walk
+from ebcache_fast.models.layers import PLAIN_TENSORS, has_another_forward, walk
 
 Columns = tuple[list[Any], ...]
 INSIDE = list(map(itemgetter, ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")))
@@ -19,7 +20,8 @@ class Fingerprint(NamedTuple):
     """Two models of equal parts lie at the same addresses; of equal versions, nothing wrote there since.
 
     Parts are also the plain numbers among the attributes of layers (an epsilon, heads, a factor), and their classes'
-    functions. Adapters of peft that were scaled, or turned on and off, count as written to.
+    functions. Adapters of peft that were scaled, or turned on and off, count as written to. Tensors of a class of their
+    own, as quantised weights are, need have no address: they are told apart by identity and version.
 
     A write through ``.data`` changes neither. So whatever is computed from weights is computed anew for each
     trajectory, and graphs read the weights themselves.
@@ -31,8 +33,8 @@ class Fingerprint(NamedTuple):
 
     @property
     def code(self) -> Columns:
-        """What Python its layers run and with which numbers, but for hooks: the first of its parts."""
-        return self.parts[:5]
+        """What Python its layers and weights run and with which numbers, but for hooks: the first of its parts."""
+        return self.parts[:6]
 
 
 class Watch:
@@ -97,8 +99,10 @@ def _look_at(tree: _Tree) -> Fingerprint | None:
     hooked = any(hooks[1:]), any(pre_hooks[1:])
     python = [list(map(len, each[1:])) if some else () for some, each in zip(hooked, (hooks, pre_hooks), strict=True)]
     others = forwards.count(None) < len(forwards) and any(map(has_another_forward, tree.modules[1:]))
-    strides = chain.from_iterable(map(Tensor.stride, tensors))
-    memory = map(Tensor.data_ptr, tensors), strides, map(attrgetter("dtype"), tensors)
+    classes = list(map(type, tensors))
+    plain = tensors if PLAIN_TENSORS.issuperset(classes) else [one for one in tensors if type(one) in PLAIN_TENSORS]
+    strides = chain.from_iterable(map(Tensor.stride, plain))
+    memory = map(Tensor.data_ptr, plain), strides, map(attrgetter("dtype"), plain)
     processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
     modes = list(map(dict.get, tree.numbered, repeat("training")))  # of no matter where all are in the same
     kinds = map(type, tree.modules), processors, map(call, tree.functions), modes if len({*modes}) > 1 else ()
@@ -106,9 +110,10 @@ def _look_at(tree: _Tree) -> Fingerprint | None:
         numbers = list(map(call, tree.getters, tree.numbered))
     except KeyError:
         return None
-    columns = numbers, *kinds, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
+    columns = numbers, *kinds, classes, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
-    versions = [*_versions(tensors), *_adapters(insides)]
+    with torch._C.DisableTorchFunctionSubclass():  # a class may refuse to be asked
+        versions = [*_versions(tensors), *_adapters(insides)]
     return Fingerprint(parts, versions, others or any(hooked))
 
 

@@ -82,7 +82,7 @@ class Denoiser(Protocol):
         ...
 
     def weight(self) -> Tensor:
-        """Any parameter that is not quantised, for the model's dtype and device; InputError where none is."""
+        """An empty, plain tensor of the model's dtype, on its device, to make memory like; InputError without one."""
         ...
 
     def conditions(self, labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
 from ebcache_fast.models.diffusers_layers import feed_forward_into, self_attention_into
 from ebcache_fast.models.dit import unpatchify
 from ebcache_fast.models.dit_layout import LabelConditioned, shape_of
+from ebcache_fast.models.layers import PLAIN_TENSORS
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.plan import Branch, ModelShape
 
@@ -111,7 +112,9 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     @property
     def has_plain_ends(self) -> bool:
         positions = self._model.pos_embed.pos_embed  # read as they are
-        return super().has_plain_ends and bool(positions.dtype == self.weight().dtype)
+        return (
+            super().has_plain_ends and type(positions) in PLAIN_TENSORS and bool(positions.dtype == self.weight().dtype)
+        )
 
     def patches(self, constants: Scratch) -> Patches:
         embed = self._model.pos_embed

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Means
-from ebcache_fast.models.layers import is_watched, linear_gelu, linear_into, walk
+from ebcache_fast.models.layers import has_plain_weights, is_watched, linear_gelu, linear_into, walk
 
 
 def refuse_other_ways(model: nn.Module) -> None:
@@ -30,10 +30,10 @@ def is_known(part: Any) -> bool:
 
 
 def first_foreign(named: Any) -> str | None:
-    """The path of the first of these (path, module) whose class, or attention processor, is neither's own."""
+    """The path of the first of these (path, module) whose class, weights or attention processor are neither's own."""
     for path, module in named:
         for name, part in walk(module, path):
-            if not is_known(part) or not is_known(getattr(part, "processor", part)):
+            if not (is_known(part) and is_known(getattr(part, "processor", part)) and has_plain_weights(part)):
                 return name
     return None
 

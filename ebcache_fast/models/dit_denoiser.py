@@ -1,7 +1,9 @@
 """Any module of the original DiT's layout, seen as a ``Denoiser``: known by its attributes, not its class."""
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from operator import attrgetter
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.models.dit import unpatchify
 from ebcache_fast.models.dit_embeddings import FREQUENCY_SIZE, timestep_embedding
-from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, shape_of
+from ebcache_fast.models.dit_layout import LabelConditioned, check_layout, check_norms, check_plain, shape_of
 from ebcache_fast.models.layers import (
     are_plain_ends,
     has,
@@ -59,6 +61,7 @@ class DiTDenoiser(LabelConditioned):
         self._blocks = list(self._model.blocks)
         of_layers = (f"blocks.{i}.{norm}" for i in range(len(self._blocks)) for norm in ("norm1", "norm2"))
         check_norms(model, (*of_layers, "final_layer.norm_final"))
+        check_plain(model, ("pos_embed",))
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -120,6 +123,10 @@ class DiTDenoiser(LabelConditioned):
             linear_into(block.attn.proj, attend(block.attn, block.attn.qkv(u), means), out)
         else:
             linear_into(block.mlp.fc2, _widen(block.mlp, u, means), out)
+
+    def first_layers(self) -> Iterator[nn.Module]:
+        """The linear layers that branches begin with."""
+        return chain.from_iterable((block.attn.qkv, block.mlp.fc1) for block in self._blocks)
 
     def passed_over_hooks(self) -> str | None:
         of_the_whole = ("t_embedder", "y_embedder", "blocks", "final_layer", "final_layer.norm_final")

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.models.layers import weight_of
+
 FREQUENCY_SIZE = 256
 MAX_PERIOD = 10_000.0
 
@@ -55,8 +57,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCY_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        weight = cast(Tensor, self.mlp[0].weight)
-        return cast(Tensor, self.mlp(timestep_embedding(t, dtype=weight.dtype)))
+        return cast(Tensor, self.mlp(timestep_embedding(t, dtype=weight_of(self.mlp[0]).dtype)))
 
 
 class LabelEmbedder(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Context, Scratch
-from ebcache_fast.models.layers import has
+from ebcache_fast.models.layers import PLAIN_TENSORS, has
 from ebcache_fast.plan import Branch, BranchShape, ModelShape
 
 
@@ -22,12 +22,24 @@ def check_layout(model: nn.Module, paths: Iterable[str], whose: str) -> None:
 
 
 def check_norms(model: nn.Module, paths: Iterable[str]) -> None:
-    """InputError, naming it, where one of these is no LayerNorm."""
+    """InputError, naming it, where one of these is no LayerNorm of plain parameters."""
     for path in paths:
-        if not isinstance(norm := attrgetter(path)(model), nn.LayerNorm):
+        norm = attrgetter(path)(model) if has(model, path) else None
+        if not isinstance(norm, nn.LayerNorm):
             raise InputError(
                 f"{type(model).__name__}'s {path!r} is a {type(norm).__name__}, which no fused operation computes; "
                 "pass a module with torch's LayerNorm there"
+            )
+        check_plain(model, (f"{path}.{name}" for name, _ in norm.named_parameters(recurse=False)))
+
+
+def check_plain(model: nn.Module, paths: Iterable[str]) -> None:
+    """InputError, naming it, where one of these tensors, which no module computes with, is of a class of its own."""
+    for path in paths:
+        if type(tensor := attrgetter(path)(model)) not in PLAIN_TENSORS:
+            raise InputError(
+                f"{type(model).__name__}'s {path!r} is a {type(tensor).__name__}, and the engine reads plain tensors "
+                "there; quantise linear layers alone, or load the model whole instead of sharded"
             )
 
 

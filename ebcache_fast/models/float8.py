@@ -10,7 +10,7 @@ from ebcache_fast import ops, reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Denoiser, Means, Scratch
 from ebcache_fast.models.dit_denoiser import DiTDenoiser, attend
-from ebcache_fast.models.layers import is_plain, linear_into
+from ebcache_fast.models.layers import has_plain_weights, is_plain, linear_into
 from ebcache_fast.operands import Quantised
 from ebcache_fast.plan import Branch, Slot
 
@@ -23,6 +23,8 @@ def check_float8(denoiser: Denoiser) -> None:
     weight, sizes = denoiser.weight(), dict(denoiser.shape.fingerprint)
     if not isinstance(denoiser, DiTDenoiser):
         why: str | None = f"{type(denoiser).__name__} sees another layout"
+    elif not all(map(has_plain_weights, denoiser.first_layers())):
+        why = "weights are quantised or sharded already"
     elif weight.is_cuda and (denoiser.shape.width % ALIGNMENT or sizes["mlp_hidden_size"] % ALIGNMENT):
         why = f"widths {denoiser.shape.width} and {sizes['mlp_hidden_size']} are not both multiples of {ALIGNMENT}"
     else:

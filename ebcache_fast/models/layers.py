@@ -1,8 +1,9 @@
 """What adapters ask of a model's layers: whether they are torch's own and bare, and how to run them."""
 
 from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,19 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Means
 from ebcache_fast.operands import Linear
 
+# What a fused operation can read. Any other class of tensor (quantised, sharded, packed) has Python of its own, knows
+# perhaps few operations, and need have no memory that a kernel could read: the module that it belongs to runs.
+PLAIN_TENSORS: Final = frozenset({Tensor, nn.Parameter})
+
 
 def is_torchs_own(module: nn.Module) -> bool:
-    """Whether its class is one of torch.nn."""
-    return type(module).__module__.startswith("torch.nn.modules")
+    """Whether its class is one of torch.nn, and its parameters are plain tensors."""
+    return type(module).__module__.startswith("torch.nn.modules") and has_plain_weights(module)
+
+
+def has_plain_weights(module: Any) -> bool:
+    """Whether none of a module's own parameters is of another class of tensor than torch's own."""
+    return all(one is None or type(one) in PLAIN_TENSORS for one in getattr(module, "_parameters", {}).values())
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -58,16 +68,21 @@ def has(model: nn.Module, path: str) -> bool:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """A parameter of the dtype that a layer computes in, of one with quantised weights its bias; InputError without."""
+    """An empty, plain tensor of the dtype that a layer computes in, on its device, for memory to be made like it.
+
+    That dtype is a parameter's, of a layer with quantised weights its bias's, or else its ``compute_dtype``, as layers
+    of bitsandbytes and GGUF have it. InputError where nothing says it.
+    """
     parameters = list(layer.parameters())
-    found = next((one for one in parameters if one.is_floating_point() and one.itemsize > 1), None)
-    if found is None:
+    said = chain((one.dtype for one in parameters), (getattr(one, "compute_dtype", None) for one in layer.modules()))
+    found = next((one for one in said if one is not None and one.is_floating_point and one.itemsize > 1), None)
+    if found is None or not parameters:
         dtypes = ", ".join(sorted({str(one.dtype) for one in parameters})) or "no"
         raise InputError(
             f"a {type(layer).__name__} has {dtypes} parameters alone, which say no dtype to compute in; load its model "
             "in float16, bfloat16 or float32"
         )
-    return found
+    return torch.zeros(0, dtype=found, device=parameters[0].device)
 
 
 def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
@@ -96,8 +111,8 @@ def is_plain(linear: Any) -> bool:
 
 
 def are_plain_ends(embedder: Any, linear: Any, *others: Tensor) -> bool:
-    """Whether embedding and head are bare layers, of one dtype with these others."""
-    if not (is_plain(linear) and is_plain_patching(embedder)):
+    """Whether embedding and head are bare layers, and these others plain tensors of one dtype with them."""
+    if not (is_plain(linear) and is_plain_patching(embedder) and PLAIN_TENSORS.issuperset(map(type, others))):
         return False
     return len({weight.dtype for weight in (embedder.proj.weight, linear.weight, *others)}) == 1
 
@@ -114,8 +129,8 @@ def is_plain_patching(embedder: Any) -> bool:
 
 
 def is_bare(layer: Any) -> bool:
-    """Whether a layer's weight and bias are parameters of its own, and its forward its class's."""
-    return type(layer.weight) is nn.Parameter and layer.bias is not None and not is_watched(layer)
+    """Whether a layer's weight and bias are plain parameters of its own, and its forward its class's."""
+    return type(layer.weight) is type(layer.bias) is nn.Parameter and not is_watched(layer)
 
 
 def is_watched(module: Any) -> bool:

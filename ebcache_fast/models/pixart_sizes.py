@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Context
 from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
+from ebcache_fast.models.dit_layout import check_plain
 
 USUAL_TEXT = 300  # tokens of a prompt, as PixArt-Sigma's pipeline has them
 _LAYOUT = Layout(
@@ -61,6 +62,7 @@ class PixArtSizes(DiffusersDenoiser):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        check_plain(model, ("scale_shift_table", *self._of_blocks(("scale_shift_table",))))
         embed = self._model.pos_embed
         self.latent_shape: tuple[int, int, int]
         self.latent_shape = embed.proj.in_channels, embed.height * self.patch_size, embed.width * self.patch_size
