@@ -16,6 +16,7 @@ from ebcache_fast.errors import (
 from ebcache_fast.pipeline_calibration import calibrate
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.sampling import sample
+from ebcache_fast.table_set import TableSet, load_tables
 
 __all__ = [
     "CacheTable",
@@ -28,12 +29,14 @@ __all__ = [
     "Plan",
     "StepType",
     "TableError",
+    "TableSet",
     "TrajectoryError",
     "__version__",
     "calibrate",
     "disable",
     "enable",
     "enabled",
+    "load_tables",
     "sample",
     "stats",
 ]

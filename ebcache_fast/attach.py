@@ -8,21 +8,22 @@ from torch import nn
 
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
+from ebcache_fast.dropin.courses import Course, choice_of
 from ebcache_fast.dropin.trusting_forward import TrustingForward
-from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Stats
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan
 from ebcache_fast.sampling import plan_for, with_eps_scale
+from ebcache_fast.table_set import TableSet
 
 Target = TypeVar("Target")  # a module, or a pipeline with one
 
 
 def enable(
     model: Target,
-    table: CacheTable | Plan,
+    table: CacheTable | Plan | TableSet,
     *,
     eps_scale: float | None = None,
     allow_amplify: bool = False,
@@ -47,7 +48,9 @@ def enable(
     Args:
         model: in eval mode a module of the original DiT's layout, or of diffusers a DiTTransformer2DModel, a
             PixArtTransformer2DModel or a CogVideoXTransformer3DModel; or a pipeline of one of these.
-        table: which timesteps reuse what: a CacheTable, or a Plan made for this model.
+        table: which timesteps reuse what: a CacheTable, or a Plan made for this model. Of a TableSet each run follows
+            the table that has the timesteps of the pipeline's scheduler, or, of a module alone, the one that begins
+            with the run's first timestep.
         eps_scale: the factor b on predicted noise; None means the table's. The variance output is never scaled. Of
             the velocity that CogVideoX predicts it scales the noise alone, by the alphas of the pipeline's scheduler:
             enable a pipeline again that got another one.
@@ -71,12 +74,14 @@ def enable(
     if module.training:
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     denoiser = as_denoiser(module)
-    plan = with_eps_scale(plan_for(denoiser, table), eps_scale, allow_amplify)
+    tables = table.tables if isinstance(table, TableSet) else (table,)
+    plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables]
     options = EngineOptions(strict=strict, fp8=fp8, max_graphs=max_graphs, max_trajectories=max_trajectories)
     before = _cached_forward(module)
     with before.own.asked() if before is not None else nullcontext():
-        velocity = VelocityScaling.of(model, module, plan)
-        cached = (TrustingForward if trust_order else CachedForward)(module, plan, options, velocity)
+        courses = [Course.of(model, module, plan) for plan in plans]
+        choice = choice_of(model, courses, trust_order=trust_order)
+        cached = (TrustingForward if trust_order else CachedForward)(module, courses[0], options, choice)
     disable(module)
     cached.install()
     return model
@@ -95,7 +100,7 @@ def disable(model: Target) -> Target:
 
 
 @contextmanager
-def enabled(model: Target, table: CacheTable | Plan, **options: Any) -> Iterator[Target]:
+def enabled(model: Target, table: CacheTable | Plan | TableSet, **options: Any) -> Iterator[Target]:
     """`enable`, with its options, for the length of a with statement; what was enabled before is so again after it."""
     before = _cached_forward(module_of(model))
     if before is not None:

@@ -10,13 +10,14 @@ from importlib.resources.abc import Traversable
 from numbers import Real
 from operator import index
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import MAX_INT, ModelShape, Plan, StepType, exact_timesteps, shown
+from ebcache_fast.retiming import steps_as_far
 from ebcache_fast.table_file import naming, read_json, write_json
 from ebcache_fast.table_fit import check_origin, check_sizes
-from ebcache_fast.table_schema import Provenance, SamplerSpec, TableFile
+from ebcache_fast.table_schema import SET_FORMAT, TABLE_FORMAT, Provenance, SamplerSpec, TableFile
 
 __all__ = ["CacheTable", "Provenance", "SamplerSpec", "named_tables"]
 
@@ -87,8 +88,12 @@ class CacheTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file that `load` reads: wholly or, with a TableError, not at all."""
-        document = {
-            "format": "ebcache-fast.cache-table",
+        write_json(path, self.document())
+
+    def document(self) -> dict[str, Any]:
+        """The file, as a JSON object."""
+        return {
+            "format": TABLE_FORMAT,
             "schema": 1,
             "model": None if self.model is None else dict(self.model),
             "sampler": None if self.sampler is None else self.sampler.model_dump(),
@@ -98,21 +103,35 @@ class CacheTable:
             "allow_amplify": self.allow_amplify,
             "made": None if self.made is None else self.made.model_dump(),
         }
-        write_json(path, document)
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Self:
+        """The table that a JSON object is; TableError, naming the field, where it is not exactly one."""
+        if document.get("format") == SET_FORMAT:
+            raise TableError(
+                f"format: expected {TABLE_FORMAT!r}, got {SET_FORMAT!r}, tables for several numbers of steps; load it "
+                "with TableSet.load"
+            )
+        file = TableFile(**document)
+        return cls(
+            timesteps=file.timesteps,
+            step_types=[StepType[name] for name in file.step_types],
+            eps_scale=file.eps_scale,
+            sampler=file.sampler,
+            model=file.model,
+            made=file.made,
+            allow_amplify=file.allow_amplify,
+        )
 
     @classmethod
     def _from_file(cls, source: Traversable) -> Self:
         with naming(source):
-            file = TableFile(**read_json(source))
-            return cls(
-                timesteps=file.timesteps,
-                step_types=[StepType[name] for name in file.step_types],
-                eps_scale=file.eps_scale,
-                sampler=file.sampler,
-                model=file.model,
-                made=file.made,
-                allow_amplify=file.allow_amplify,
-            )
+            return cls.from_document(read_json(source))
+
+    @property
+    def tables(self) -> tuple[Self]:
+        """Itself, where a `TableSet` has several."""
+        return (self,)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -124,19 +143,29 @@ class CacheTable:
         return self.step_types[self.timesteps.index(timestep)]
 
     def retime(self, timesteps: Iterable[float], sampler: SamplerSpec | None = None) -> Self:
-        """The same step types, step by step, at another sampler's ``timesteps`` (as many of them)."""
-        timesteps = tuple(timesteps)
-        if len(timesteps) != len(self):
-            raise TableError(
-                f"timesteps: expected the table's {len(self)} steps, got {len(timesteps)}; "
-                f"use a table made for {len(timesteps)} steps"
-            )
-        return replace(self, timesteps=timesteps, sampler=sampler)
+        """The same step types at another sampler's ``timesteps``, step by step where they are as many.
+
+        Where they are not, each step takes the type of the one that is as far into the run; the first stays NO_CACHE.
+        What a calibration saw at each step is left out then. See docs/bundled_model.md for how near that comes to a
+        table that is calibrated for so many steps.
+        """
+        exact = exact_timesteps(timesteps)
+        if len(exact) == len(self):
+            return replace(self, timesteps=exact, sampler=sampler)
+        types = [self.step_types[i] for i in steps_as_far(len(self), len(exact))]
+        made = self.made and self.made.moved_from(len(self))
+        return replace(self, timesteps=exact, step_types=(StepType.NO_CACHE, *types[1:]), sampler=sampler, made=made)
 
     def check(self, shape: ModelShape, timesteps: Iterable[float]) -> None:
         """Raise TableError, naming what differs, unless the table is for this model and these timesteps."""
         self._check_model(shape)
-        for i, (own, given) in enumerate(zip(self.timesteps, self.retime(timesteps).timesteps, strict=True)):
+        exact = exact_timesteps(timesteps)
+        if len(exact) != len(self):
+            raise TableError(
+                f"timesteps: expected the table's {len(self)} steps, got {len(exact)}; use a table made for "
+                f"{len(exact)} steps, or retime(timesteps)"
+            )
+        for i, (own, given) in enumerate(zip(self.timesteps, exact, strict=True)):
             if own != given:
                 raise TableError(
                     f"timesteps[{i}]: expected the table's {own}, got {given}; "

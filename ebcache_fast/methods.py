@@ -16,6 +16,8 @@ from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora
 from ebcache_fast.samplers import make_sampler, sampler_over
+from ebcache_fast.table_file import naming
+from ebcache_fast.table_set import TableSet, load_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +71,18 @@ def default_methods(setting: Setting) -> tuple[str, ...]:
     return ("no-cache", *fitting, "fora:2", "fora:3", *steps, "eps-scale:0.98")
 
 
-def open_table(text: str) -> CacheTable:
-    """A table file, or one of the named tables that come with the package."""
-    return CacheTable.load(text) if Path(text).suffix == ".json" else CacheTable.named(text)
+def open_tables(text: str) -> CacheTable | TableSet:
+    """A file of one table or several, or one of the named tables that come with the package."""
+    return load_tables(text) if Path(text).suffix == ".json" else CacheTable.named(text)
+
+
+def open_table(text: str, steps: int | None = None) -> CacheTable:
+    """The same, but one table; of several that of so many steps. TableError, naming it, where the file has none."""
+    opened = open_tables(text)
+    if isinstance(opened, CacheTable):
+        return opened
+    with naming(text):
+        return opened.of_steps(steps)
 
 
 def _no_cache(argument: str, setting: Setting) -> Method:
@@ -97,7 +108,9 @@ def _eps_scale(argument: str, setting: Setting) -> Method:
 
 
 def _table(argument: str, setting: Setting) -> Method:
-    return Method(f"Table {argument}", _plan_of(open_table(argument), argument, setting), setting.sampler)
+    return Method(
+        f"Table {argument}", _plan_of(open_table(argument, setting.steps), argument, setting), setting.sampler
+    )
 
 
 def _own(text: str, name: str, function: str, setting: Setting) -> Method:

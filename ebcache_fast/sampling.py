@@ -15,6 +15,7 @@ from ebcache_fast.models import Denoiser
 from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import Plan
 from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajectory_noise
+from ebcache_fast.table_set import TableSet
 
 DEFAULT_STEPS = 50
 DEFAULT_SAMPLER = "ddpm"
@@ -118,6 +119,8 @@ def resolve_run(
 
 def plan_for(denoiser: Denoiser, table: CacheTable | Plan) -> Plan:
     """The plan that a table means for this model; TableError where it is for another one, InputError for no table."""
+    if isinstance(table, TableSet):
+        raise InputError("table is a TableSet, and a run follows one of its tables; pass tables.of_steps(steps)")
     if not isinstance(table, CacheTable | Plan):
         raise InputError(
             f"table={table!r} is no table but a {type(table).__name__}; pass a Plan, or a CacheTable, which "

@@ -71,7 +71,10 @@ def key_shown(name: str) -> str:
 
 
 def _layout(value: object, indent: str = "") -> str:
-    """JSON with one key a line and every list on one line."""
+    """JSON with one key a line and every list on one line, but for lists of objects."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        inner = indent + "  "
+        return "[\n" + ",\n".join(inner + _layout(item, inner) for item in value) + f"\n{indent}]"
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)
     inner = indent + "  "

@@ -1,13 +1,16 @@
 """The keys of a Cache Table's file, each of them held to its type."""
 
 import math
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import MAX_INT, shown
 from ebcache_fast.table_file import key_shown
+
+TABLE_FORMAT: Final = "ebcache-fast.cache-table"
+SET_FORMAT: Final = "ebcache-fast.cache-tables"
 
 
 class _Record(BaseModel):
@@ -78,11 +81,16 @@ class Provenance(_Record):
     errors: dict[StepName, PerStep[Mismatch | None]] = {}
     votes: dict[StepName, PerStep[Count]] = {}
 
+    def moved_from(self, steps: int) -> Self:
+        """That of a table which was moved to another number of steps: without what was seen at each of ``steps``."""
+        moved = {"options": {**self.options, "retimed_from_steps": steps}, "errors": {}, "votes": {}}
+        return self.model_copy(update=moved)
+
 
 class TableFile(_Record):
     """The file, key by key: every key must be there, and no other. Sequences stand in execution order."""
 
-    format: Literal["ebcache-fast.cache-table"]
+    format: Literal["ebcache-fast.cache-table"]  # TABLE_FORMAT
     version: int = Field(alias="schema", ge=1, le=1)
     model: dict[str, Count] | None
     sampler: SamplerSpec | None
@@ -91,6 +99,14 @@ class TableFile(_Record):
     eps_scale: float
     allow_amplify: bool
     made: Provenance | None
+
+
+class TableSetFile(_Record):
+    """The file of several tables, key by key; each of them is a `TableFile`."""
+
+    format: Literal["ebcache-fast.cache-tables"]  # SET_FORMAT
+    version: int = Field(alias="schema", ge=1, le=1)
+    tables: Annotated[tuple[dict[str, Any], ...], Field(strict=False)]
 
 
 def _first_problem(error: ValidationError) -> str:

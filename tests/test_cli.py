@@ -30,6 +30,7 @@ from ebcache_fast.policies import fora
 from ebcache_fast.presets import Preset, load_letters
 from ebcache_fast.samplers import SAMPLERS
 from ebcache_fast.sampling import sample
+from ebcache_fast.table_set import TableSet
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,6 +361,21 @@ def test_a_table_of_every_step_type_is_shown(run: Run) -> None:
     code, _, err = run("table check all.json")
     assert (code, err.count("\n")) == (2, 1)
     assert "CROSS_ATTENTION" in err
+
+
+def test_a_file_of_several_tables(run: Run) -> None:
+    short, long = (CacheTable(range(900, 0, -step), [0, *[2] * (900 // step - 1)]) for step in (300, 150))
+    TableSet([short, long]).save("set.json")
+    code, out, _ = run("table show set.json")
+    assert (code, out.count("3 steps, timesteps 900 to 300"), out.count("6 steps, timesteps 900 to 150")) == (0, 1, 1)
+    code, out, _ = run("table check set.json")
+    assert (code, out.count("fits: 3 steps"), out.count("fits: 6 steps")) == (0, 1, 1)
+    line = "sample --table set.json --text A"
+    assert run(f"{line} --num-sampling-steps 3").code == 0
+    assert np.array_equal(arr_0("samples/samples.npz"), to_pixels(sample(letters().model, [0], table=short)).numpy())
+    code, _, err = run(line)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "set.json: steps: expected one of 3, 6" in err
 
 
 def test_info(run: Run) -> None:

@@ -53,7 +53,7 @@ def sample(
 
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
     engine = Engine(opened, engine_options(opened, fp8=fp8))
-    chosen = None if table is None else open_table(table)
+    chosen = None if table is None else open_table(table, num_sampling_steps)
     plan, stepper = resolve_run(engine.denoiser, chosen, num_sampling_steps, sampler, eps_scale)
     count, draws = num_samples if text is None else len(text), stepper.draws_noise
     check_run(engine.denoiser, count, per_proc_batch_size, [plan], draws_noise=draws, cfg_scale=cfg_scale)

@@ -10,12 +10,13 @@ def show_table(source: Positional[str]) -> None:
     """Print a Cache Table: its steps as a strip, what it is for, where it comes from.
 
     Args:
-        source: a table's .json file, or the name of one that comes with the package.
+        source: a .json file of one table or several, or the name of one that comes with the package.
     """
     from ebcache_fast import console
-    from ebcache_fast.methods import open_table
+    from ebcache_fast.methods import open_tables
 
-    console.print_table(open_table(source))
+    for table in open_tables(source).tables:
+        console.print_table(table)
 
 
 def check_table(
@@ -27,17 +28,18 @@ def check_table(
     """Hold a Cache Table against a model: whether it fits, and what it costs there.
 
     Args:
-        source: a table's .json file, or the name of one that comes with the package.
+        source: a .json file of one table or several, or the name of one that comes with the package.
         model: "letters", the bundled one, or an original DiT such as DiT-XL/2.
         image_size: 256 or 512, of a latent model.
         num_classes: of a latent model.
     """
     from ebcache_fast import console
-    from ebcache_fast.methods import open_table
+    from ebcache_fast.methods import open_tables
     from ebcache_fast.presets import shape_of
 
     shape = shape_of(model, image_size, num_classes)
-    console.print_costs(open_table(source).plan(shape), shape)
+    for table in open_tables(source).tables:
+        console.print_costs(table.plan(shape), shape)
 
 
 def import_table(

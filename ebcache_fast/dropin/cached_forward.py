@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate
 from ebcache_fast.dropin.contexts import Contexts
+from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
-from ebcache_fast.dropin.velocity import VelocityScaling
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
@@ -44,11 +44,8 @@ class CachedForward:
 
     _ending = Ending.PREDICT
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, options: EngineOptions, velocity: VelocityScaling | None = None
-    ) -> None:
-        self.model, self.options, self.velocity = model, options, velocity
-        self.plan = plan if velocity is None else replace(plan, eps_scale=1.0)
+    def __init__(self, model: nn.Module, course: Course, options: EngineOptions, choice: Choice | None = None) -> None:
+        self.model, self.options, self.course, self.choice = model, options, course, choice
         self.own = OwnForward(model)
         self.gate = Gate(model, self.plan, options, self.own)
         self.calls = calls_class(model)(self)
@@ -60,6 +57,19 @@ class CachedForward:
         with self._lock:
             self.gate.forget()
             self._forget_runs()
+
+    @property
+    def plan(self) -> Plan:
+        """What calls go by now."""
+        return self.course.plan
+
+    def _choose(self, t: float | None) -> None:
+        """Go by what is meant at timestep t; where that is another course, runs in progress are over."""
+        course = self.course if self.choice is None else self.choice.at(t)
+        if course is not self.course:
+            self.course, self._scheduler = course, StepScheduler(course.plan)
+            for key in list(self._lanes):
+                self._end(key)
 
     def _forget_runs(self) -> None:
         self._scheduler = StepScheduler(self.plan)
@@ -134,6 +144,7 @@ class CachedForward:
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
+        self._choose(t)
         key = facts.labels, *self._kind_of(call)
         lane = self._lanes.get(key)
         arrival = self._scheduler.arrive(t, lane.expected if lane else 0)
@@ -199,8 +210,8 @@ class CachedForward:
 
     def _scaled(self, out: Tensor, call: ModelCall, t: float) -> Tensor:
         """What the engine could not scale, as it knows no schedule, in place."""
-        if self.velocity is not None:
-            self.velocity.apply(out, call.x, t)
+        if self.course.velocity is not None:
+            self.course.velocity.apply(out, call.x, t)
         return out
 
 

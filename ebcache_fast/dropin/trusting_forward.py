@@ -19,6 +19,7 @@ class TrustingForward(CachedForward):
     _ending = Ending.PREDICT_GUARDED
 
     def _step(self, answerable: Answerable) -> Tensor:
+        self._choose(None)
         call, denoiser, weights, numerics = answerable
         key = self._kind_of(call)
         if (lane := self._lanes.get(key)) is None:

@@ -1,0 +1,102 @@
+"""Which of several plans a call goes by: the pipeline's scheduler says it, or a run's first timestep."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, Self
+from weakref import ref
+
+from torch import nn
+
+from ebcache_fast.dropin.velocity import VelocityScaling
+from ebcache_fast.errors import InputError
+from ebcache_fast.plan import Plan
+
+
+class Course(NamedTuple):
+    """A plan to go by, and how to scale noise within velocity, which the engine can't."""
+
+    plan: Plan
+    velocity: VelocityScaling | None = None
+
+    @classmethod
+    def of(cls, target: Any, module: nn.Module, plan: Plan) -> Self:
+        """A plan's for a pipeline, or a module alone; InputError where its b can't be applied."""
+        velocity = VelocityScaling.of(target, module, plan)
+        return cls(plan if velocity is None else replace(plan, eps_scale=1.0), velocity)
+
+
+class Choice(Protocol):
+    """What says which course is taken now."""
+
+    def at(self, t: float | None) -> Course:
+        """The course of a call at timestep t; None where that is not known yet."""
+        ...
+
+
+def choice_of(target: Any, courses: Sequence[Course], *, trust_order: bool) -> Choice | None:
+    """Who chooses for a pipeline, or a module alone; None where there is nothing to choose.
+
+    InputError where nothing tells which course a run takes.
+    """
+    if len(courses) == 1:
+        return None
+    if hasattr(target, "scheduler"):
+        return ByScheduler(target, courses)
+    remedy = "enable its pipeline, whose scheduler says which table a run follows, or one table alone"
+    if trust_order:
+        raise InputError(f"with trust_order nothing tells which table a {type(target).__name__} follows; {remedy}")
+    for course in courses:
+        first = course.plan.timesteps[0]
+        if len(sharing := [f"{len(other.plan)}" for other in courses if first in other.plan.timesteps]) > 1:
+            raise InputError(
+                f"runs of a {type(target).__name__} are known by their first timesteps, and {first} is in the tables "
+                f"of {' and '.join(sharing)} steps; {remedy}"
+            )
+    return ByFirstTimestep(courses)
+
+
+class ByScheduler:
+    """The course that has the timesteps which the pipeline's scheduler has been told; else the one taken last."""
+
+    def __init__(self, pipe: Any, courses: Sequence[Course]) -> None:
+        self._pipe, self._courses = ref(pipe), tuple(courses)  # whose transformer holds this: no cycle keeps both
+        self._seen: Any = None  # the scheduler's timesteps
+        self._course = self._courses[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ByScheduler":
+        """A pipeline's copy has a scheduler of its own."""
+        pipe = self._pipe()
+        return ByScheduler(memo.get(id(pipe), pipe), copy.deepcopy(self._courses, memo))
+
+    def at(self, t: float | None) -> Course:
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not None and timesteps is not self._seen:  # told anew: the one time that a device is waited for
+            self._seen = timesteps
+            self._course = self._find(type(scheduler).__name__, tuple(timesteps.tolist()))
+        return self._course
+
+    def _find(self, name: str, timesteps: tuple[float, ...]) -> Course:
+        found = next((course for course in self._courses if course.plan.timesteps == timesteps), None)
+        if found is None:
+            sizes = (f"{len(plan)} from {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}" for plan, _ in self._courses)
+            logging.getLogger(__name__).warning(
+                "nothing is reused: %s has %d timesteps from %g to %g, and the tables have %s; add one of them, moved "
+                "there: table.retime(pipe.scheduler.timesteps.tolist())",
+                *(name, len(timesteps), timesteps[0], timesteps[-1], ", ".join(sizes)),
+            )
+        return found or self._course
+
+
+class ByFirstTimestep:
+    """The course that a run begins with; no course has the first timestep of another."""
+
+    def __init__(self, courses: Sequence[Course]) -> None:
+        self._course = courses[0]
+        self._by_first = {course.plan.timesteps[0]: course for course in courses}
+
+    def at(self, t: float | None) -> Course:
+        self._course = self._course if t is None else self._by_first.get(t, self._course)
+        return self._course
