@@ -93,7 +93,7 @@ def runs(draw: Callable) -> Run:
         reuse = [[(False, False)] * 2, *draw(st.lists(layers, min_size=steps - 1, max_size=steps - 1))]
         table = plan_of(timesteps, reuse)
     else:
-        kinds = st.sampled_from(list(StepType)) if form == "table" else st.just(StepType.NO_CACHE)
+        kinds = st.sampled_from(list(REUSED)) if form == "table" else st.just(StepType.NO_CACHE)
         rest = draw(st.lists(kinds, min_size=steps - 1, max_size=steps - 1))
         types = [StepType.NO_CACHE, *rest]
         reuse = [[REUSED[kind]] * 2 for kind in types]
