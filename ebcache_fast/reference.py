@@ -75,10 +75,12 @@ def gated_residual_norm_quantise(
 def quantise(rows: Tensor, out: Quantised) -> None:
     """Rows (..., D) in float8: ``scale = max |row| / 448`` and ``value = row / scale``, to nearest; 448 is the largest.
 
-    An element is wrong by at most a sixteenth of itself, or, where it is small, by 2^-10 of its row's scale. Source of
-    the format: Micikevicius et al., arXiv 2209.05433, E4M3.
+    An element is wrong by at most a sixteenth of itself, or, where it is small, by 2^-10 of its row's scale. A NaN
+    stays one, and has no part in its row's scale, as on a GPU, whose maximum of a NaN and a number is the number.
+    Source of the format: Micikevicius et al., arXiv 2209.05433, E4M3.
     """
-    torch.div(rows.abs().amax(dim=-1).float().clamp(min=SMALLEST_ROW), 448, out=out.scales)
+    sizes = rows.abs().nan_to_num(nan=0.0, posinf=torch.inf)
+    torch.div(sizes.amax(dim=-1).float().clamp(min=SMALLEST_ROW), 448, out=out.scales)
     out.values.copy_(rows / out.scales.unsqueeze(-1))
 
 

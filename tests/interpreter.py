@@ -1,9 +1,12 @@
-"""Triton's interpreter, made honest about bfloat16 and float8, and quicker.
+"""Triton's interpreter, made honest about its numbers, and quicker.
 
 It keeps bfloat16 as raw bits in uint16 and computes with those as if they were integers, and it truncates where a GPU
 rounds to nearest even. Here conversions and dot products are right, and any other bfloat16 arithmetic is an error. Of
 float8 (e4m3) it truncates as well, is wrong about the smallest, and returns NaN where a GPU stays at the largest: here
 conversions from and to float32 are right, and all else is an error.
+
+As compiled code does (seen in the PTX of Triton 3.7.1 and 3.9.0), an FMA rounds once, a maximum or minimum of a NaN is
+the other operand unless a kernel asks for NaN, and a sum of float16 is rounded to float16 at each addition.
 """
 
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ import torch
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -52,11 +55,38 @@ def narrow8(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     return (bits + 128 * np.signbit(values)).astype(np.uint8)
 
 
+def fused(x: NDArray[Any], y: NDArray[Any], z: NDArray[Any]) -> NDArray[Any]:
+    """``x * y + z`` of float32 or float16, rounded once.
+
+    In float64 the product is exact, and the sum is rounded to odd: where it is inexact, its last bit says so, and the
+    second rounding can't take it for a tie. Source: Boldo and Melquiond, "Emulation of a FMA and correctly rounded
+    sums: proved algorithms using rounding to odd", 2008.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        product, addend = np.broadcast_arrays(x.astype(np.float64) * y, z.astype(np.float64))
+        total = product + addend
+        of_addend = total - product
+        lost = (product - (total - of_addend)) + (addend - of_addend)  # exactly; NaN beside infinities
+        is_even = total.view(np.int64) % 2 == 0
+        toward = np.where(lost > 0, np.inf, -np.inf)
+        odd = np.where(is_even & (np.abs(lost) > 0), np.nextafter(total, toward), total)
+        return odd.astype(np.result_type(x, y, z))
+
+
+def rounded_sum(values: NDArray[Any], axis: int) -> NDArray[Any]:
+    """A sum along a power of two of numbers, the halves added up until one is left, and each addition rounded."""
+    while values.shape[axis] > 1:
+        first, second = np.split(values, 2, axis)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = first + second
+    return values
+
+
 def repair_numbers(patch: pytest.MonkeyPatch) -> None:
     """Patch the interpreter for as long as ``patch`` lasts."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     binary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
-    fma = InterpreterBuilder.create_fma
+    add_up, extremum = ReduceOps.sum, ReduceOps.min_max
 
     def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
         kinds = src.dtype.scalar, dst_type.scalar
@@ -86,11 +116,35 @@ def repair_numbers(patch: pytest.MonkeyPatch) -> None:
 
     def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         refuse(x, y, z)
-        if x.dtype.scalar != tl.float32:
-            return fma(self, x, y, z)
-        exact = x.data.astype(np.float64) * y.data + z.data  # rounded once, as a GPU does, which is what it is for
-        return TensorHandle(exact.astype(np.float32), tl.float32)
+        if x.dtype.scalar not in (tl.float32, tl.float16):
+            raise NotImplementedError(f"the interpreter has no fma of {x.dtype.scalar}; a kernel computes in float32")
+        return TensorHandle(fused(x.data, y.data, z.data), z.dtype.scalar)
 
+    def create_clampf(self: Any, x: TensorHandle, low: TensorHandle, high: TensorHandle, nan: Any) -> TensorHandle:
+        keeps_nan = nan == tl.PropagateNan.ALL
+        return self.ternary_op(
+            x, low, high, np.clip if keeps_nan else lambda x, low, high: np.fmin(np.fmax(x, low), high)
+        )
+
+    def reduce_sum(self: Any, operand: Any) -> Any:
+        refuse(operand.handle)
+        if operand.dtype != tl.float16:
+            return add_up(self, operand)
+        values, axis = operand.handle.data, self.axis
+        total = rounded_sum(values.reshape(-1) if axis is None else values, axis or 0)
+        kept = (1,) * values.ndim if axis is None else total.shape
+        gone = () if axis is None else np.squeeze(total, axis).shape
+        return self.to_tensor(total.reshape(kept if self.keep_dims else gone), operand.dtype)
+
+    def min_max(self: Any, operand: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
+        without_a_warning = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}  # of nothing but NaN
+        return extremum(self, operand, without_a_warning.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+
+    patch.setattr(ReduceOps, "sum", reduce_sum)
+    patch.setattr(ReduceOps, "min_max", min_max)
+    patch.setattr(InterpreterBuilder, "create_maxnumf", lambda self, x, y: self.binary_op(x, y, np.fmax))
+    patch.setattr(InterpreterBuilder, "create_minnumf", lambda self, x, y: self.binary_op(x, y, np.fmin))
+    patch.setattr(InterpreterBuilder, "create_clampf", create_clampf)
     patch.setattr(InterpreterBuilder, "create_fma", create_fma)
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     patch.setattr(InterpreterBuilder, "create_fp_to_fp", lambda self, src, dst, _: cast_impl(self, src, dst))

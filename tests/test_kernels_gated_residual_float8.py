@@ -137,8 +137,25 @@ def test_a_row_of_zeros_is_no_division_by_zero(function: Callable[..., None]) ->
     assert (written.scales > 0).all()
 
 
+@pytest.mark.parametrize("width", [19, 32, 33])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_kernel_and_reference_agree_on_what_is_no_number(value: float, width: int) -> None:
+    """Of a row in which one is, and of one in which there is nothing else; none of them is lost in a product."""
+    case, us = Case((1, 3, width), 0, torch.float32), [GuardedFloat8((1, 3, width)) for _ in range(2)]
+    case.norm.shift[..., 2] = value
+    case.h[0, 1, width - 1] = torch.nan
+    for function, u in zip((gated_residual_norm_quantise, reference.gated_residual_norm_quantise), us, strict=True):
+        function(case.h, [], [], case.norm, case.at, u.rows)
+    (values, scales), (theirs, their_scales) = ((u.rows.values.float(), u.rows.scales) for u in us)
+    torch.testing.assert_close(scales, their_scales, equal_nan=True, rtol=1e-6, atol=0)
+    assert torch.equal(values.isnan(), theirs.isnan())
+    assert values[0, 1].isnan().all()
+    assert values[..., 2].isnan().all()
+    product = (values * scales.unsqueeze(-1)) @ torch.ones(width, 1, device=DEVICE)
+    assert not product.isfinite().any()
+
+
 @BOTH
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
 def test_what_is_no_number_stays_none(function: Callable[..., None]) -> None:
     case, u = Case((1, 2, 33), 0, torch.float32), GuardedFloat8((1, 2, 33))
     case.h[0, 0, 7] = torch.nan
