@@ -23,6 +23,7 @@ from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import EBCacheError, InputError
+from ebcache_fast.fallback import Fallback
 from ebcache_fast.models import Context, Denoiser
 from ebcache_fast.plan import StepPlan, StepType
 from ebcache_fast.sampler_step import remember, sampler_update
@@ -196,7 +197,7 @@ class _Search:
         denoiser.prepare(context, constants)
         self._runner = StepRunner(
             denoiser,
-            ops.select(weight.device, weight.dtype),
+            Fallback(ops.select(weight.device, weight.dtype)).operations,
             ModulationTable.of(denoiser, timesteps, row_labels, context),
             guidance.guide(denoiser, 1.0, latent_dtype(denoiser)),
             Workspace(weight.dtype, weight.device),

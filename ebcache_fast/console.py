@@ -10,6 +10,7 @@ from ebcache_fast._version import __version__
 from ebcache_fast.cache_table import CacheTable, named_tables
 from ebcache_fast.calibration_target import TOLERANCE
 from ebcache_fast.compare import Result
+from ebcache_fast.fallback import Fallback
 from ebcache_fast.plan import ModelShape, Plan, StepType
 from ebcache_fast.presets import default_device
 from ebcache_fast.timeline import Timeline
@@ -186,6 +187,6 @@ def print_info() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         reason = ops.why_torch(where, dtype)
         print(f"operations on {where}, {dtype}" + (f" (torch, because of {reason}):" if reason else ":"))
-        for operation, runs_it in ops.select(where, dtype).implementations().items():
+        for operation, runs_it in Fallback.tried(where, dtype).implementations().items():
             print(f"  {operation}: {runs_it}")
     print("tables: " + ", ".join(named_tables()))

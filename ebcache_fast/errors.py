@@ -18,7 +18,7 @@ class TrajectoryError(EBCacheError, RuntimeError):
 
 
 class CaptureError(EBCacheError, RuntimeError):
-    """A CUDA graph could not be captured and ``strict=True`` forbids the eager fallback."""
+    """A CUDA graph could not be captured, or a kernel launched, and ``strict=True`` forbids the fallback."""
 
 
 class JobError(EBCacheError, RuntimeError):

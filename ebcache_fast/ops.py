@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -114,7 +115,7 @@ def select(device: torch.device, dtype: torch.dtype, *, dependent_launch: bool =
     if reason is None:
         return triton_operations(dependent_launch=dependent_launch)
     if device.type == "cuda":
-        _say_once(reason)
+        say_once(reason)
     return TORCH
 
 
@@ -126,6 +127,10 @@ def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{dtype} has no kernels"
     if find_spec("triton") is None:
         return "Triton is not installed"
+    try:
+        import_module("triton")
+    except Exception as error:  # whatever a broken installation may raise
+        return f"Triton can't be imported ({type(error).__name__}: {error})"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_ARCH:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
@@ -149,7 +154,8 @@ def why_not_float8(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def _say_once(reason: str) -> None:
+def say_once(reason: str) -> None:
+    """Warn that torch's operations run; once for each reason."""
     logging.getLogger(__name__).warning("torch operations run instead of the Triton kernels: %s", reason)
 
 
@@ -159,6 +165,7 @@ def _scaled_mm(u: Quantised, weight: Quantised, bias: Tensor, out: Tensor) -> No
     The tensor cores add up as fast as they can, with about 14 bits: far finer than what they multiply.
     """
     scales = u.scales.unsqueeze(1), weight.scales.unsqueeze(0)  # (M, 1), (1, F)
+    bias = bias.contiguous()
     torch._scaled_mm(u.values, weight.values.t(), *scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
 

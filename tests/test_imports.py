@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("operands", "sampler_step"),
     ("reference", "kernels"),
     ("ops",),
+    ("fallback",),
     ("models", "samplers", "policies"),
     ("engine", "room"),
     ("sampling", "profiling"),

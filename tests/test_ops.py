@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU as far as the choice can see."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    ops._say_once.cache_clear()
+    ops.say_once.cache_clear()
 
 
 @pytest.mark.usefixtures("hopper")

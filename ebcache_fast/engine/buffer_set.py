@@ -156,6 +156,8 @@ class BufferSet:
             self._runner.clock.set(0)
             static = [*self.buffers.tensors, *self._runner.clock.tensors, *tensors_of(self._model)]
             self._graphs[work] = self._backend.capture(body, static)
+        except CaptureError:  # of kernels that can't be launched, where that may not be
+            raise
         except Exception as error:  # whatever a driver, a library or somebody's hook may raise
             self._refuse(work, f"capture failed with {type(error).__name__}", error, strict=strict)
 

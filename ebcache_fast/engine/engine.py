@@ -23,6 +23,7 @@ from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
+from ebcache_fast.fallback import Fallback
 from ebcache_fast.models import Context, Denoiser, as_denoiser
 from ebcache_fast.models.float8 import ready_slots
 from ebcache_fast.plan import Plan
@@ -41,8 +42,9 @@ class Batch(NamedTuple):
 class Engine:
     """Runs trajectories of ``model``, under any plans for it.
 
-    operations: what runs them; None means what `ops.select` chooses. make_graphs: what captures over one set of
-    buffers. make_denoiser: how the model is seen. Threads may share an engine: each trajectory has its own memory.
+    operations: what runs them; None means what `ops.select` chooses, and torch's where that can't be launched.
+    make_graphs: what captures over one set of buffers. make_denoiser: how the model is seen. Threads may share an
+    engine: each trajectory has its own memory.
     Raises InputError for options that the model does not allow, also later where it was moved or converted.
     """
 
@@ -71,7 +73,7 @@ class Engine:
         return self.counts.snapshot(
             graphs=sum(one.graphs for one in sets),
             cache_bytes=sum(one.buffers.cache.nbytes for one in sets),
-            operations=self.operations.implementations() | self._runs_otherwise,
+            operations=(self._operations or self._selected).implementations() | self._runs_otherwise,
         )
 
     @contextmanager
@@ -139,7 +141,7 @@ class Engine:
     @property
     def operations(self) -> ops.Operations:
         """What runs the fused operations."""
-        return self._operations or ops.select(*self._kind, dependent_launch=self.options.dependent_launch)
+        return self._operations or self._selected.operations
 
     def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
         denoiser = self.denoiser.sized(batch.latents, batch.context)
@@ -183,7 +185,8 @@ class Engine:
         self.denoiser = self._make_denoiser(self.model)
         self.options.check(self.denoiser)
         weight = self.denoiser.weight()
-        self._kind = weight.device, weight.dtype  # kept: a model that is changed later may have no such weight
+        selected = ops.select(weight.device, weight.dtype, dependent_launch=self.options.dependent_launch)
+        self._selected = Fallback(selected, strict=self.options.strict)
         ends = () if self.denoiser.has_plain_ends else OF_ENDS
         self._runs_otherwise = dict.fromkeys(ends, "the model's own layers") | {"scaled_linear": self._in_float8()}
 
