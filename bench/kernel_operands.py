@@ -30,6 +30,8 @@ class ModelSizes:
 
 XL_256 = ModelSizes("DiT-XL/2 256 px", side=32, channels=4, patch=2, width=1152, hidden=4608, heads=16, slots=56)
 XL_512 = ModelSizes("DiT-XL/2 512 px", side=64, channels=4, patch=2, width=1152, hidden=4608, heads=16, slots=56)
+PATCH_8 = ModelSizes("DiT-XL/8 256 px", side=32, channels=4, patch=8, width=1152, hidden=4608, heads=16, slots=56)
+WIDE = ModelSizes("3072 wide", side=32, channels=16, patch=2, width=3072, hidden=12288, heads=48, slots=84)
 LETTERS = ModelSizes("letters", side=24, channels=3, patch=4, width=96, hidden=384, heads=3, slots=16)
 
 

@@ -1,24 +1,23 @@
 """What each kernel takes of a GPU, from a compiler alone: registers, spills, shared memory, widths of loads.
 
-    python -m bench.kernel_resources [--arch 80 90 100] [--only NAME ...] [--out bench/results/kernel-resources.json]
+    python -m bench.kernel_resources [--arch 80 86 90] [--only NAME ...] [--out bench/results/kernel-resources.json]
 
-Every launch of every case in `bench.kernel_cases` is compiled for each architecture, by Triton's own path from a
-launch's arguments to a binary, and the binary is read with the disassembler that comes with Triton. It prints a
+Every launch of every case in `bench.kernel_cases` is compiled for each of its architectures, by Triton's own path from
+a launch's arguments to a binary, and the binary is read with the disassembler that comes with Triton. It prints a
 Markdown table, writes what stands in it with ``--out``, and fails with one line on stderr for each broken limit. No
 GPU is needed; TRITON_INTERPRET must not be set, so it runs in a process of its own.
 """
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
-from itertools import takewhile
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +30,7 @@ from triton.runtime.driver import driver
 
 from bench.kernel_cases import CASES, Case
 from bench.report.tables import table
+from ebcache_fast.kernels import launch
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,11 @@ class Arch:
 
 ARCHS = {
     80: Arch(shared_bytes=163 * 1024, stack_bytes=16, matrix_unit="mma", has_tma=False),
+    86: Arch(shared_bytes=99 * 1024, stack_bytes=16, matrix_unit="mma", has_tma=False),
+    89: Arch(shared_bytes=99 * 1024, stack_bytes=16, matrix_unit="mma", has_tma=False),
     90: Arch(shared_bytes=227 * 1024, stack_bytes=0, matrix_unit="wgmma", has_tma=True),
     100: Arch(shared_bytes=227 * 1024, stack_bytes=0, matrix_unit="tcgen05", has_tma=True),
+    120: Arch(shared_bytes=99 * 1024, stack_bytes=0, matrix_unit="mma", has_tma=True),
 }
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100, 128 rows of 32 bit each
 WIDE = 128  # bits: the most that one thread loads at once on sm_80 and sm_90
@@ -64,6 +67,7 @@ class Resources:
     stack_bytes: int  # a thread's
     spill_bytes: int  # stores and loads of local memory, each instruction once: what ptxas -v adds up
     shared_bytes: int
+    shared_bound: int | None  # what its launcher took that for at most; None of kernels that are not ours
     tensor_memory_columns: int
     global_scratch_bytes: int
     instructions: int
@@ -72,6 +76,7 @@ class Resources:
     matrix_unit: str  # "mma", "wgmma", "tcgen05", or "" without products
     uses_tma: bool  # to load
     waits_first: bool  # for the kernel before it, ahead of any access to global memory
+    fuses: bool  # a * b + c into one FMA
     triton: str  # its version
 
 
@@ -124,7 +129,6 @@ def compiled_launches(arch: int) -> Iterator[list[CompiledKernel]]:
         return kernels[-1]
 
     with (
-        patch.dict(os.environ, {"TRITON_DEFAULT_FP_FUSION": "1"}),
         patch.object(triton.JITFunction, "run", compile_only),
         patch("ebcache_fast.kernels.launch.arch_of", lambda device: arch),
     ):
@@ -137,7 +141,7 @@ def compiled_launches(arch: int) -> Iterator[list[CompiledKernel]]:
 
 def compile_case(case: Case, arch: int) -> list[Resources]:
     """Each distinct kernel that a case launches, in order; an error in it names the case and the architecture."""
-    with compiled_launches(arch) as kernels:
+    with compiled_launches(arch) as kernels, noted_bounds() as bounds:
         try:
             case.launch(torch.device("meta"))
         except Exception as error:
@@ -145,10 +149,25 @@ def compile_case(case: Case, arch: int) -> list[Resources]:
             raise
     if not kernels:
         raise RuntimeError(f"the case {case.name!r} launched no kernel on sm_{arch}; let it call a Triton launcher")
-    return [measure(case.name, arch, kernel) for kernel in dict.fromkeys(kernels)]
+    bound_of = dict(zip(kernels, bounds or repeat(None, len(kernels)), strict=True))
+    return [measure(case.name, arch, kernel, bound) for kernel, bound in bound_of.items()]
 
 
-def measure(case: str, arch: int, kernel: CompiledKernel) -> Resources:
+@contextmanager
+def noted_bounds() -> Iterator[list[int]]:
+    """Within it each launch of ours adds the bound of its shared memory to the list that this yields."""
+    bounds, fit = list[int](), launch.fit
+
+    def fit_and_note(chosen: launch.Launch, device: torch.device, shared: Callable[[launch.Launch], int]) -> Any:
+        fitting = fit(chosen, device, shared)
+        bounds.append(shared(fitting))
+        return fitting
+
+    with patch.object(launch, "fit", fit_and_note):
+        yield bounds
+
+
+def measure(case: str, arch: int, kernel: CompiledKernel, bound: int | None) -> Resources:
     """Read a kernel's resources off its binary and what Triton notes beside it."""
     listing = disassemble(kernel.asm["cubin"])
     code = [Instruction(name, tuple(rest.split(".")[1:])) for name, rest in INSTRUCTION.findall(listing)]
@@ -165,6 +184,7 @@ def measure(case: str, arch: int, kernel: CompiledKernel) -> Resources:
         stack_bytes=max(stack for _, stack in usage),
         spill_bytes=sum(each.bits for each in code if each.operation in {"LDL", "STL"}) // 8,
         shared_bytes=kernel.metadata.shared,
+        shared_bound=bound,
         tensor_memory_columns=kernel.metadata.tmem_size or 0,
         global_scratch_bytes=kernel.metadata.global_scratch_size or 0,
         instructions=sum(each.operation != "NOP" for each in code),
@@ -173,6 +193,7 @@ def measure(case: str, arch: int, kernel: CompiledKernel) -> Resources:
         matrix_unit=next(units, ""),
         uses_tma="UTMALDG" in operations,
         waits_first=waits_first([each.operation for each in code]),
+        fuses=kernel.metadata.enable_fp_fusion,
         triton=triton.__version__,
     )
 
@@ -207,6 +228,10 @@ def violations(case: Case, got: Resources) -> list[str]:
             f"shared memory: {got.shared_bytes} B, at most {arch.shared_bytes}; use smaller tiles or fewer stages",
         ),
         (
+            got.shared_bound is None or got.shared_bytes <= got.shared_bound,
+            f"bound: {got.shared_bytes} B of shared memory, and its launcher takes it for {got.shared_bound} at most",
+        ),
+        (
             got.tensor_memory_columns <= TENSOR_MEMORY_COLUMNS,
             f"tensor memory: {got.tensor_memory_columns} columns, at most {TENSOR_MEMORY_COLUMNS}; use smaller tiles",
         ),
@@ -227,6 +252,7 @@ def violations(case: Case, got: Resources) -> list[str]:
             f"matrix unit: {got.matrix_unit or 'none'}, {arch.matrix_unit} expected; look at tiles and warps",
         ),
         (not case.waits or got.waits_first, "wait: none ahead of all accesses; call begin first in the kernel"),
+        (got.fuses, "fusion: a * b + c is rounded twice; pass launch.OPTIONS"),
         (not case.tma or not arch.has_tma or got.uses_tma, "TMA: no loads, some expected; pass host descriptors"),
     )
     return [f"{case.name} / {got.kernel} / sm_{got.arch} / {text}" for holds, text in rules if not holds]
@@ -243,7 +269,7 @@ def main(cases: Sequence[Case] = CASES, argv: Sequence[str] | None = None) -> in
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so kernels can't be compiled: unset it, in a process of its own")
     chosen = [case for case in cases if case.name in args.only]
-    compiled = [(case, arch) for case in chosen for arch in args.arch if arch >= case.oldest_arch]
+    compiled = [(case, arch) for case in chosen for arch in args.arch if arch in case.archs]
     measured = [(case, got) for case, arch in compiled for got in compile_case(case, arch)]
     results = sorted((got for _, got in measured), key=lambda got: (got.case, got.arch, got.kernel))
     head = [field.name.replace("_", " ") for field in fields(Resources)]

@@ -9,6 +9,8 @@ Dao et al., arXiv 2205.14135) in float32, in powers of 2. A head's features are 
 which is known when the kernel is compiled, so that their alignment is known too.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -100,7 +102,8 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
         )
     head = D // heads
     main, rest = _cut(head)
-    chosen = FLOAT32 if out.itemsize == 4 else launch.parameters("attention", R * T, out.device)
+    entry = FLOAT32 if out.itemsize == 4 else launch.parameters("attention", R * T, out.device)
+    chosen = launch.fit(entry, out.device, partial(_shared, (main + rest) * out.itemsize))
     with launch.on(out):
         _attention_kernel[(triton.cdiv(T, chosen.rows) * heads * R,)](
             qkv,
@@ -114,7 +117,13 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
             KEYS=chosen.cols,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
+            **launch.OPTIONS,
         )
+
+
+def _shared(row: int, chosen: launch.Launch) -> int:
+    """Most bytes of shared memory: a tile of queries, and for each stage one of keys and one of values."""
+    return (chosen.rows + 2 * chosen.stages * chosen.cols) * row + launch.ROOM
 
 
 def _cut(head: int) -> tuple[int, int]:

@@ -1,7 +1,11 @@
-"""What every launcher asks of its tensors before it launches: what a kernel can't take is an InputError."""
+"""What every launcher asks of its tensors before it launches: what a kernel can't take is an InputError.
+
+A model's weights may lie in any order, as ``torch.channels_last`` or views of others: see `weights` and `norm_weights`.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +14,20 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Weights = TypeVar("Weights", Linear, Patches)
+
+
+def weights(given: Weights) -> Weights:
+    """The same side by side: of what lies in another order a copy, which lives as long as the launch."""
+    return type(given)(*(each.contiguous() for each in given))
+
+
+def norm_weights(given: Norm) -> Norm:
+    """`weights`, of a LayerNorm's own; its modulation may have strides."""
+    if given.weight is None and given.bias is None:
+        return given
+    own = (None if each is None else each.contiguous() for each in (given.weight, given.bias))
+    return Norm(given.shift, given.scale, given.eps, *own)
 
 
 def stream(h: Tensor, *others: Tensor) -> tuple[int, int, int]:

@@ -85,12 +85,11 @@ def embed(x: Tensor, patches: Patches, h: Tensor, *, early: bool = False) -> Non
 
     Raises InputError for what `checks` refuses.
     """
-    rows, tokens, width = checks.stream(h)
+    _, tokens, width = checks.stream(h)
+    patches = checks.weights(patches)
     patch, copies = _fit(x, patches, h)
-    chosen = launch.parameters("embed", rows * tokens, h.device)
-    elements = launch.elements_of(x.shape[1], patch)
-    cols = launch.columns(chosen, h.dtype, elements)
-    grid = (triton.cdiv(tokens, chosen.rows), len(x), triton.cdiv(width, cols))
+    chosen, elements = _chosen(x, h, patch)
+    grid = (triton.cdiv(tokens, chosen.rows), len(x), triton.cdiv(width, chosen.cols))
     with launch.on(h):
         _embed_kernel[grid](
             x,
@@ -105,9 +104,10 @@ def embed(x: Tensor, patches: Patches, h: Tensor, *, early: bool = False) -> Non
             COPIES=copies,
             launch_pdl=early,
             ROWS=chosen.rows,
-            COLS=cols,
+            COLS=chosen.cols,
             E=elements,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )
 
 
@@ -118,13 +118,12 @@ def embed_norm_modulate(
 
     Raises InputError for what `checks` refuses.
     """
-    rows, tokens, width = checks.stream(h, u)
+    _, tokens, width = checks.stream(h, u)
+    patches, norm = checks.weights(patches), checks.norm_weights(norm)
     patch, copies = _fit(x, patches, h)
     strides = checks.norm(h, norm)
     checks.at(h, at)
-    chosen = launch.parameters("embed", rows * tokens, h.device)
-    elements = launch.elements_of(x.shape[1], patch)
-    cols = launch.columns(chosen, h.dtype, elements)
+    chosen, elements = _chosen(x, h, patch)
     with launch.on(h):
         _embed_norm_kernel[(triton.cdiv(tokens, chosen.rows), len(x))](
             x,
@@ -143,10 +142,18 @@ def embed_norm_modulate(
             COPIES=copies,
             launch_pdl=early,
             ROWS=chosen.rows,
-            COLS=cols,
+            COLS=chosen.cols,
             E=elements,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )
+
+
+def _chosen(x: Tensor, h: Tensor, patch: int) -> tuple[launch.Launch, int]:
+    """How to launch, and the padded elements of a patch."""
+    elements = launch.elements_of(x.shape[1], patch)
+    entry = launch.parameters("embed", len(h) * h.shape[1], h.device)
+    return launch.fit_patches(entry, x, h.itemsize, elements, embeds=True, heads=False), elements
 
 
 def _fit(x: Tensor, patches: Patches, h: Tensor) -> tuple[int, int]:

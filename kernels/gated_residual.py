@@ -7,7 +7,8 @@
 A branch is a fresh output or lies in the cache, ungated: with a cached attention output this is the cached-attention
 substitution. A program holds whole rows, cut into the largest power of two that fits in D and a masked rest (1152 =
 1024 + 128), because one masked tile of 2048 would need twice the registers. Float8 is made of u before it is rounded to
-anything else: for one reduction more of what the program holds, half the bytes are written.
+anything else: for one reduction more of what the program holds, half the bytes are written. A NaN stays one in float8,
+and with it whatever that row is multiplied by; it has no part in the scale.
 """
 
 from collections.abc import Sequence
@@ -109,7 +110,8 @@ def gated_residual(
     checks.branch_count(branches, gates, MAX_BRANCHES)
     strides = checks.vectors(h, *gates)
     checks.at(h, at)
-    chosen = launch.parameters("gated_residual", rows * tokens, h.device)
+    entry = launch.parameters("gated_residual", rows * tokens, h.device)
+    chosen = launch.fit(entry, h.device, lambda _: launch.ROOM)
     cols = min(1024, triton.next_power_of_2(width))
     grid = (triton.cdiv(rows * tokens, chosen.rows), triton.cdiv(width, cols))
     with launch.on(h):
@@ -126,6 +128,7 @@ def gated_residual(
             ROWS=chosen.rows,
             COLS=cols,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )
 
 
@@ -176,12 +179,14 @@ def _launch_norm(
     early: bool,
 ) -> None:
     """Launch the kernel; without scales u is written as it is."""
+    norm = checks.norm_weights(norm)
     rows, tokens, width = checks.stream(h, *branches)
     checks.branch_count(branches, gates, MAX_BRANCHES)
     strides = checks.norm(h, norm, *gates)
     checks.at(h, at)
-    chosen = launch.parameters("gated_residual", rows * tokens, h.device)
     main = max(16, 1 << (width.bit_length() - 1))
+    rest = triton.next_power_of_2(width - main) if width > main else 0
+    chosen = launch.fit_rows(launch.parameters("gated_residual", rows * tokens, h.device), main + rest, h.device)
     with launch.on(h):
         _norm_kernel[(triton.cdiv(rows * tokens, chosen.rows),)](
             h,
@@ -198,6 +203,7 @@ def _launch_norm(
             launch_pdl=early,
             ROWS=chosen.rows,
             MAIN=main,
-            REST=triton.next_power_of_2(width - main) if width > main else 0,
+            REST=rest,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )

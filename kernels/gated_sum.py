@@ -7,6 +7,8 @@ not depend on x. One pass over the slots makes the sums of up to three steps; a 
 and streams the slots through it, which keeps many loads in flight.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,7 +80,8 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
     checks.alike(sums, sums, (steps, rows, tokens, width))
     step_stride, condition_stride = checks.vectors(sums[0], gates[:, 0])
     checks.at(sums[0], at)
-    chosen = launch.parameters("gated_sum", rows * tokens, sums.device)
+    entry = launch.parameters("gated_sum", rows * tokens, sums.device)
+    chosen = launch.fit(entry, sums.device, partial(_shared, steps, sums.itemsize))
     grid = (triton.cdiv(rows * tokens, chosen.rows), triton.cdiv(width, chosen.cols))
     with launch.on(sums):
         _sum_kernel[grid](
@@ -99,4 +102,10 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
             COLS=chosen.cols,
             STAGES=chosen.stages,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )
+
+
+def _shared(steps: int, itemsize: int, chosen: launch.Launch) -> int:
+    """Most bytes of shared memory: a tile of a slot and of each step's gates, for each stage but the one at hand."""
+    return (chosen.stages - 1) * chosen.rows * chosen.cols * itemsize * (1 + steps) + launch.ROOM

@@ -150,13 +150,14 @@ def head_predict(
 
     Raises InputError for more than two branches and what `checks` refuses.
     """
+    norm, linear = checks.norm_weights(norm), checks.weights(linear)
     rows, tokens, width = checks.stream(h, *branches)
-    strides = _strides(h, branches, gates, norm, at)
-    samples = checks.samples(h, guide)
+    strides, samples = _strides(h, branches, gates, norm, at), checks.samples(h, guide)
     patch, channels = checks.head(h, linear, guide, out)
     checks.latents(out, h, (rows, channels, *out.shape[2:]))
-    chosen = launch.parameters("head", rows * tokens, h.device)
     elements = launch.elements_of(guide.eps_channels, patch)
+    entry = launch.parameters("head", rows * tokens, h.device)
+    chosen = launch.fit_patches(entry, h, h.itemsize, elements, embeds=False, heads=True)
     with launch.on(h):
         _predict_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             out,
@@ -177,9 +178,10 @@ def head_predict(
             GUIDED=guide.channels,
             launch_pdl=early,
             ROWS=chosen.rows,
-            COLS=launch.columns(chosen, h.dtype, elements),
+            COLS=chosen.cols,
             E=elements,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )
 
 
@@ -200,14 +202,15 @@ def head_update(
 
     Raises InputError for more than two branches and what `checks` refuses.
     """
+    norm, linear = checks.norm_weights(norm), checks.weights(linear)
     rows, tokens, width = checks.stream(h, *branches)
-    strides = _strides(h, branches, gates, norm, at)
-    samples = checks.samples(h, guide)
+    strides, samples = _strides(h, branches, gates, norm, at), checks.samples(h, guide)
     patch, channels = checks.head(h, linear, guide, x)
     checks.latents(x, h, (samples, guide.eps_channels, *x.shape[2:]))
     checks.update(update, x)
-    chosen = launch.parameters("head", rows * tokens, h.device)
     elements = launch.elements_of(guide.eps_channels, patch)
+    entry = launch.parameters("head", rows * tokens, h.device)
+    chosen = launch.fit_patches(entry, h, h.itemsize, elements, embeds=False, heads=True)
     with launch.on(h):
         _update_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             x,
@@ -231,9 +234,10 @@ def head_update(
             MEMORY=update.previous is not None,
             launch_pdl=early,
             ROWS=chosen.rows,
-            COLS=launch.columns(chosen, h.dtype, elements),
+            COLS=chosen.cols,
             E=elements,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )
 
 

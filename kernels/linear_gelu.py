@@ -10,6 +10,7 @@ goes by pointers.
 """
 
 import math
+from functools import partial
 
 import triton
 import triton.language as tl
@@ -82,14 +83,17 @@ def linear_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
         raise InputError(
             f"u of shape {tuple(u.shape)} and out of {tuple(out.shape)} are not matrices; flatten the rows"
         )
+    linear = checks.weights(linear)
     _, M, D = checks.stream(u[None])
     F = checks.stream(out[None])[2]
     for tensor, shape in ((linear.weight, (F, D)), (linear.bias, (F,)), (out, (M, F))):
         checks.alike(tensor, u, shape)
-    chosen = launch.parameters("linear_gelu", M, u.device)
+    has_tma = launch.arch_of(u.device) >= TMA_ARCH and all(map(_suits_tma, (u, linear.weight, out)))
+    entry = launch.parameters("linear_gelu", M, u.device)
+    chosen = launch.fit(entry, u.device, partial(_shared, u.itemsize, has_tma))
     rows, cols, depth = chosen.rows, chosen.cols * 2 // u.itemsize, LINE // u.itemsize  # fewer where they take more
     blocks = {"ROWS": rows, "COLS": cols, "DEPTH": depth}
-    if launch.arch_of(u.device) >= TMA_ARCH and all(map(_suits_tma, (u, linear.weight, out))):
+    if has_tma:
         kernel = _tma_kernel
         operands = (
             _descriptor(u, rows, depth),
@@ -103,8 +107,17 @@ def linear_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
         blocks["ALIGN"] = math.gcd(D, F, 16)
     with launch.on(u):
         kernel[(triton.cdiv(M, rows) * triton.cdiv(F, cols),)](
-            *operands, M, D, F, **blocks, num_warps=chosen.warps, num_stages=chosen.stages
+            *operands, M, D, F, **blocks, num_warps=chosen.warps, num_stages=chosen.stages, **launch.OPTIONS
         )
+
+
+def _shared(itemsize: int, has_tma: bool, chosen: launch.Launch) -> int:
+    """Most bytes of shared memory: a line of each row and column of the tile for each stage, and then the tile.
+
+    By pointers the stage at hand is in registers already.
+    """
+    cols, stages = chosen.cols * 2 // itemsize, chosen.stages if has_tma else max(chosen.stages - 1, 1)
+    return max(stages * (chosen.rows + cols) * LINE, chosen.rows * cols * 4) + launch.ROOM
 
 
 def _suits_tma(matrix: Tensor) -> bool:

@@ -97,6 +97,7 @@ def run_update(
 
     See `ebcache_fast.reference.run_update`. Raises InputError for what `checks` refuses.
     """
+    patches, norm, linear = checks.weights(patches), checks.norm_weights(norm), checks.weights(linear)
     rows, tokens, width = checks.stream(sums[0])
     checks.alike(sums, sums, (len(sums), rows, tokens, width))
     samples = checks.samples(sums[0], guide)
@@ -106,8 +107,9 @@ def run_update(
     strides = checks.norm(sums[0], norm)
     checks.at(sums[0], at)
     checks.update(update, x)
-    chosen = launch.parameters("run", rows * tokens, x.device)
     elements = launch.elements_of(guide.eps_channels, patch)
+    entry = launch.parameters("run", rows * tokens, x.device)
+    chosen = launch.fit_patches(entry, x, sums.itemsize, elements, embeds=True, heads=True)
     with launch.on(x):
         _run_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
             x,
@@ -133,7 +135,8 @@ def run_update(
             MEMORY=update.previous is not None,
             launch_pdl=early,
             ROWS=chosen.rows,
-            COLS=launch.columns(chosen, sums.dtype, elements),
+            COLS=chosen.cols,
             E=elements,
             num_warps=chosen.warps,
+            **launch.OPTIONS,
         )

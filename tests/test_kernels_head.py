@@ -200,10 +200,6 @@ WRONG = {
     "three branches": (lambda c: dict(branches=[c.h] * 3, gates=[c.gates[0]] * 3), "at most 2"),
     "features of no patch": (lambda c: dict(linear=c.linear._replace(weight=c.linear.weight[1:])), "features a token"),
     "a bias of another size": (lambda c: dict(linear=c.linear._replace(bias=c.linear.bias[1:])), "must be"),
-    "strides of the weight": (
-        lambda c: dict(linear=c.linear._replace(weight=c.linear.weight.T.contiguous().T)),
-        "not contiguous",
-    ),
     "three copies": (lambda c: dict(guide=c.guide._replace(copies=3)), "1, or 2 under guidance"),
     "guided channels": (lambda c: dict(guide=c.guide._replace(channels=5)), r"outside \[0, 4\]"),
     "settings": (lambda c: dict(guide=c.guide._replace(settings=c.guide.settings.double())), "scale and b"),

@@ -176,8 +176,6 @@ WRONG = {
     "weight of the other layout": (lambda u, w, b, o: (u, w.T.contiguous(), b, o), r"must be \(24, 16\)"),
     "size of the bias": (lambda u, w, b, o: (u, w, b[:3], o), r"must be \(24,\)"),
     "strides of u": (lambda u, w, b, o: (strided(5, 16), w, b, o), "not contiguous"),
-    "strides of the weight": (lambda u, w, b, o: (u, strided(24, 16), b, o), "not contiguous"),
-    "strides of the bias": (lambda u, w, b, o: (u, w, strided(24, 1)[:, 0], o), "not contiguous"),
     "strides of out": (lambda u, w, b, o: (u, w, b, strided(5, 24)), "not contiguous"),
     "dtype of the weight": (lambda u, w, b, o: (u, w.half(), b, o), "float16"),
     "dtype of the bias": (lambda u, w, b, o: (u, w, b.bfloat16(), o), "bfloat16"),

@@ -1,0 +1,159 @@
+"""Weights and inputs that lie in memory in another order than usual, as ``torch.channels_last`` or views of others."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from accuracy import DEVICE, draw
+from diffusers_kinds import COG_5B, DIT, SIGMA, Kind, ask, table_of, timesteps
+from step_operands import SIZES, StepOperands
+from tiny import relative_error
+from torch import Tensor
+
+from ebcache_fast import enable, ops, stats
+from ebcache_fast.kernels import launch
+from ebcache_fast.operands import Linear
+from ebcache_fast.ops import own_matmul_operations
+
+TRITON = replace(own_matmul_operations(), linear_gelu=None, attention=None)
+
+
+def in_channels_last(tensor: Tensor) -> Tensor:
+    """Channels side by side, of images and videos; others with their axes in the opposite order."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim in formats:
+        return tensor.contiguous(memory_format=formats[tensor.ndim])
+    axes = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """Every third element of a larger memory, from its second on."""
+    memory = tensor.new_zeros(*tensor.shape, 3)
+    memory[..., 1] = tensor
+    return memory[..., 1]
+
+
+def behind_another(tensor: Tensor) -> Tensor:
+    """As usual, but one element behind where a wide load could begin."""
+    return torch.cat([tensor.new_ones(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+LAID = (in_channels_last, spread, behind_another)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {name: {80: ((launch.ALL, launch.Launch(16, 128, 4)),)} for name in launch.TABLE}
+    table["linear_gelu"] = launch.TABLE["linear_gelu"]
+    monkeypatch.setattr(launch, "TABLE", table)
+
+
+def called(name: str, case: StepOperands) -> list[Tensor]:
+    """What an operation writes."""
+    case = case.clone()
+    h, u, out = (
+        torch.empty_like(case.h),
+        torch.empty_like(case.h),
+        case.x.new_empty(case.sizes.rows, 8, *case.x.shape[2:]),
+    )
+    arguments: dict[str, tuple[Any, ...]] = {
+        "embed": (case.x, case.patches, h),
+        "embed_norm_modulate": (case.x, case.patches, case.norm, case.at, h, u),
+        "gated_residual_norm_modulate": (case.h, case.branches, case.gates, case.norm, case.at, u),
+        "head_predict": (case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out),
+        "head_update": (
+            case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update,
+        ),
+        "run_update": (case.x, case.sums, case.patches, case.norm, case.at, case.linear, case.guide, case.update),
+    }  # fmt: skip
+    getattr(TRITON, name)(*arguments[name])
+    return [one.nan_to_num(7.0) for one in (case.x, case.h, h, u, out)]
+
+
+@pytest.mark.parametrize("lay", LAID)
+@pytest.mark.parametrize(
+    "name",
+    ["embed", "embed_norm_modulate", "gated_residual_norm_modulate", "head_predict", "head_update", "run_update"],
+)
+def test_a_kernel_reads_weights_as_they_lie(name: str, lay: Callable[[Tensor], Tensor]) -> None:
+    case = StepOperands.of(SIZES["plain"], torch.float32).with_norm_parameters()
+    norm = case.norm._replace(weight=lay(case.norm.weight), bias=lay(case.norm.bias))
+    patches, linear = (type(one)(*map(lay, one)) for one in (case.patches, case.linear))
+    laid = replace(case, norm=norm, patches=patches, linear=linear)
+    assert all(map(torch.equal, called(name, laid), called(name, case)))
+
+
+@pytest.mark.parametrize("lay", LAID)
+def test_the_first_half_of_the_mlp_reads_weights_as_they_lie(lay: Callable[[Tensor], Tensor]) -> None:
+    u, weight, bias = (draw(*shape, dtype=torch.float32, seed=1) for shape in ((32, 48), (64, 48), (64,)))
+    outs = [torch.empty(32, 64, device=DEVICE) for _ in range(2)]
+    for out, linear in zip(outs, (Linear(weight, bias), Linear(lay(weight), lay(bias))), strict=True):
+        own_matmul_operations().linear_gelu(u, linear, out)  # type: ignore[misc]
+    assert torch.equal(*outs)
+
+
+@torch.no_grad()
+def drawn_as(kind: Kind, operations: ops.Operations, patch: pytest.MonkeyPatch, lay: Callable[[Any], None]) -> Tensor:
+    """Drawn by a pipeline whose transformer was laid out anew before it was enabled."""
+    pipe = kind.pipeline()
+    lay(pipe.transformer)
+    patch.setattr(ops, "select", lambda *_, **__: operations)
+    enable(pipe, table_of(pipe))
+    x = kind.draw(pipe)
+    assert not stats(pipe).originals
+    assert not stats(pipe).refreshed
+    assert stats(pipe).operations["gated_sum"] == operations.name
+    return x
+
+
+def as_it_comes(transformer: Any) -> None:
+    """Leave it alone."""
+
+
+def by_turns(transformer: Any) -> None:
+    """Lay one parameter after another out in another way; a third of them in each."""
+    for parameter, lay in zip(transformer.parameters(), cycle(LAID), strict=False):
+        parameter.data = lay(parameter.data)
+
+
+def to_channels_last(transformer: Any) -> None:
+    """As diffusers' pages advise."""
+    transformer.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("lay", [by_turns, to_channels_last])
+@pytest.mark.parametrize("operations", [ops.TORCH, TRITON], ids=lambda one: one.name)
+@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
+def test_pipelines_draw_the_same_however_their_weights_lie(
+    kind: Kind, operations: ops.Operations, lay: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = drawn_as(kind, ops.TORCH, monkeypatch, as_it_comes)
+    assert relative_error(drawn_as(kind, operations, monkeypatch, lay), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("operations", [ops.TORCH, TRITON], ids=lambda one: one.name)
+@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
+def test_calls_are_answered_however_their_tensors_lie(
+    kind: Kind, operations: ops.Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents, labels, texts, masks and rotary embeddings."""
+    pipe = kind.pipeline()
+    usual, ts = kind.call(pipe), timesteps(pipe)
+    monkeypatch.setattr(ops, "select", lambda *_, **__: operations)
+    enable(pipe, table_of(pipe))
+    expected = [ask(pipe.transformer, usual, t, i) for i, t in enumerate(ts)]
+    monkeypatch.setattr(torch, "randn", lambda *args, randn=torch.randn, **named: spread(randn(*args, **named)))
+    laid = {name: _laid(value) for name, value in usual.items()}
+    ours = [ask(pipe.transformer, laid, t, i) for i, t in enumerate(ts)]
+    assert all(relative_error(one, other) <= 1e-5 for one, other in zip(ours, expected, strict=True))
+    assert not stats(pipe).originals
+
+
+def _laid(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return in_channels_last(value) if value.ndim > 3 else spread(value)
+    return type(value)(map(_laid, value)) if isinstance(value, tuple | list) else value
