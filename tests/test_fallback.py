@@ -21,7 +21,7 @@ from ebcache_fast.fallback import KERNELS, Fallback
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
-NO, ATTENTION, ATTN_MLP, _ = StepType
+NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 TYPES = [NO, ATTENTION, ATTN_MLP, ATTN_MLP, NO, ATTN_MLP]
 LABELS = torch.tensor([1, 3])
 FAILURES = {
