@@ -27,6 +27,10 @@ class DeclinedError(Exception):
     """The model's own forward has to answer this call; the message says why."""
 
 
+class UnfitError(DeclinedError):
+    """The engine does not take such a call; the model's own forward may. Its cause is the error if that does not."""
+
+
 class Answerable(NamedTuple):
     """A call that the engine can answer, and what it is to be answered with."""
 
@@ -71,7 +75,7 @@ class Gate:
     def pass_on(self, call: ModelCall | None) -> Answerable:
         """The call, None being one whose arguments the engine does not know.
 
-        Raises DeclinedError where the model's own forward has to answer, InputError for one that no model can.
+        Raises DeclinedError where the model's own forward has to answer, UnfitError where it has to try.
         """
         call = self._asks_for_nothing_else(call)
         weights, functions = (
@@ -87,9 +91,17 @@ class Gate:
         if numerics.autocast:
             raise DeclinedError("autocast is on")
         if (form := (call.form, weights)) != self._checked:
-            call.check(self._denoiser)
+            self._check(call)
             self._checked = form
         return Answerable(call, self._denoiser, weights, numerics)
+
+    def _check(self, call: ModelCall) -> None:
+        try:
+            call.check(self._denoiser)
+        except InputError as error:
+            if self.options.strict:
+                raise
+            raise UnfitError(str(error)) from error
 
     def _asks_for_nothing_else(self, call: ModelCall | None) -> ModelCall:
         if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):

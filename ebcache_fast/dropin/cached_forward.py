@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate
+from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate, UnfitError
 from ebcache_fast.dropin.contexts import Contexts
 from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.diffusers_calls import calls_class
@@ -132,11 +132,20 @@ class CachedForward:
             try:
                 return self._step(self.gate.pass_on(call))
             except DeclinedError as declined:
-                why = str(declined)
+                why, unfit = str(declined), declined.__cause__ if isinstance(declined, UnfitError) else None
             if self.options.strict and why != OFF_SWITCH:
                 raise TrajectoryError(f"the plan can't be followed here: {why}; strict=False runs the model uncached")
+        try:
+            out = self.own.answer(name, *args, **named)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if unfit is None:
+                raise
+            raise unfit from error
+        with self._lock:
             _count(self._originals, why, "the model's own forward answers, uncached")
-        return self.own.answer(name, *args, **named)
+        return out
 
     def _step(self, answerable: Answerable) -> Tensor:
         call, denoiser, weights, numerics = answerable

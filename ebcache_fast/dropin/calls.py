@@ -59,9 +59,10 @@ class OriginalCalls:
             return model.forward_with_cfg(call.x, call.t, call.y, call.cfg_scale)
         return model(call.x, call.t, call.y)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *more: Any, **others: Any) -> Tensor:
         """As the model's: latents x (R, C, H, W), timesteps t (R,), labels y (R,) -> (R, out_channels, H, W)."""
-        out: Tensor = self._answering.answer(ModelCall(x, t, y), "forward", x, t, y)
+        call = None if more or others else ModelCall(x, t, y)
+        out: Tensor = self._answering.answer(call, "forward", x, t, y, *more, **others)
         return out
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:

@@ -67,10 +67,11 @@ class DiffusersDiTCalls(_DiffusersCalls):
         class_labels: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> Any:
         """As the model's: latents (R, C, H, W), timesteps and labels (R,) -> Transformer2DModelOutput, or a tuple."""
         call = None
-        if timestep is not None and class_labels is not None and not cross_attention_kwargs:
+        if timestep is not None and class_labels is not None and not (cross_attention_kwargs or others):
             call = ModelCall(hidden_states, timestep, class_labels)
         return self._answer(
             call,
@@ -79,6 +80,7 @@ class DiffusersDiTCalls(_DiffusersCalls):
             timestep=timestep,
             class_labels=class_labels,
             cross_attention_kwargs=cross_attention_kwargs,
+            **others,
         )
 
 
@@ -101,10 +103,12 @@ class PixArtCalls(_DiffusersCalls):
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> Any:
         """As the model's: latents (R, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
         sizes = added_cond_kwargs or {}
-        known = not cross_attention_kwargs and attention_mask is None and sizes.keys() <= {"resolution", "aspect_ratio"}
+        known = not (cross_attention_kwargs or others) and attention_mask is None
+        known = known and sizes.keys() <= {"resolution", "aspect_ratio"}
         call = None
         if known and encoder_hidden_states is not None and timestep is not None:
             context = PixArtContext(
@@ -123,6 +127,7 @@ class PixArtCalls(_DiffusersCalls):
             cross_attention_kwargs=cross_attention_kwargs,
             attention_mask=attention_mask,
             encoder_attention_mask=encoder_attention_mask,
+            **others,
         )
 
 
@@ -146,10 +151,11 @@ class CogVideoXCalls(_DiffusersCalls):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> Any:
         """As the model's: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
         call = None
-        if timestep_cond is None and not attention_kwargs and hidden_states.ndim == 5:
+        if timestep_cond is None and not (attention_kwargs or others) and hidden_states.ndim == 5:
             cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
             shift = None if ofs is None else torch.as_tensor(ofs, device=hidden_states.device)
             context = CogVideoXContext(encoder_hidden_states, cos, sin, shift)
@@ -166,6 +172,7 @@ class CogVideoXCalls(_DiffusersCalls):
             ofs=ofs,
             image_rotary_emb=image_rotary_emb,
             attention_kwargs=attention_kwargs,
+            **others,
         )
 
     def _ours(self, out: Tensor) -> Tensor:

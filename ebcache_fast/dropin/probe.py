@@ -10,7 +10,7 @@ from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
-from ebcache_fast.errors import InputError
+from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.models.layers import parameters_of
 from ebcache_fast.plan import Plan
@@ -38,24 +38,39 @@ def probe(model: nn.Module, plan: Plan) -> int:
 
 def _probe(model: nn.Module, plan: Plan) -> int:
     asked = _Probe(model, plan)
-    if not asked.is_answered(0):
+    if isinstance(why := asked.difference(), Exception):  # of a batch too small, perhaps
+        asked = _Probe(model, plan, small=False)
+        why = asked.difference()
+    if isinstance(why, Exception):
+        raise InputError(
+            f"{type(model).__name__} can't be tried on {asked}: its own forward, hooks included, raised {said(why)}; "
+            "call it so without enable, and mend what it says, or convert it to a dtype that it runs in"
+        ) from why
+    if why is not None:
         raise InputError(
             f"{type(model).__name__} has the layout of a DiT, but its forward computes something else, and the engine "
-            "would run the usual one; pass a module that computes what its parts say, without another cache around it"
+            f"would run the usual one: on {asked} {why}; pass a module that computes what its parts say, without "
+            "another cache around it"
         )
     channels = as_denoiser(model).latent_shape[0]
     guesses = dict.fromkeys((min(GUIDED_CHANNELS, channels), channels)) if hasattr(model, "forward_with_cfg") else {}
-    return next((n for n in guesses if asked.is_answered(n)), 0)
+    return next((n for n in guesses if asked.difference(n) is None), 0)
+
+
+def said(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    text = " ".join(str(error).split("\n", 1)[0].split())
+    return f"{type(error).__name__}: {text:.200}"
 
 
 class _Probe:
     """Two rows with labels of their own at a plan's first timestep."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, *, small: bool = True) -> None:
         self._model, self._engine = model, Engine(model, make_graphs=no_graphs)
         denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
         generator, t = torch.Generator("cpu").manual_seed(0), plan.timesteps[0]
-        latents, context = denoiser.example(rows=2)
+        latents, context = denoiser.example(rows=2, small=small)
         self._call = ModelCall(
             x=torch.randn(2, *latents, generator=generator, device="cpu").to(weight),
             t=torch.full((2,), t, dtype=torch.int64 if isinstance(t, int) else torch.float32, device=weight.device),
@@ -65,18 +80,40 @@ class _Probe:
         )
         self._plan = Plan.uncached(plan.timesteps[:1], plan.depth, plan.branches)
 
-    def is_answered(self, guided_channels: int) -> bool:
-        """Whether the engine computes what the model's own method does, which guides if channels are guided."""
+    def __str__(self) -> str:
+        x = self._call.x
+        return f"a batch of x {tuple(x.shape)} in {x.dtype}"
+
+    def difference(self, guided_channels: int = 0) -> str | Exception | None:
+        """What sets the engine apart from the model's own method, which guides if channels are guided.
+
+        None where both compute the same; the very error where the model's own raises one.
+        """
         call = self._call._replace(guided_channels=guided_channels)
+        try:
+            own = calls_class(self._model).ask(self._model, call)
+        except Exception as error:  # whatever a model, its hooks, or a method of another meaning may raise
+            return error
+        try:
+            ours = self._predict(call)
+        except EBCacheError:
+            raise
+        except Exception as error:  # whatever parts that don't fit together may raise
+            return f"its parts, run one by one, raised {said(error)}"
+        if not isinstance(own, Tensor):
+            return f"it returned a {type(own).__name__}, and no tensor"
+        if (own.shape, own.dtype) != (ours.shape, ours.dtype):
+            wanted, got = (f"{tuple(one.shape)} in {one.dtype}" for one in (ours, own))
+            return f"it returned {got}, where its parts return {wanted}"
+        distance = float((own.double() - ours.double()).abs().max() / own.double().abs().max())
+        largest = TOLERANCE[ours.dtype]
+        if distance <= largest or torch.equal(own, ours):
+            return None
+        return f"they differ by {distance:.1e} of the largest output, above {largest:g}"
+
+    def _predict(self, call: ModelCall) -> Tensor:
         run = self._engine.forward_run(self._plan, call.batch, Ending.PREDICT)
         run.guide(CFG_SCALE)
         ours = run.predict(0, call.x)
         self._engine.release(run.place)
-        try:
-            own = calls_class(self._model).ask(self._model, call)
-        except Exception:  # whatever a method of another meaning may raise
-            return False
-        if not isinstance(own, Tensor) or own.shape != ours.shape or own.dtype != ours.dtype:
-            return False
-        error = (own.double() - ours.double()).abs().max()
-        return bool(error <= TOLERANCE[ours.dtype] * own.double().abs().max())
+        return ours

@@ -110,11 +110,11 @@ class CogVideoXSizes(DiffusersDenoiser):
         if (given.ofs is None) != (self._model.ofs_embedding is None):
             raise InputError(f"ofs={given.ofs} does not fit; pass one number to a model that takes it, None to others")
 
-    def example(self, rows: int) -> tuple[tuple[int, ...], Context]:
+    def example(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Context]:
         weight, embed = self.weight(), self.patch_embed
         depth, height, width = self.patch
         frames, sides = 2 * depth, (height, 2 * width)
-        if embed.use_learned_positional_embeddings:
+        if embed.use_learned_positional_embeddings or not small:
             frames, *sides = self.latent_shape[1:]  # type: ignore[assignment]
         generator = torch.Generator("cpu").manual_seed(1)
 

@@ -67,8 +67,10 @@ class Denoiser(Protocol):
         """The same model for latents of this shape (of one row) and such a context; InputError where it takes none."""
         ...
 
-    def example(self, rows: int) -> tuple[tuple[int, ...], Context]:
-        """The shape of latents to try the model with, small if they may be, and a context for so many rows."""
+    def example(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Context]:
+        """The shape of latents to try the model with, if ``small`` no larger than must be, and a context of so many
+        rows.
+        """
         ...
 
     @property

@@ -1,14 +1,16 @@
 """diffusers' class-conditional DiT (``DiTTransformer2DModel``) seen as a ``Denoiser``, known by its attributes."""
 
+import copy
 from functools import cached_property
-from typing import cast
+from typing import Self, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
-from ebcache_fast.models.diffusers_layers import feed_forward_into, self_attention_into
+from ebcache_fast.models.diffusers_layers import feed_forward_into, positions_of, self_attention_into
 from ebcache_fast.models.dit import unpatchify
 from ebcache_fast.models.dit_layout import LabelConditioned, shape_of
 from ebcache_fast.models.layers import PLAIN_TENSORS
@@ -50,11 +52,12 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     """
 
     layout = _LAYOUT
+    _reads_positions = True  # those of the size that it is configured for; the model makes others as they are needed
 
     @cached_property
     def shape(self) -> ModelShape:
         block, depth = self._blocks[0], len(self._blocks)
-        _, tokens, width = self._model.pos_embed.pos_embed.shape
+        width, tokens = self._width, self._tokens
         timestep = block.norm1.emb.time_proj.num_channels * width + width * width
         return shape_of(
             depth=depth,
@@ -80,6 +83,25 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     @cached_property
     def has_null_label(self) -> bool:
         return self._labels > cast(int, self._blocks[0].norm1.emb.class_embedder.num_classes)
+
+    def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+        if tuple(latents) == self.latent_shape:
+            return self
+        channels, patch, (_, *sides) = self.latent_shape[0], self._patch_size, latents
+        if latents[:1] != (channels,) or len(sides) != 2 or sides[0] != sides[1] or not sides[0] or sides[0] % patch:
+            raise InputError(
+                f"x of shape (rows, {', '.join(map(str, latents))}) does not fit; this model takes (rows, {channels}, "
+                f"side, side), of which side is a multiple of {patch}"
+            )
+        sized = copy.copy(self)
+        vars(sized).pop("shape", None)
+        vars(sized).update(latent_shape=tuple(latents), _reads_positions=False)
+        return sized
+
+    def prepare(self, context: Context, constants: Scratch) -> None:
+        if not self._reads_positions:
+            positions = positions_of(self._model.pos_embed, self.latent_shape)
+            constants.buffer("positions", *positions.shape).copy_(positions)
 
     def modulation(self, t: Tensor, y: Tensor, context: Context, out: Modulation) -> None:
         steps, labels = len(t), len(y)
@@ -112,13 +134,14 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     @property
     def has_plain_ends(self) -> bool:
         positions = self._model.pos_embed.pos_embed  # read as they are
-        return (
-            super().has_plain_ends and type(positions) in PLAIN_TENSORS and bool(positions.dtype == self.weight().dtype)
-        )
+        can_be_read = type(positions) in PLAIN_TENSORS and positions.dtype == self.weight().dtype
+        return super().has_plain_ends and (can_be_read or not self._reads_positions)
 
     def patches(self, constants: Scratch) -> Patches:
         embed = self._model.pos_embed
-        return Patches(embed.proj.weight, embed.proj.bias, embed.pos_embed[0])
+        own, size = self._reads_positions, (self._tokens, self._width)
+        positions = embed.pos_embed[0] if own else constants.buffer("positions", *size)
+        return Patches(embed.proj.weight, embed.proj.bias, positions)
 
     def head_linear(self) -> Linear:
         return Linear(self._model.proj_out_2.weight, self._model.proj_out_2.bias)
@@ -133,6 +156,14 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     @property
     def out_channels(self) -> int:
         return cast(int, self._model.proj_out_2.out_features // self._patch_size**2)
+
+    @property
+    def _width(self) -> int:
+        return cast(int, self._model.pos_embed.pos_embed.shape[2])
+
+    @property
+    def _tokens(self) -> int:
+        return (self.latent_shape[1] // self._patch_size) * (self.latent_shape[2] // self._patch_size)
 
     @property
     def _labels(self) -> int:

@@ -1,6 +1,6 @@
 """What the adapters of diffusers' models share: what is known of its parts, and the two usual branches."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,24 @@ def refuse_other_ways(model: nn.Module) -> None:
                     "say; remove diffusers' own caches, layerwise casting and group offloading first: of offloading, "
                     "that of whole models (enable_model_cpu_offload) may stay"
                 )
+
+
+def positions_of(embed: Any, latents: tuple[int, ...]) -> Tensor:
+    """A patch embedding's positions (T, D) for latents of this shape (C, H, W), in whatever dtype, as it makes them."""
+    rows, columns = (side // embed.proj.kernel_size[0] for side in latents[1:])
+    if (rows, columns) == (embed.height, embed.width):
+        return cast(Tensor, embed.pos_embed[0])
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    places: Tensor = get_2d_sincos_pos_embed(
+        embed.pos_embed.shape[2],
+        (rows, columns),
+        base_size=embed.base_size,
+        interpolation_scale=embed.interpolation_scale,
+        device=embed.pos_embed.device,
+        output_type="pt",
+    )
+    return places.float()  # as the model rounds them
 
 
 def is_known(part: Any) -> bool:

@@ -95,7 +95,7 @@ def shape_of(
 
 
 class LabelConditioned(ABC):
-    """What adapters have in common whose latents have one size, and whose only condition is a label."""
+    """What adapters have in common whose latents have one size, at first, and whose only condition is a label."""
 
     text_tokens: int = 0
     prediction_type: str = "epsilon"
@@ -110,7 +110,7 @@ class LabelConditioned(ABC):
             raise InputError(f"x of shape (rows, {given}) does not fit; this model takes (rows, {wanted})")
         return self
 
-    def example(self, rows: int) -> tuple[tuple[int, ...], Context]:
+    def example(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Context]:
         return self.latent_shape, ()
 
     def conditions(self, labels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ebcache_fast.models.diffusers_layers import (
     feed_forward_into,
     heads_of,
     is_usual_attention,
+    positions_of,
     self_attention_into,
 )
 from ebcache_fast.models.dit_layout import cross_attention, mlp, self_attention
@@ -91,7 +92,9 @@ class PixArtDenoiser(PixArtSizes):
             kept = constants.buffer(f"keys and values {layer}", 2, rows, length, self.width)
             linear_into(block.attn2.to_k, text, kept[0])
             linear_into(block.attn2.to_v, text, kept[1])
-        constants.buffer("positions", self.tokens, self.width).copy_(self.positions())
+        constants.buffer("positions", self.tokens, self.width).copy_(
+            positions_of(self._model.pos_embed, self.latent_shape)
+        )
 
     def embed(self, x: Tensor, constants: Scratch) -> Tensor:
         return cast(Tensor, self._model.pos_embed(x))

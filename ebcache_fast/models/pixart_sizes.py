@@ -90,7 +90,7 @@ class PixArtSizes(DiffusersDenoiser):
         sized.latent_shape, sized.text = cast(tuple[int, int, int], tuple(latents)), given.text.shape[1]
         return sized
 
-    def example(self, rows: int) -> tuple[tuple[int, ...], Context]:
+    def example(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Context]:
         patch, weight = self.patch_size, self.weight()
         generator = torch.Generator("cpu").manual_seed(1)
         text = torch.randn(rows, 3, self.text_width, generator=generator, device="cpu").to(weight)
@@ -98,25 +98,7 @@ class PixArtSizes(DiffusersDenoiser):
         mask[-1, -1] = 0
         resolution, aspect_ratio = (weight.new_tensor(size).expand(rows, -1) for size in ((512.0, 384.0), (0.75,)))
         context = PixArtContext(text, mask, resolution, aspect_ratio) if self.has_sizes else PixArtContext(text, mask)
-        return (self.latent_shape[0], 2 * patch, 3 * patch), context
-
-    def positions(self) -> Tensor:
-        """Of the tokens of latents of this size (T, D), in whatever dtype."""
-        embed = self._model.pos_embed
-        grid = tuple(side // self.patch_size for side in self.latent_shape[1:])
-        if grid == (embed.height, embed.width):
-            return cast(Tensor, embed.pos_embed[0])
-        from diffusers.models.embeddings import get_2d_sincos_pos_embed
-
-        places: Tensor = get_2d_sincos_pos_embed(
-            self.width,
-            grid,
-            base_size=embed.base_size,
-            interpolation_scale=embed.interpolation_scale,
-            device=self.weight().device,
-            output_type="pt",
-        )
-        return places.float()  # as the model rounds them
+        return (self.latent_shape[0], 2 * patch, 3 * patch) if small else self.latent_shape, context
 
     @property
     def tokens(self) -> int:
