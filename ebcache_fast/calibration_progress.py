@@ -76,6 +76,8 @@ class CalibrationProgress:
         if self._path is None:
             return {"call": call, "tallies": {}}
         try:
+            if self._path.exists() and not self._path.is_file():
+                raise OSError("it is there and not a regular file")  # a device may have no end
             found = dict(json.loads(self._path.read_text()))
             if not all(isinstance(found[name], dict) for name in ("call", "tallies")):
                 raise ValueError("wrong layout")

@@ -28,6 +28,16 @@ STYLES = {
     "SELF_ATTN_MLP": "bright_green",
     "CROSS_ATTN_MLP": "cyan",
 }
+SIGNS = {
+    "NO_CACHE": "#",
+    "ATTENTION": "a",
+    "MLP": "m",
+    "ATTN_MLP": ".",
+    "SELF_ATTENTION": "s",
+    "CROSS_ATTENTION": "c",
+    "SELF_ATTN_MLP": "S",
+    "CROSS_ATTN_MLP": "C",
+}
 SHORT = {
     "NO_CACHE": "NO",
     "ATTENTION": "ATT",
@@ -106,12 +116,14 @@ def print_table(table: CacheTable) -> None:
     from rich.text import Text
 
     console = Console()
-    strip = Text()
-    for step_type in table.step_types:
-        strip.append("█", style=STYLES[step_type.name])
+    used = sorted(dict.fromkeys(table.step_types))
+    if console.color_system is None or console.no_color:  # a file, a pipe, NO_COLOR: blocks would all be the same
+        strip, signs = Text("".join(SIGNS[kind.name] for kind in table.step_types)), SIGNS
+    else:
+        strip, signs = Text.assemble(*(("█", STYLES[kind.name]) for kind in table.step_types)), {}
+    counts = (f"{signs.get(kind.name, '')} {kind.name} {table.step_types.count(kind)}".strip() for kind in used)
     console.print(strip)
-    used = dict.fromkeys(table.step_types)
-    console.print(Text("  ".join(f"{t.name} {table.step_types.count(t)}" for t in sorted(used))))
+    console.print(Text("  ".join(counts)))
     first, last = table.timesteps[0], table.timesteps[-1]
     lines = [f"{len(table)} steps, timesteps {first} to {last}, eps_scale {table.eps_scale:g}"]
     lines += [f"sampler: {table.sampler.name}"] if table.sampler else []
@@ -120,9 +132,10 @@ def print_table(table: CacheTable) -> None:
         lines.append(f"made by {table.made.by} from {table.made.source}")
         lines += [f"  {name} = {value}" for name, value in table.made.options.items()]
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     runs = [(kind, len(list(group))) for kind, group in groupby(table.step_types)]
-    console.print(" ".join(f"{SHORT[StepType(kind).name]}x{length}" for kind, length in runs), markup=False)
+    line = " ".join(f"{SHORT[StepType(kind).name]}x{length}" for kind, length in runs)
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def print_calibration(table: CacheTable) -> None:

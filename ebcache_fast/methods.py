@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora
 from ebcache_fast.samplers import make_sampler, sampler_over
-from ebcache_fast.table_file import naming
+from ebcache_fast.table_file import is_npy, naming
 from ebcache_fast.table_set import TableSet, load_tables
 
 
@@ -72,8 +73,16 @@ def default_methods(setting: Setting) -> tuple[str, ...]:
 
 
 def open_tables(text: str) -> CacheTable | TableSet:
-    """A file of one table or several, or one of the named tables that come with the package."""
-    return load_tables(text) if Path(text).suffix == ".json" else CacheTable.named(text)
+    """A file of one table or several, whatever its suffix, or a named table of the package; TableError for all else."""
+    if os.path.isfile(text):
+        if is_npy(text):
+            raise TableError(f"{text} is a .npy array; ebcache-fast table import makes a table of it")
+        return load_tables(text)
+    if text in named_tables():
+        return CacheTable.named(text)
+    if Path(text).suffix == ".json" or os.sep in text:
+        return load_tables(text)  # which says why it can't be read
+    raise TableError(f"table: expected a file, or one of {', '.join(named_tables())}, got {text!r}")
 
 
 def open_table(text: str, steps: int | None = None) -> CacheTable:

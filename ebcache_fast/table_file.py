@@ -13,6 +13,7 @@ from ebcache_fast.errors import TableError
 from ebcache_fast.files import replacing
 from ebcache_fast.plan import shown
 
+NPY = b"\x93NUMPY"
 MAX_BYTES = 4 * 2**20  # far above any real table: a wrong path must not fill the memory
 
 
@@ -23,6 +24,15 @@ def naming(source: object) -> Iterator[None]:
         yield
     except TableError as error:
         raise TableError(f"{source}: {error}") from None
+
+
+def is_npy(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as numpy's arrays do; no file at all does not."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(NPY)) == NPY
+    except (OSError, ValueError):
+        return False
 
 
 def read_bytes(source: Traversable) -> bytes:

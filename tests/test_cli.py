@@ -283,9 +283,10 @@ def test_table_show(name: str, run: Run) -> None:
     code, out, err = run(f"table show {name}")
     assert (code, err) == (0, "")
     table = CacheTable.named(name)
-    assert out.splitlines()[0] == "█" * len(table)
-    for step_type in set(table.step_types):
-        assert f"{step_type.name} {table.step_types.count(step_type)}" in out
+    signs = {step_type: console.SIGNS[step_type.name] for step_type in set(table.step_types)}
+    assert out.splitlines()[0] == "".join(signs[step_type] for step_type in table.step_types)
+    for step_type, sign in signs.items():
+        assert f"{sign} {step_type.name} {table.step_types.count(step_type)}" in out
     assert f"{len(table)} steps, timesteps {table.timesteps[0]} to {table.timesteps[-1]}" in out
 
 
@@ -295,7 +296,7 @@ def test_table_show_of_a_file_says_what_it_is_for(run: Run, tmp_path: Path) -> N
     CacheTable([9, 7, 5, 3, 1], types, 0.98, spec, {"depth": 2}).save(tmp_path / "t.json")
     out = run("table show t.json").out.splitlines()
     assert out[1:] == [
-        "NO_CACHE 2  ATTN_MLP 2  MLP 1",
+        "# NO_CACHE 2  . ATTN_MLP 2  m MLP 1",
         "5 steps, timesteps 9 to 1, eps_scale 0.98",
         "sampler: ddim",
         "model: depth 2",
@@ -480,7 +481,7 @@ BAD_INPUT = [
     ("sample --global-seed 99999999999999999999", r"seed=99999999999999999999 is outside"),
     ("sample --sample-dir empty", "empty can't be made: File exists"),
     # sample: tables
-    ("sample --table nope", "expected one of .*fora-2-50.*, got 'nope'"),
+    ("sample --table nope", "expected .*one of .*fora-2-50.*, got 'nope'"),
     ("sample --table missing.json", "missing.json: can't be read: No such file"),
     ("sample --table truncated.json", "truncated.json: expected strict JSON"),
     ("sample --table other_model.json", "model: the table is for .*depth 77, not 8"),
@@ -540,12 +541,12 @@ BAD_INPUT = [
     ("compare --methods no-cache --sampler euler --samples 32", "sampler 'euler' is unknown"),
     # profile
     ("profile --num-samples 0", "0 samples were asked for"),
-    ("profile --table nope", "expected one of .*fora-2-50.*, got 'nope'"),
+    ("profile --table nope", "expected .*one of .*fora-2-50.*, got 'nope'"),
     ("profile --cfg-scale nan", "cfg_scale=nan is outside"),
     ("profile --out empty", "empty can't be made: File exists"),
     (f"profile {USE_TINY} --ckpt tiny.pt", "the table is for .*; use a table made for this model"),
     # table
-    ("table show nope", "expected one of .*fora-2-50.*, got 'nope'"),
+    ("table show nope", "expected .*one of .*fora-2-50.*, got 'nope'"),
     ("table show empty.json", "empty.json: can't be read"),
     ("table check other_model.json", "the table is for .*depth 77, not 8"),
     (f"table check {LETTERS_50} {USE_TINY}", "use a table made for this model"),

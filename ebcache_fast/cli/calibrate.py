@@ -71,7 +71,8 @@ def calibrate(
             raise InputError(f"{name}={number} is above {MAX_INT}, the most that a table's file can say; choose less")
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
     check_votes(as_denoiser(opened), samples, per_proc_batch_size, num_sampling_steps, cfg_scale)
-    make_room(out)  # hours of votes must not be lost for want of a place
+    for path in (out, *([] if progress_file is None else [progress_file])):
+        make_room(path)  # hours of votes must not be lost for want of a place
     with console.progress_bar() as bar:
         table = search(
             opened,

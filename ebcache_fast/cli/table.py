@@ -45,7 +45,7 @@ def check_table(
 def import_table(
     source: Positional[Path],
     out: Path,
-    kind: Literal["eb-npy", "smoothcache"] = "eb-npy",
+    kind: Literal["eb-npy", "smoothcache"] | None = None,
     order: Literal["execution", "index"] = "execution",
     steps: int = 50,
     spacing: Literal["even", "stride"] = "even",
@@ -59,7 +59,7 @@ def import_table(
     Args:
         source: EB-Cache's .npy, or SmoothCache's .json.
         out: file to write the table to, .json.
-        kind: what the source is.
+        kind: what the source is; without, its content says so.
         order: of an .npy: as executed, or by descending index, as the released code reads it.
         steps: how many.
         spacing: of the timesteps out of 1000: even, both ends kept, or stride, 0, k, 2k and so on.
@@ -70,11 +70,12 @@ def import_table(
     """
     from ebcache_fast import console
     from ebcache_fast.noise_schedule import TRAIN_STEPS, ddim_timesteps, respaced_timesteps
+    from ebcache_fast.table_file import is_npy
     from ebcache_fast.table_importers import eps_scale_of, from_eb_npy, from_smoothcache
 
     timesteps = (respaced_timesteps if spacing == "even" else ddim_timesteps)(TRAIN_STEPS, steps)
     b = eps_scale_of(eps_scale, adm_lambda, eb_delta)
-    if kind == "eb-npy":
+    if kind == "eb-npy" or (kind is None and (is_npy(source) or source.suffix != ".json")):
         table = from_eb_npy(source, timesteps, order, b, allow_amplify)
     else:
         table = from_smoothcache(source, timesteps, b, allow_amplify)
