@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, Self
 from weakref import ref
@@ -61,33 +61,48 @@ class ByScheduler:
     """The course that has the timesteps which the pipeline's scheduler has been told; else the one taken last."""
 
     def __init__(self, pipe: Any, courses: Sequence[Course]) -> None:
-        self._pipe, self._courses = ref(pipe), tuple(courses)  # whose transformer holds this: no cycle keeps both
-        self._seen: Any = None  # the scheduler's timesteps
+        self._courses = tuple(courses)
         self._course = self._courses[0]
+        self._ask(pipe)
+
+    def _ask(self, pipe: Any) -> None:
+        self._pipe: Callable[[], Any] = _nothing if pipe is None else ref(pipe)  # it holds this: no cycle keeps both
+        self._seen: Any = None  # the scheduler's timesteps
+        self._missed = set[tuple[float, ...]]()  # which no course has
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ByScheduler":
         """A pipeline's copy has a scheduler of its own."""
         pipe = self._pipe()
         return ByScheduler(memo.get(id(pipe), pipe), copy.deepcopy(self._courses, memo))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A model that is pickled leaves its pipeline behind, and goes on as it did last."""
+        return {"_courses": self._courses, "_course": self._course}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ask(None)
+
     def at(self, t: float | None) -> Course:
         scheduler = getattr(self._pipe(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and timesteps is not self._seen:  # told anew: the one time that a device is waited for
             self._seen = timesteps
-            self._course = self._find(type(scheduler).__name__, tuple(timesteps.tolist()))
+            told = tuple(timesteps.tolist())
+            found = next((course for course in self._courses if course.plan.timesteps == told), None)
+            if found is None and told and told not in self._missed:
+                self._missed.add(told)
+                self._say(type(scheduler).__name__, told)
+            self._course = found or self._course
         return self._course
 
-    def _find(self, name: str, timesteps: tuple[float, ...]) -> Course:
-        found = next((course for course in self._courses if course.plan.timesteps == timesteps), None)
-        if found is None:
-            sizes = (f"{len(plan)} from {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}" for plan, _ in self._courses)
-            logging.getLogger(__name__).warning(
-                "nothing is reused: %s has %d timesteps from %g to %g, and the tables have %s; add one of them, moved "
-                "there: table.retime(pipe.scheduler.timesteps.tolist())",
-                *(name, len(timesteps), timesteps[0], timesteps[-1], ", ".join(sizes)),
-            )
-        return found or self._course
+    def _say(self, name: str, told: tuple[float, ...]) -> None:
+        sizes = (f"{len(plan)} from {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}" for plan, _ in self._courses)
+        logging.getLogger(__name__).warning(
+            "nothing is reused: %s has %d timesteps from %g to %g, and the tables have %s; add one of them, moved "
+            "there: table.retime(pipe.scheduler.timesteps.tolist())",
+            *(name, len(told), told[0], told[-1], ", ".join(sizes)),
+        )
 
 
 class ByFirstTimestep:
@@ -100,3 +115,7 @@ class ByFirstTimestep:
     def at(self, t: float | None) -> Course:
         self._course = self._course if t is None else self._by_first.get(t, self._course)
         return self._course
+
+
+def _nothing() -> None:
+    """What is left of a pipeline that is gone."""
