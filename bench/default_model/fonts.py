@@ -3,6 +3,7 @@
 ``python -m bench.default_model.fonts`` prints the faces it finds; ``font_packages.txt`` lists what to install.
 """
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,5 +97,6 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for found in find_faces():
         print(found.path)

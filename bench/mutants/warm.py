@@ -6,6 +6,7 @@ rest. The reply is a line of JSON on standard output, the fields of `worker.Run`
 here: each child reads it as it is then.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -152,5 +153,6 @@ def _be_the_child(request: dict[str, Any], watch: Watch, log: IO[str]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with suppress(KeyboardInterrupt):
         serve()

@@ -1,8 +1,10 @@
 """The command; see the package."""
 
+import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from bench.report import __doc__ as ABOUT
 from bench.report import engine, letters, paper, rivals
 from bench.report.tables import ROOT
 
@@ -22,7 +24,8 @@ PARTS: tuple[Callable[[], str], ...] = (
 NEEDS = {part.__name__: {part.__name__} for part in OF_THE_PAPER} | {"exposure": {"exposure", "real_norm"}}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m bench.report", description=ABOUT).parse_args(argv)
     answered = {question for question, entries in paper.answers().items() if entries}
     made = {
         part.__name__: part() if NEEDS.get(part.__name__, set()) <= answered else "Not measured yet." for part in PARTS
