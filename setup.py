@@ -60,6 +60,7 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "telemetry": ["nvidia-ml-py>=12"],
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
+        "dev": ["pre-commit>=4"],  # not in CI, which runs the linters by themselves
         "test": [
             "pytest>=8",
             "pytest-cov>=5",

@@ -1,5 +1,7 @@
 """What the README and docs/ promise is there: their commands, their code, their options, their files."""
 
+import ast
+import builtins
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -79,20 +81,21 @@ def test_the_first_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_other_code_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The names it takes as given are a model and its sizes; of a tiny one the branches cost too little for 1.5x."""
+    """As it stands, but for a tiny model, whose branches cost too little for 1.5x, and for its latents and labels."""
     monkeypatch.chdir(tmp_path)
-    model = tiny_dit(dtype=torch.float32, depth=1)
-    denoiser = models.as_denoiser(model)
-    names: dict[str, object] = {"model": model, "shape": denoiser.shape, "latent_shape": denoiser.latent_shape}
-    names["null_label"] = denoiser.num_classes
+    names: dict[str, object] = {"model": tiny_dit(dtype=torch.float32, depth=1)}
     (graphs,), (loop,), (tables,) = (
         [block for block in everywhere("python") if word in block]
         for word in ("Engine(", "forward_with_cfg", "StepType")
     )
     few = tables.replace("samples=1000, steps=50, target_speedup=1.5", "samples=4, steps=6, target_speedup=1.2")
+    tiny = loop.replace("torch.randn(4, 4, 32, 32)", "torch.randn(4, 4, 8, 8)").replace(
+        "207, 360, 1000, 1000", "1, 2, 5, 5"
+    )
     assert few != tables
+    assert tiny.count("8, 8") == tiny.count("1, 2, 5, 5") == 1
     (several,) = (block for block in everywhere("python") if "TableSet" in block)
-    for block in (few, several, graphs, loop):
+    for block in (few, several, graphs, tiny):
         exec(block, names)
     assert CacheTable.load("mine.json") == names["table"]
     assert sum(names["engine"].stats.steps.values()) == 18  # type: ignore[attr-defined]
@@ -139,11 +142,30 @@ def test_the_pipelines_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(getattr(diffusers, name), "from_pretrained", lambda *_, **__: pipe)
     monkeypatch.setattr(type(pipe), "to", lambda self, device: self)
     monkeypatch.chdir(tmp_path)
-    names = {"torch": torch, "prompts": ["the red cat", "a dog"]}
+    names = {} if "import torch" in block else {"torch": torch}
     exec(block if steps else re.sub(r"steps=(20|50)", "steps=8", block), names)
     counted = stats(pipe)
     assert not counted.originals
     assert counted.steps == steps if steps else counted.hits > 0
+
+
+GIVEN = {"model", "table"}  # what docs/ takes as made
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_in_code_comes_from_that_page(page: Path) -> None:
+    """Whoever copies the blocks of a page, in order, has every name."""
+    known = {*dir(builtins), *(GIVEN if page.parent.name == "docs" else ())}
+    for block in blocks("python", PAGES[page]):
+        nodes = list(ast.walk(ast.parse(block)))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        known |= {
+            alias.asname or alias.name.partition(".")[0] for node in nodes for alias in getattr(node, "names", [])
+        }
+        known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        assert {node.id for node in names} <= known, block
 
 
 def test_every_block_of_code_is_one_of_these() -> None:
