@@ -149,6 +149,16 @@ def test_no_graph_keeps_what_such_a_weight_is(path: str, monkeypatch: pytest.Mon
     assert not graphs.recorded
 
 
+@pytest.mark.parametrize("kind", [DIT, SIGMA], ids=str)
+def test_a_bias_says_the_dtype_where_conversion_left_the_weights(kind: Kind) -> None:
+    model = kind.pipeline().transformer
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.weight, layer.bias = Strange.of(layer.weight), nn.Parameter(layer.bias.detach().double())
+    made = as_denoiser(model).weight()
+    assert (type(made), made.dtype) == (Tensor, torch.float64)
+
+
 def test_a_bias_of_a_class_of_its_own_is_left_to_its_layer() -> None:
     model = fresh_model()
     for layer in (model.final_layer.linear, model.x_embedder.proj):

@@ -70,10 +70,11 @@ def has(model: nn.Module, path: str) -> bool:
 def weight_of(layer: nn.Module) -> Tensor:
     """An empty, plain tensor of the dtype that a layer computes in, on its device, for memory to be made like it.
 
-    That dtype is a parameter's, of a layer with quantised weights its bias's, or else its ``compute_dtype``, as layers
-    of bitsandbytes and GGUF have it. InputError where nothing says it.
+    That dtype is a plain parameter's, of a layer with quantised weights its bias's (``half()`` leaves torchao's weights
+    as they are); or another parameter's, or its ``compute_dtype``, as layers of bitsandbytes and GGUF have it.
+    InputError where nothing says it.
     """
-    parameters = list(layer.parameters())
+    parameters = sorted(layer.parameters(), key=lambda one: type(one) not in PLAIN_TENSORS)
     said = chain((one.dtype for one in parameters), (getattr(one, "compute_dtype", None) for one in layer.modules()))
     found = next((one for one in said if one is not None and one.is_floating_point and one.itemsize > 1), None)
     if found is None or not parameters:
