@@ -93,6 +93,20 @@ def test_a_promised_order_is_held_against_the_last_bit() -> None:
 
 
 @torch.no_grad()
+def test_a_near_miss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = fresh_model()
+    x, given = latents(model)[0], torch.tensor([799.2])  # float32: 799.2000122...
+    enable(model, CacheTable([799.2, 0], [0, 2]))
+    model(x, given, LABELS)
+    assert "799.2000122070312 where 799.2 is" in caplog.text
+    with (
+        enabled(model, CacheTable([799.2, 0], [0, 2]), strict=True),
+        pytest.raises(TrajectoryError, match=r"not in the plan, 799\.2000122070312 where 799\.2 is"),
+    ):
+        model(x, given, LABELS)
+
+
+@torch.no_grad()
 def test_what_half_precision_makes_of_a_timestep_is_no_step_of_the_table() -> None:
     model = fresh_model()
     x, ts = latents(model)[0], (997.0, 799.2, 400.6)

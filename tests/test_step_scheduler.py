@@ -33,6 +33,18 @@ def test_what_is_no_timestep_at_all_is_not_planned(t: float) -> None:
     assert StepScheduler(PLAN).arrive(t, 2) == Arrival(None, begins=False, planned=False)
 
 
+@pytest.mark.parametrize(
+    ("t", "planned"),
+    [(799.2, 799.2000122070312), (1000, 999), (1000.0, 999), (0.5, 0), (999, None), (12, None), (float("nan"), None)],
+)
+def test_a_near_miss_names_the_timestep_that_was_meant(t: float, planned: float | None) -> None:
+    plan = Plan.from_types([StepType.NO_CACHE] * 4, (999, 799.2000122070312, 400, 0), 2, BRANCHES)
+    said = StepScheduler(plan).near_miss(t)
+    assert said == (
+        "" if planned is None else f", {t!r} where {planned!r} is; give the model the plan's, to the last bit"
+    )
+
+
 def test_a_whole_run_arrives_as_planned() -> None:
     scheduler = StepScheduler(PLAN)
     arrivals = [scheduler.arrive(t, step) for step, t in enumerate(TIMESTEPS)]

@@ -162,9 +162,12 @@ class CachedForward:
         is_taken_over = lane is not None and lane.is_taken_over(self._makes_of(key), call.given)
         why = _why_not_planned(lane, arrival, weights, numerics, is_taken_over=is_taken_over)
         if why is not None:
+            near = self._scheduler.near_miss(t)
             if self.options.strict:
-                raise TrajectoryError(f"t={t:g} was not expected: {why}; strict=False computes such a step in full")
-            _count(self._refreshed, why, "a step computes everything")
+                raise TrajectoryError(
+                    f"t={t:g} was not expected: {why}{near}; strict=False computes such a step in full"
+                )
+            _count(self._refreshed, why, f"a step computes everything{near}")
             arrival = arrival._replace(planned=False)
         if lane is None or arrival.begins or lane.weights != weights or lane.numerics != numerics:
             lane = self._begin(key, call, weights, began_anew=lane is not None and lane.is_begun_anew(arrival))

@@ -69,16 +69,18 @@ class _Probe:
     def __init__(self, model: nn.Module, plan: Plan, *, small: bool = True) -> None:
         self._model, self._engine = model, Engine(model, make_graphs=no_graphs)
         denoiser, weight = self._engine.denoiser, self._engine.denoiser.weight()
-        generator, t = torch.Generator("cpu").manual_seed(0), plan.timesteps[0]
+        generator = torch.Generator("cpu").manual_seed(0)
+        dtype = torch.int64 if isinstance(plan.timesteps[0], int) else torch.float32
+        t = torch.tensor(plan.timesteps[0], dtype=dtype, device="cpu")
         latents, context = denoiser.example(rows=2, small=small)
         self._call = ModelCall(
             x=torch.randn(2, *latents, generator=generator, device="cpu").to(weight),
-            t=torch.full((2,), t, dtype=torch.int64 if isinstance(t, int) else torch.float32, device=weight.device),
+            t=t.repeat(2).to(weight.device),
             y=torch.tensor((0, denoiser.num_classes - 1 + denoiser.has_null_label), device=weight.device),
             cfg_scale=CFG_SCALE,
             context=context,
         )
-        self._plan = Plan.uncached(plan.timesteps[:1], plan.depth, plan.branches)
+        self._plan = Plan.uncached((t.item(),), plan.depth, plan.branches)
 
     def __str__(self) -> str:
         x = self._call.x

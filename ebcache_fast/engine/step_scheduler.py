@@ -5,6 +5,8 @@ from typing import NamedTuple
 from ebcache_fast.engine.step import LONGEST_RUN
 from ebcache_fast.plan import Plan, StepPlan
 
+NEAR, HALF = 0.5, 2.0**-8  # of timesteps; what bfloat16 rounds off, at most
+
 
 class Dispatch(NamedTuple):
     """What is run at once; of one kind, wherever it begins, there is one graph."""
@@ -40,6 +42,15 @@ class StepScheduler:
         if step < expected or expected == 0:
             return Arrival(step, begins=True, planned=step == 0)
         return Arrival(step, begins=False, planned=step == expected)
+
+    def near_miss(self, t: float) -> str:
+        """What to add where ``t`` is none of the plan's and all but one of them, as half precision makes it; else "".
+
+        Timesteps are compared to the last bit: at another one the model computes another thing.
+        """
+        nearest = min(self._step_at, key=lambda planned: abs(planned - t))
+        is_near = 0 < abs(nearest - t) <= max(NEAR, nearest * HALF)
+        return f", {t!r} where {nearest!r} is; give the model the plan's, to the last bit" if is_near else ""
 
     def dispatches(self) -> tuple[Dispatch, ...]:
         """The whole plan for our own loop: steps that compute nothing in runs of up to `LONGEST_RUN`."""
