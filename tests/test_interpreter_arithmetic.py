@@ -59,16 +59,16 @@ def test_fma_rounds_once(dtype: torch.dtype) -> None:
     assert fma(x, y, z).tolist() == [rounded(one, dtype) for one in exact]
 
 
-def test_fma_of_a_product_beside_a_tie_and_an_addend_far_below() -> None:
-    """25 bits that end in a one are a tie of float32; float64 can't hold them and 2^-60 as well."""
-    product, tiny = (4097.0, 4095.0 * 2.0**-24), 2.0**-60  # 1 - 2^-24, exactly
-    x, y = torch.tensor([product[0]] * 3), torch.tensor([product[1]] * 3)
-    assert fma(x, y, torch.tensor([1.0, 1.0 + 2.0**-23, -1.0])).tolist() == [2.0, 2.0, -(2.0**-24)]
-    odd = torch.tensor([3.0]), torch.tensor([(2**24 + 1) / 3 * 1.0])
-    exact = Fraction(odd[0].item()) * Fraction(odd[1].item())
-    for sign in (1, -1):
-        ours = fma(*odd, torch.tensor([sign * tiny]))
-        assert ours.item() == rounded(exact + sign * Fraction(tiny), torch.float32)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("factors", [(673, 24929), (1549, 10831)], ids=["even below", "even above"])
+def test_an_addend_far_below_a_tie_decides_it(factors: tuple[int, int], sign: int) -> None:
+    """Of a product of 25 bits: float64 can't hold both, and would leave the tie to the even one."""
+    x, y = torch.tensor([sign * factors[0] * 1.0] * 2), torch.tensor([factors[1] * 2.0**-24] * 2)
+    addends = [2.0**-60, -(2.0**-60)]
+    product = Fraction(x[0].item()) * Fraction(y[0].item())
+    nearest = [rounded(product + Fraction(one), torch.float32) for one in addends]
+    assert fma(x, y, torch.tensor(addends)).tolist() == nearest
+    assert nearest[0] > nearest[1]
 
 
 def test_fma_of_infinities_and_nan() -> None:
