@@ -9,6 +9,7 @@ from torch import nn
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
 from ebcache_fast.dropin.courses import Course, choice_of
+from ebcache_fast.dropin.other_caches import refuse_other_caches
 from ebcache_fast.dropin.trusting_forward import TrustingForward
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Stats
@@ -68,11 +69,12 @@ def enable(
     Raises:
         TableError: the table is for another model.
         InputError: the model is of another layout, in training mode, or computes something else than its parts
-            say; or an argument is out of range.
+            say; another library caches it; or an argument is out of range.
     """
     module = module_of(model)
     if module.training:
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
+    refuse_other_caches(model, module)
     denoiser = as_denoiser(module)
     tables = table.tables if isinstance(table, TableSet) else (table,)
     plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables]

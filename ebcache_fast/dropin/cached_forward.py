@@ -8,13 +8,13 @@ from threading import RLock
 from typing import Any, cast
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate, UnfitError
 from ebcache_fast.dropin.contexts import Contexts
 from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.diffusers_calls import calls_class
+from ebcache_fast.dropin.hooked import FORWARD, what_hides
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
@@ -114,18 +114,15 @@ class CachedForward:
         """What was done since it was put in place."""
         with self._lock:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
-            return replace(done, originals=dict(self._originals), refreshed=dict(self._refreshed))
+            hidden_by = what_hides(self.model, self.calls.methods[FORWARD])
+            originals, refreshed = dict(self._originals), dict(self._refreshed)
+            return replace(done, originals=originals, refreshed=refreshed, hidden_by=hidden_by)
 
     def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         """What a method called with these arguments returns: ours, or what the model's own of that name does.
 
         ``call`` is None where the arguments mean something that the engine does not know.
         """
-        if torch.compiler.is_compiling():  # of whoever compiles the model, none of it can be traced
-            return torch.compiler.disable(self._answer)(call, name, *args, **named)  # type: ignore[no-untyped-call]
-        return self._answer(call, name, *args, **named)
-
-    def _answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
         if self.own.is_asked:
             return self.own.answer(name, *args, **named)
         with self._lock:

@@ -1,11 +1,14 @@
 """Where a model's own forward lies: accelerate's and diffusers' hooks are put around it, and stay there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from ebcache_fast.dropin.placed import Placed
 
 FORWARD = "forward"
 
@@ -41,6 +44,42 @@ def innermost(model: nn.Module, name: str) -> Place:
     """The place below all hooks."""
     own, *below = places(model, name)
     return next((place for place in below if not isinstance(place.held, partial)), own)  # each hook is a partial
+
+
+def what_hides(model: nn.Module, method: Any) -> str | None:
+    """What answers the model's calls in the place of ``method``, as far as can be seen; None where that is reached.
+
+    Whoever puts another forward around one holds it: as an argument or in a closure, as an attribute of the model, or
+    of a hook.
+    """
+    own = vars(model)
+    top = own.get(FORWARD, type(model).forward)
+    found, seen = [top], {id(top)}
+    for one in found:
+        if isinstance(one, MethodType | Placed) and one == method:
+            return None
+        for each in _held_by(one, own):
+            if id(each) not in seen and not isinstance(each, nn.Module):
+                seen.add(id(each))
+                found.append(each)
+    function = getattr(top, "func", top)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', None) or 'a'}.{name}".replace("<locals>.", "")
+
+
+def _held_by(one: Any, own: dict[str, Any]) -> Iterator[Any]:
+    """What a function may call, of what can be seen."""
+    if isinstance(one, partial):
+        yield from (one.func, *one.args, *one.keywords.values())
+    elif isinstance(one, MethodType):
+        yield from (one.__func__, one.__self__)
+    elif isinstance(one, FunctionType):
+        for cell in one.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                yield cell.cell_contents
+        yield from (own[name] for name in one.__code__.co_names if name in own and callable(own[name]))
+    else:
+        yield from (value for name, value in getattr(one, "__dict__", {}).items() if name.endswith(FORWARD))
 
 
 @contextmanager

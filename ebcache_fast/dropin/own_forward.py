@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ebcache_fast.dropin.hooked import Place, innermost, places
+from ebcache_fast.dropin.placed import Placed
 
 Method = Callable[..., Any]
 
@@ -24,7 +25,9 @@ class OwnForward:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._replaced: dict[str, Method] = {}  # what the instance itself had
-        self._above: dict[str, Method] = {}  # what somebody had put around the replacements when they were removed
+        self._above: dict[
+            str, Callable[..., Any]
+        ] = {}  # what somebody had put around the replacements when they were removed
         self.is_replaced = False
         self._asking = _Asking()
 
@@ -43,7 +46,7 @@ class OwnForward:
                 continue  # what is around it gets to it still
             if place.held is not None:
                 self._replaced[name] = place.held
-            place.attributes[place.name] = method
+            place.attributes[place.name] = Placed(self.method, name, method)
         self.is_replaced = True
 
     def restore(self, methods: Mapping[str, Method]) -> None:
@@ -71,9 +74,12 @@ class OwnForward:
 
     def answer(self, name: str, *args: Any, **named: Any) -> Any:
         """What the model itself answers."""
-        own = self._replaced.get(name) or self._of_class(name)
         with self.asked():
-            return own(*args, **named)
+            return self.method(name)(*args, **named)
+
+    def method(self, name: str) -> Method:
+        """The model's own method of this name."""
+        return self._replaced[name] if name in self._replaced else self._of_class(name)
 
     @property
     def is_asked(self) -> bool:

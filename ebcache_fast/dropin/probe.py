@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.hooked import bare
 from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.other_caches import has_foreign_forward
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
@@ -18,6 +19,7 @@ from ebcache_fast.plan import Plan
 # Of the largest output. Two orders of the same sums differ by far less; another kind of attention, by far more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1}
 CFG_SCALE = 4.0
+NEARBY = (0.05, 0.1, 0.3)  # by how much latents differ from those before, for whoever caches where they differ little
 
 
 @torch.no_grad()
@@ -52,6 +54,11 @@ def _probe(model: nn.Module, plan: Plan) -> int:
             f"would run the usual one: on {asked} {why}; pass a module that computes what its parts say, without "
             "another cache around it"
         )
+    if has_foreign_forward(model) and any(map(asked.difference_again, NEARBY)):
+        raise InputError(
+            f"{type(model).__name__}'s forward was replaced by one that answers a call with what it kept of another: a "
+            "cache of another library; take that one away first"
+        )
     channels = as_denoiser(model).latent_shape[0]
     guesses = dict.fromkeys((min(GUIDED_CHANNELS, channels), channels)) if hasattr(model, "forward_with_cfg") else {}
     return next((n for n in guesses if asked.difference(n) is None), 0)
@@ -85,6 +92,13 @@ class _Probe:
     def __str__(self) -> str:
         x = self._call.x
         return f"a batch of x {tuple(x.shape)} in {x.dtype}"
+
+    def difference_again(self, by: float) -> str | Exception | None:
+        """`difference` for latents that are not far from those of before."""
+        x = self._call.x
+        away = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(x)
+        self._call = self._call._replace(x=x + by * away)
+        return self.difference()
 
     def difference(self, guided_channels: int = 0) -> str | Exception | None:
         """What sets the engine apart from the model's own method, which guides if channels are guided.

@@ -21,6 +21,7 @@ class Stats:
     # Of a drop-in alone, by reason:
     refreshed: Mapping[str, int] = field(default_factory=dict)  # steps that computed all though their plan reuses
     originals: Mapping[str, int] = field(default_factory=dict)  # calls that the model's own forward answered
+    hidden_by: str | None = None  # what was put in the place of the drop-in since, so that calls do not come to it
 
 
 @dataclass
