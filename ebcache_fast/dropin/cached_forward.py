@@ -8,6 +8,7 @@ from threading import RLock
 from typing import Any, cast
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate, UnfitError
