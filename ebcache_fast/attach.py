@@ -33,6 +33,8 @@ def enable(
     fp8: bool = False,
     max_graphs: int = 64,
     max_trajectories: int = 4,
+    release: bool = False,
+    max_cache_bytes: int | None = None,
 ) -> Target:
     """Let ``model``'s own ``forward`` and ``forward_with_cfg`` follow ``table``; returns the model.
 
@@ -65,6 +67,10 @@ def enable(
         max_graphs: CUDA graphs held at most; steps beyond that run eagerly.
         max_trajectories: runs that can be interleaved, each with caches of its own; the one that was called longest
             ago gives way to a new one.
+        release: keep no caches, graphs or prompts between runs: they go at a run's last step, at a pipeline's end, and
+            when the model moves to another device. So they always do under ``enable_model_cpu_offload``.
+        max_cache_bytes: what the caches of all runs together may take; where a run's would be above it, the model's
+            own forward answers, counted, or under ``strict`` InputError is raised, before anything is taken.
 
     Raises:
         TableError: the table is for another model.
@@ -78,7 +84,14 @@ def enable(
     denoiser = as_denoiser(module)
     tables = table.tables if isinstance(table, TableSet) else (table,)
     plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables]
-    options = EngineOptions(strict=strict, fp8=fp8, max_graphs=max_graphs, max_trajectories=max_trajectories)
+    options = EngineOptions(
+        strict=strict,
+        fp8=fp8,
+        max_graphs=max_graphs,
+        max_trajectories=max_trajectories,
+        release=release,
+        max_cache_bytes=max_cache_bytes,
+    )
     before = _cached_forward(module)
     with before.own.asked() if before is not None else nullcontext():
         courses = [Course.of(model, module, plan) for plan in plans]

@@ -13,6 +13,10 @@ class InputError(EBCacheError, ValueError):
     """An argument is outside what the operation can take."""
 
 
+class CacheLimitError(InputError):
+    """The caches of a run would take more memory than ``max_cache_bytes`` allows."""
+
+
 class TrajectoryError(EBCacheError, RuntimeError):
     """Steps were executed in an order, or on inputs, that the trajectory was not made for."""
 

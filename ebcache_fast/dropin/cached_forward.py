@@ -15,10 +15,10 @@ from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError
 from ebcache_fast.dropin.contexts import Contexts
 from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.diffusers_calls import calls_class
-from ebcache_fast.dropin.hooked import FORWARD, what_hides
+from ebcache_fast.dropin.hooked import FORWARD, is_sent_away, what_hides
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.own_forward import OwnForward
+from ebcache_fast.dropin.own_forward import Method, OwnForward
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
@@ -26,9 +26,12 @@ from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Arrival, StepScheduler
-from ebcache_fast.errors import InputError, TrajectoryError
+from ebcache_fast.engine.trajectory import ForwardTrajectory
+from ebcache_fast.errors import CacheLimitError, InputError, TrajectoryError
+from ebcache_fast.models.layers import parameters_of
 from ebcache_fast.plan import Plan
 
+PIPELINE_ENDS = "_reset_stateful_cache"  # what pipelines of diffusers call on their components when they are done
 ATTRIBUTE = "_cached_forward"  # by which a model knows what is in the place of its forward
 
 
@@ -90,13 +93,44 @@ class CachedForward:
 
     def install(self) -> None:
         """Put it in the place of the model's own forward."""
-        self.own.replace(self.calls.methods)
+        self.own.replace(self._methods)
         vars(self.model)[ATTRIBUTE] = self
 
     def remove(self) -> None:
         """Give the model its own forward back; whoever wrapped this one gets the model's own through it."""
-        self.own.restore(self.calls.methods)
+        self.own.restore(self._methods)
         del vars(self.model)[ATTRIBUTE]
+
+    @property
+    def _methods(self) -> dict[str, Method]:
+        return {**self.calls.methods, "_apply": self._moved, PIPELINE_ENDS: self._pipeline_ends}
+
+    def _moved(self, *args: Any, **named: Any) -> Any:
+        """``nn.Module._apply``, by which modules move: sent to another device, it leaves no memory where it was."""
+        before = _device_of(self.model)
+        out = self.own.method("_apply")(*args, **named)
+        if _device_of(self.model) != before:
+            self._let_go()
+        return out
+
+    def _pipeline_ends(self, *args: Any, **named: Any) -> Any:
+        """What diffusers calls for its own caches, and `_let_go` where memory is not kept between runs."""
+        if self._keeps_nothing:
+            self._let_go()
+        return self.own.method(PIPELINE_ENDS)(*args, **named) if hasattr(type(self.model), PIPELINE_ENDS) else None
+
+    @property
+    def _keeps_nothing(self) -> bool:
+        return self.options.release or is_sent_away(self.model)
+
+    def _let_go(self) -> None:
+        """Free the memory of runs, those in progress too; what was counted stays."""
+        with self._lock:
+            for key in list(self._lanes):
+                self._end(key)
+            self._contexts = Contexts(self.options.max_trajectories)
+            if self._engine is not None:
+                self._engine.let_go()
 
     @property
     def guided_channels(self) -> int:
@@ -188,17 +222,26 @@ class CachedForward:
             self._end(key)
         elif len(self._lanes) >= self.options.max_trajectories:
             self._end(next(iter(self._lanes)))
-        try:
-            trajectory = self.engine.forward_run(self.plan, call.batch, self._ending)
-        except InputError as error:  # too little memory: all else was checked
-            if self.options.strict:
-                raise
-            raise DeclinedError("too little memory for the caches") from error
+        trajectory = self._trajectory_for(call)
         lane = self._lanes[key] = Lane(trajectory, weights, ref(call.given), began_anew, self._makes_of(key))
         return lane
 
+    def _trajectory_for(self, call: ModelCall) -> ForwardTrajectory:
+        try:
+            return self.engine.forward_run(self.plan, call.batch, self._ending)
+        except InputError as error:  # too little memory: all else was checked
+            is_limit = isinstance(error, CacheLimitError)
+            if is_limit and self._lanes:
+                self._end(next(iter(self._lanes)))  # the one called longest ago gives way
+                return self._trajectory_for(call)
+            if self.options.strict:
+                raise
+            raise DeclinedError(str(error) if is_limit else "too little memory for the caches") from error
+
     def _end(self, key: Hashable) -> None:
         self.engine.release(self._lanes.pop(key).trajectory.place)
+        if self._keeps_nothing:
+            self.engine.let_go()
 
     def _run(self, lane: Lane, key: Hashable, arrival: Arrival, t: float, call: ModelCall) -> Tensor:
         trajectory, step = lane.trajectory, arrival.step
@@ -223,6 +266,10 @@ class CachedForward:
         if self.course.velocity is not None:
             self.course.velocity.apply(out, call.x, t)
         return out
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in parameters_of(model)), None)
 
 
 def _count(counter: Counter[str], why: str, what: str) -> None:

@@ -46,6 +46,14 @@ def innermost(model: nn.Module, name: str) -> Place:
     return next((place for place in below if not isinstance(place.held, partial)), own)  # each hook is a partial
 
 
+def is_sent_away(model: nn.Module) -> bool:
+    """Whether a hook brings the model to its device for a call, and sends it away when others come, as diffusers'
+    ``enable_model_cpu_offload`` has it.
+    """
+    hook = vars(model).get("_hf_hook")
+    return any(type(one).__name__ in ("CpuOffload", "CustomOffloadHook") for one in getattr(hook, "hooks", (hook,)))
+
+
 def what_hides(model: nn.Module, method: Any) -> str | None:
     """What answers the model's calls in the place of ``method``, as far as can be seen; None where that is reached.
 

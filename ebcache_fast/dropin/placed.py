@@ -18,6 +18,7 @@ WHY_NOT_TRACED = (
     "leave out fullgraph=True around it, or call ebcache_fast.disable(model) first"
 )
 PROXY, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+FRAMES = torch._C._dynamo.eval_frame
 NAME = attrgetter("__name__")
 
 
@@ -45,7 +46,7 @@ class Placed:
         self._untraced: Callable[..., Any] | None = None
         _is_not_traced(type(self).__call__.__code__)
         if "torch._dynamo" in sys.modules:
-            self._untraced = _untraced(self._method)
+            self._untraced = torch.compiler.disable(self._method, reason=WHY_NOT_TRACED)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """What the method returns. This is where the frames that torch.compile looks at end, so all of it is here."""
@@ -63,10 +64,10 @@ class Placed:
             or "FakeTensor" in map(NAME, map(type, chain(args, named.values())))
         ):
             return self._own(self._name)(*args, **named)
-        if "torch._dynamo" not in sys.modules:  # so that nobody compiles
+        if not callable(FRAMES.get_eval_frame_callback()):  # nobody compiles
             return self._method(*args, **named)
         if self._untraced is None:
-            self._untraced = _untraced(self._method)
+            self._untraced = torch.compiler.disable(self._method, reason=WHY_NOT_TRACED)  # type: ignore[no-untyped-call]
         _compiled(torch.zeros((), device="cpu"))
         return self._untraced(*args, **named)
 
@@ -98,14 +99,7 @@ def _compiled(x: Tensor) -> Tensor:
     return x + 1
 
 
-def _untraced(method: Callable[..., Any]) -> Callable[..., Any]:
-    disabled: Callable[..., Any] = torch.compiler.disable(method, reason=WHY_NOT_TRACED)  # type: ignore[no-untyped-call]
-    return disabled
-
-
 def _is_not_traced(code: CodeType) -> None:
     """Let torch.compile skip this code as torch._dynamo.skip would, to import which takes seconds."""
-    frames = torch._C._dynamo.eval_frame
-    frames.set_code_exec_strategy(
-        code, frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-    )
+    strategy = FRAMES._FrameExecStrategy(FRAMES._FrameAction.SKIP, FRAMES._FrameAction.DEFAULT)
+    FRAMES.set_code_exec_strategy(code, strategy)

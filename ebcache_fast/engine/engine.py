@@ -13,6 +13,7 @@ from ebcache_fast import ops
 from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
 from ebcache_fast.engine.buffers import BufferSpec, Ending, room_for
 from ebcache_fast.engine.ends import OF_ENDS
+from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.fingerprint import Watch
 from ebcache_fast.engine.graphs import Graphs, cuda_graphs
 from ebcache_fast.engine.guidance import Guidance
@@ -22,7 +23,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
-from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
+from ebcache_fast.errors import CacheLimitError, CaptureError, InputError, TrajectoryError
 from ebcache_fast.fallback import Fallback
 from ebcache_fast.models import Context, Denoiser, as_denoiser
 from ebcache_fast.models.float8 import ready_slots
@@ -69,10 +70,10 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """What happened since this engine was made."""
-        sets = [*self._idle, *self._leased]
+        sets = self._sets
         return self.counts.snapshot(
             graphs=sum(one.graphs for one in sets),
-            cache_bytes=sum(one.buffers.cache.nbytes for one in sets),
+            cache_bytes=self._cache_bytes,
             operations=(self._operations or self._selected).implementations() | self._runs_otherwise,
         )
 
@@ -138,6 +139,11 @@ class Engine:
                 self._leased.remove(place)
                 self._idle.append(place)
 
+    def let_go(self) -> None:
+        """Free the memory, and the graphs, of all that no trajectory holds."""
+        with self._lock:
+            self._idle.clear()
+
     @property
     def operations(self) -> ops.Operations:
         """What runs the fused operations."""
@@ -163,6 +169,7 @@ class Engine:
             place = next((one for one in reversed(self._idle) if one.spec == spec), None)
             if place is None:
                 self._make_room()
+                self._keep_to_the_limit(spec, denoiser)
                 place = self._new_place(spec, denoiser)
             else:
                 self._idle.remove(place)
@@ -207,6 +214,20 @@ class Engine:
         if len(self._leased) + len(self._idle) >= limit:
             del self._idle[0]  # used longest ago
 
+    def _keep_to_the_limit(self, spec: BufferSpec, denoiser: Denoiser) -> None:
+        """Let idle memory go for caches of this spec; CacheLimitError where that is not enough."""
+        limit, shape, dtype = self.options.max_cache_bytes, denoiser.shape, denoiser.weight().dtype
+        if limit is None:
+            return
+        needed = FeatureCache.bytes_for(shape, spec.live, spec.rows, dtype)
+        while self._idle and self._cache_bytes + needed > limit:
+            del self._idle[0]  # used longest ago
+        if (total := self._cache_bytes + needed) > limit:
+            raise CacheLimitError(
+                f"the caches of {spec.rows} rows take {needed} bytes, and with those in use {total}, above "
+                f"max_cache_bytes={limit}; sample fewer at once, or raise the limit"
+            )
+
     def _new_place(self, spec: BufferSpec, denoiser: Denoiser) -> BufferSet:
         device = denoiser.weight().device
         graphs, why = self._make_graphs(device), f"no CUDA graphs on a {device.type} device"
@@ -241,4 +262,12 @@ class Engine:
         return place.prepare(works, self._room_for_graphs(), strict=self.options.strict)
 
     def _room_for_graphs(self) -> int:
-        return self.options.max_graphs - sum(one.graphs for one in [*self._idle, *self._leased])
+        return self.options.max_graphs - sum(one.graphs for one in self._sets)
+
+    @property
+    def _sets(self) -> list[BufferSet]:
+        return [*self._idle, *self._leased]
+
+    @property
+    def _cache_bytes(self) -> int:
+        return sum(one.buffers.cache.nbytes for one in self._sets)

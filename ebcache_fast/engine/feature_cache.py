@@ -20,18 +20,22 @@ class FeatureCache:
         self, shape: ModelShape, live: Iterable[Slot], rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         wanted = frozenset(live)
-        every = list(product(range(shape.depth), (cost.branch for cost in shape.branches)))
+        every = _every_slot(shape)
         kept = [slot for slot in every if slot in wanted]
         scratch = len(kept)
-        count = scratch + (len(kept) < len(every))
+        count = _memories(shape, wanted)
         self._index: dict[Slot, int] = dict.fromkeys(every, scratch) | {s: i for i, s in enumerate(kept)}
         self._slots = torch.empty(count, rows, shape.tokens, shape.width, dtype=dtype, device=device)
 
     @classmethod
     def full(cls, shape: ModelShape, rows: int, dtype: torch.dtype, device: torch.device) -> "FeatureCache":
         """A cache in which every slot is live."""
-        every = product(range(shape.depth), (cost.branch for cost in shape.branches))
-        return cls(shape, every, rows, dtype, device)
+        return cls(shape, _every_slot(shape), rows, dtype, device)
+
+    @staticmethod
+    def bytes_for(shape: ModelShape, live: Iterable[Slot], rows: int, dtype: torch.dtype) -> int:
+        """Bytes that such a cache allocates."""
+        return _memories(shape, frozenset(live)) * rows * shape.slot_elements * dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -55,3 +59,14 @@ class FeatureCache:
         """Take over ``slots`` from ``source`` for the batch rows where ``rows`` (N,) bool is true."""
         for slot in slots:
             self.slot(*slot)[rows] = source.slot(*slot)[rows]
+
+
+def _every_slot(shape: ModelShape) -> list[Slot]:
+    return list(product(range(shape.depth), (cost.branch for cost in shape.branches)))
+
+
+def _memories(shape: ModelShape, live: frozenset[Slot]) -> int:
+    """How many slots have memory: those that are live, and one for all others."""
+    every = _every_slot(shape)
+    kept = sum(slot in live for slot in every)
+    return kept + (kept < len(every))

@@ -16,8 +16,11 @@ class EngineOptions:
     dependent_launch: kernels are launched while the one before still runs; from compute capability 9.0.
     fp8: QKV's and fc1's products in float8, which rounds what they multiply to 4 bits; see `Float8Branches`. On a GPU,
     of a DiT of the original layout in bfloat16, from compute capability 8.9; a CPU gains nothing by it.
+    release: a drop-in keeps no memory between runs; see `ebcache_fast.enable`.
+    max_cache_bytes: the caches of all trajectories together take so much at most, None means as much as there is; one
+    that would take more raises InputError before it takes any.
     max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
-    Raises InputError for a limit below 1.
+    Raises InputError for a limit below 1, or that is no whole number.
     """
 
     strict: bool = False
@@ -26,11 +29,16 @@ class EngineOptions:
     fp8: bool = False
     max_graphs: int = 64
     max_trajectories: int = 4
+    release: bool = False
+    max_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_graphs", "max_trajectories"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")
+        limit = self.max_cache_bytes
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise InputError(f"max_cache_bytes={limit!r} is no whole number of 1 or more; leave it out for no limit")
 
     def check(self, denoiser: Denoiser) -> None:
         """InputError where a model, or the device that it lies on, can't be run so."""
