@@ -13,6 +13,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     letters.demo,
     letters.quality,
     letters.cpu,
+    letters.retime,
     engine.timeline,
     engine.launches,
     engine.kernels,

@@ -1,6 +1,7 @@
 """The bundled model: the demo, its quality, what caching is worth on a CPU."""
 
 import json
+from statistics import mean
 
 from bench.report.tables import ROOT, machine, read, table
 
@@ -75,4 +76,28 @@ def cpu() -> str:
     ]
     head = ("method", "seconds a batch", "speed-up [quartiles]", "by MACs", "share had")
     note = f"Batches of {report['batch']}, {report['rounds']} interleaved rounds, medians. {machine(report)}."
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def retime() -> str:
+    """How near a table that was moved to other steps comes to one that is calibrated there."""
+    report = read("retime.json")
+    positions = {"index": "index", "timestep": "timestep", "log_snr": "log-SNR"}
+    rows = []
+    for where, is_same in (("spaced alike", True), ("spaced otherwise", False)):
+        moves = [row for row in report["rows"] if (row["from"][0] == row["to"][0]) == is_same]
+        rows += [
+            (
+                f"{where}, by {said}",
+                f"{100 * mean(row[name]['differing'] / row['to'][1] for row in moves):.0f}%",
+                *(f"{mean(row[which]['mac_limit'] for row in moves):.2f}x" for which in (name, "calibrated")),
+                *(f"{mean(row[which]['error'] for row in moves):.3f}" for which in (name, "calibrated")),
+            )
+            for name, said in positions.items()
+        ]
+    head = ("tables of 20 DDIM steps, moved", "steps of another type", "by MACs", "calibrated", "error", "calibrated")
+    note = (
+        f"Means over {len(report['rows'])} moves to 10, 12, 20 and 30 steps, evenly spaced or as squares; "
+        f"{report['votes']} samples vote, {report['samples']} are drawn, one seed. {machine(report)}."
+    )
     return f"{table(head, rows)}\n\n{note}"
