@@ -12,9 +12,9 @@ from typing import Final
 
 import torch
 
-from ebcache_fast import ops
 from ebcache_fast._version import __version__
 from ebcache_fast.compare import Result
+from ebcache_fast.fallback import Fallback
 from ebcache_fast.files import replacing
 from ebcache_fast.presets import default_device
 
@@ -85,7 +85,7 @@ def machine() -> dict[str, object]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "operations": ops.select(default_device(), torch.float32).name,
+        "operations": Fallback.tried(default_device(), torch.float32).implementations()["gated_residual"],
     }
 
 
