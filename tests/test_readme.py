@@ -198,6 +198,15 @@ def test_every_file_it_points_to_is_there(page: Path) -> None:
     assert [path for path in paths if not path.exists()] == []
 
 
+def test_every_file_that_contributing_names_is_there() -> None:
+    """Named as in ``kernels/NAME.py``, in full, or from the package's or the tests' folder."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {name for name in re.findall(r"`([\w./]+\.(?:py|txt|md))`", text) if "NAME" not in name}
+    folders = (ROOT, ROOT / "ebcache_fast", ROOT / "kernels", ROOT / "tests")
+    assert len(named) > 25
+    assert {name for name in named if not any((folder / name).exists() for folder in folders)} == set()
+
+
 def test_every_page_is_pointed_to() -> None:
     assert {path.name for path in PAGES} - set(re.findall(r"\(docs/(\w+\.md)\)", README)) == {"README.md"}
 
