@@ -175,7 +175,7 @@ def cast_layerwise(model: Any) -> None:
     ("apply", "what"),
     [
         (broadcast_attention, "transformer_blocks.0.attn1 has diffusers' hook 'pyramid_attention_broadcast'"),
-        (cast_layerwise, "transformer_blocks.0.attn1.to_q has diffusers' hook 'layerwise_casting'"),
+        (cast_layerwise, "DiTTransformer2DModel.proj_out_1 has diffusers' hook 'layerwise_casting'"),
     ],
 )
 def test_what_diffusers_does_by_hooks_is_refused_and_later_left_to_it(pipe: Any, apply: Any, what: str) -> None:
