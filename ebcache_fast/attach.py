@@ -45,8 +45,9 @@ def enable(
 
     Under autocast, with gradients, in training mode, with timesteps that differ within a batch, or when it was changed
     so that its parts no longer say what it computes, the model itself answers, uncached and unscaled, and is counted.
-    Runs of the same labels, or the same prompts, must follow one another: where two take turns, both get
-    TrajectoryError. Within a run prompts may not be written to through ``.data``, which nothing shows.
+    Runs may take turns, also from several threads, also of the same labels or prompts: each is known by the tensors
+    that it holds. Where runs share one tensor, or make theirs anew at each step, steps that could be either's compute
+    everything, and are counted. Within a run prompts may not be written to through ``.data``, which nothing shows.
 
     Args:
         model: in eval mode a module of the original DiT's layout, or of diffusers a DiTTransformer2DModel, a
@@ -58,9 +59,9 @@ def enable(
             the velocity that CogVideoX predicts it scales the noise alone, by the alphas of the pipeline's scheduler:
             enable a pipeline again that got another one.
         allow_amplify: lets ``eps_scale`` exceed 1.
-        trust_order: the caller promises one call a step, in the table's order; then no call waits for the device,
-            but for prompts that are other tensors than before. A broken promise gives NaN and TrajectoryError, and
-            never a wrong picture.
+        trust_order: the caller promises one call a step, in the table's order, and that each run holds tensors of its
+            own; then only the first call of a run waits for the device. A broken promise gives NaN and
+            TrajectoryError, and never a wrong picture.
         strict: raise TrajectoryError or CaptureError where the model would be run uncached, or without CUDA graphs.
         fp8: QKV's and fc1's products in float8; see `EngineOptions`. The model is still held against what it computes
             without.

@@ -117,18 +117,23 @@ def engine_of(model: DiT) -> Engine:
     return vars(model)[cached_forward.ATTRIBUTE].engine  # type: ignore[no-any-return]
 
 
-def arguments(model: DiT, job: Job, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, t and y of one call, with latents of the step's own."""
+def labels_of(job: Job) -> Tensor:
+    """A tensor of all rows' labels for a run to hold."""
+    return torch.tensor([*job.labels, *[CLASSES] * len(job.labels)] if job.is_guided else job.labels)
+
+
+def arguments(model: DiT, job: Job, step: int, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x, t and y of one call, with latents of the step's own, and labels made anew unless given."""
     generator, shape = torch.Generator().manual_seed(1000 * job.seed + step), as_denoiser(model).latent_shape
     x = torch.randn(len(job.labels), *shape, generator=generator).to(next(model.parameters()).dtype)
-    y = torch.tensor([*job.labels, *[CLASSES] * len(job.labels)] if job.is_guided else job.labels)
+    y = labels_of(job) if y is None else y
     return torch.cat([x, x]) if job.is_guided else x, torch.full((len(y),), job.plan.timesteps[step]), y
 
 
 @torch.no_grad()
-def call(model: DiT, job: Job, step: int) -> Tensor:
+def call(model: DiT, job: Job, step: int, y: Tensor | None = None) -> Tensor:
     """One call of a loop around the model."""
-    inputs = arguments(model, job, step)
+    inputs = arguments(model, job, step, y)
     return model.forward_with_cfg(*inputs, job.scale) if job.is_guided else model(*inputs)
 
 

@@ -5,7 +5,6 @@ takes turns: steps, new runs, cancels, steps left out, failing replays, weights 
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
@@ -22,6 +21,7 @@ from fake_runs import (
     eager_states,
     enable_over,
     engine_of,
+    labels_of,
     no_graphs,
     over,
     plan_of,
@@ -130,31 +130,30 @@ class Loop:
         self.subject, self.job = subject, job
         self.next_step = 0
         self.start: int | None = None
-        rows = len(job.labels) if subject.trusts else job.labels
-        self.key = rows, job.is_guided  # by which the drop-in tells it from others
+        self.labels = labels_of(job)  # by which the drop-in tells it from others
         self.may_stray = not subject.trusts
 
     def step(self) -> bool:
         """One call; whether the run goes on after it."""
         subject = self.subject
-        is_held = subject.held.get(self.key) is self
+        is_held = self in subject.held
         if subject.trusts and self.next_step > 0 and not (is_held and self.start == 0):
             return subject.refuses(self) if is_held else False
         subject.hold(self)
         if self.start is None or not is_held:
             self.start = self.next_step
         try:
-            answer = call(subject.model, self.job, self.next_step)
+            answer = call(subject.model, self.job, self.next_step, self.labels)
         except torch.OutOfMemoryError:  # the machine's; the call may be made again
-            if subject.trusts:
-                del subject.held[self.key]
+            if subject.trusts or self.start == self.next_step:  # of what was to be filled nothing is kept
+                del subject.held[self]
             return not subject.trusts
         expected = answers_alone(subject.kind, subject.version, self.job, self.start)
         assert bits([answer]) == [expected[self.next_step - self.start]]
         self.next_step += 1
         if self.next_step < len(self.job.plan):
             return True
-        del subject.held[self.key]
+        del subject.held[self]
         return False
 
     def leave_out(self) -> None:
@@ -179,7 +178,7 @@ class Subject:
     def enable(self, plan: Plan, *, trusts: bool) -> None:
         """Put a plan behind the model's forward; loops around it end."""
         self.plan, self.trusts = plan, trusts
-        self.held: OrderedDict[Hashable, Loop] = OrderedDict()  # as the drop-in holds them
+        self.held: OrderedDict[Loop, None] = OrderedDict()  # as the drop-in holds them
         self.live = [run for run in self.live if isinstance(run, Own)]
         options = {"trust_order": trusts, "max_trajectories": AT_ONCE}
         enable_over(over(self.graphs), self.model, plan, self.operations, **options)
@@ -193,24 +192,21 @@ class Subject:
             self.live.append(Own(self, job))
 
     def begin_loop(self, job: Job) -> None:
-        """A loop around the model, instead of one that the drop-in could not tell from it."""
-        loop = Loop(self, job)
-        same = [run for run in self.live if isinstance(run, Loop) and run.key == loop.key]
-        if not (same and self.trusts):  # which would be a broken promise
-            self.live = [run for run in self.live if run not in same] + [loop]
+        """A loop around the model, perhaps of the labels of others."""
+        self.live.append(Loop(self, job))
 
     def hold(self, loop: Loop) -> None:
         """Do what the drop-in does at a call: the loop called longest ago gives way to a new one."""
-        if loop.key not in self.held and len(self.held) == AT_ONCE:
+        if loop not in self.held and len(self.held) == AT_ONCE:
             self.held.popitem(last=False)
-        self.held[loop.key] = loop
-        self.held.move_to_end(loop.key)
+        self.held[loop] = None
+        self.held.move_to_end(loop)
 
     def refuses(self, loop: Loop) -> bool:
         """A loop that trusts its order is told that the weights changed."""
         with pytest.raises(TrajectoryError, match="weights changed"):
-            call(self.model, loop.job, loop.next_step)
-        del self.held[loop.key]
+            call(self.model, loop.job, loop.next_step, loop.labels)
+        del self.held[loop]
         return False
 
     @torch.no_grad()

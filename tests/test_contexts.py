@@ -1,5 +1,6 @@
 """Which prompt a call has: known again by its tensors, or by what they hold."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -31,7 +32,6 @@ def unseeing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def test_a_model_without_contexts(contexts: Contexts) -> None:
     assert [contexts.number_of(()) for _ in range(2)] == [0, 0]
-    assert contexts.makes_of(0) == 0
 
 
 def test_the_same_tensors_are_known_without_a_look_at_them(contexts: Contexts, unseeing: Callable[[], None]) -> None:
@@ -40,17 +40,19 @@ def test_the_same_tensors_are_known_without_a_look_at_them(contexts: Contexts, u
     unseeing()
     assert contexts.number_of((one, mask, None)) == number
     assert contexts.number_of((one[:], mask.view(2, 6), None)) == number  # as whoever slices anew at each step
-    assert contexts.makes_of(number) == 1
 
 
-def test_equal_ones_have_one_number_and_say_how_often_they_came_anew(contexts: Contexts) -> None:
-    number = contexts.number_of((text(), None))
-    again = text()
-    for _ in range(2):
-        assert contexts.number_of((again, None)) == number
-        assert contexts.makes_of(number) == 2
-    assert contexts.number_of((text(), None)) == number
-    assert contexts.makes_of(number) == 3
+def test_equal_ones_have_one_number(contexts: Contexts, unseeing: Callable[[], None]) -> None:
+    """Known by any of the tensors that they came in, as long as those live, and kept alive by none of this."""
+    both = text(), text()
+    number = contexts.number_of((both[0], None))
+    assert [contexts.number_of((one, None)) for one in (both[1], text(), both[0])] == [number] * 3
+    alive = weakref.ref(text_of_another := text())
+    assert contexts.number_of((text_of_another, None)) == number
+    del text_of_another
+    assert alive() is None
+    unseeing()
+    assert [contexts.number_of((one, None)) for one in both] == [number] * 2
 
 
 OTHERS: dict[str, Callable[[Tensor], Context]] = {
@@ -102,6 +104,12 @@ def test_those_used_last_are_kept(contexts: Contexts) -> None:
     first, second = map(contexts.number_of, kept[:2])
     assert contexts.number_of(kept[0]) == first
     third = contexts.number_of(kept[2])
-    assert contexts.makes_of(second) == 0
     assert [contexts.number_of(kept[k]) for k in (0, 2)] == [first, third]
     assert contexts.number_of(kept[1]) not in (first, second, third)
+
+
+def test_those_in_use_are_kept_beyond_the_limit(contexts: Contexts) -> None:
+    kept: list[Context] = [(text(seed),) for seed in range(5)]
+    numbers = [contexts.number_of(one, {1, 2, 3}) for one in kept]
+    assert [contexts.number_of(one, {1, 2, 3}) for one in kept[:3]] == numbers[:3]
+    assert contexts.number_of(kept[3], {1, 2, 3}) not in numbers

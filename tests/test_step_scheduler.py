@@ -6,31 +6,22 @@ import pytest
 from fake_runs import BRANCHES, mixed_plan
 
 from ebcache_fast.engine.step import LONGEST_RUN
-from ebcache_fast.engine.step_scheduler import Arrival, Dispatch, StepScheduler
+from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.plan import Plan, StepType
 
-EVERY_STEP = range(4)
 TIMESTEPS = (7, 4, 3, 0)
 PLAN = Plan.from_types([StepType.NO_CACHE] * 4, TIMESTEPS, 2, BRANCHES)
 ACROSS = [t / 2 for t in range(-3, 18)]  # planned or not, whole or not, before, between and after
 
 
-@pytest.mark.parametrize("expected", EVERY_STEP)
 @pytest.mark.parametrize("t", ACROSS)
-def test_every_timestep_at_every_place_of_a_run(t: float, expected: int) -> None:
-    arrival = StepScheduler(PLAN).arrive(t, expected)
-    if t not in TIMESTEPS:
-        assert arrival == Arrival(None, begins=expected == 0, planned=False)
-        return
-    step = TIMESTEPS.index(int(t))
-    assert arrival.step == step
-    assert arrival.planned == (step == expected or step == 0)  # in turn, or a run from its start
-    assert arrival.begins == (expected == 0 or step < expected)
+def test_every_timestep(t: float) -> None:
+    assert StepScheduler(PLAN).step_at(t) == (TIMESTEPS.index(int(t)) if t in TIMESTEPS else None)
 
 
 @pytest.mark.parametrize("t", [float("nan"), float("inf"), float("-inf"), 1e300])
 def test_what_is_no_timestep_at_all_is_not_planned(t: float) -> None:
-    assert StepScheduler(PLAN).arrive(t, 2) == Arrival(None, begins=False, planned=False)
+    assert StepScheduler(PLAN).step_at(t) is None
 
 
 @pytest.mark.parametrize(
@@ -43,12 +34,6 @@ def test_a_near_miss_names_the_timestep_that_was_meant(t: float, planned: float 
     assert said == (
         "" if planned is None else f", {t!r} where {planned!r} is; give the model the plan's, to the last bit"
     )
-
-
-def test_a_whole_run_arrives_as_planned() -> None:
-    scheduler = StepScheduler(PLAN)
-    arrivals = [scheduler.arrive(t, step) for step, t in enumerate(TIMESTEPS)]
-    assert arrivals == [Arrival(step, begins=step == 0, planned=True) for step in EVERY_STEP]
 
 
 @pytest.mark.parametrize("steps", range(1, 6))

@@ -7,6 +7,7 @@ import torch
 from dropin import (
     LABELS,
     TIMESTEPS,
+    TYPES,
     assert_bitwise,
     at,
     call,
@@ -85,14 +86,51 @@ WRONG = {
 @pytest.mark.parametrize(("t", "labels"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_a_wrong_call_gives_nan_and_then_an_error(t: float | None, labels: Tensor, step: int, model: DiT) -> None:
-    drive(model, XS[:step])
+    given = LABELS.clone()
+    drive(model, XS[:step], given)
+    given.copy_(labels)
     wrong = TIMESTEPS[step] if t is None else t
     if step < len(TIMESTEPS) - 1:
-        assert call(model, XS[step], wrong, labels).isnan().all()
-        step, wrong, labels = step + 1, TIMESTEPS[step + 1], LABELS
+        assert call(model, XS[step], wrong, given).isnan().all()
+        step, wrong = step + 1, TIMESTEPS[step + 1]
+        given.copy_(LABELS)
     with pytest.raises(TrajectoryError, match=BROKEN):
-        call(model, XS[step], wrong, labels)
+        call(model, XS[step], wrong, given)
     assert_next_run_is_right(model)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_labels_in_tensors_that_no_run_came_with(step: int, model: DiT) -> None:
+    """They are read: of another run, which did not begin with the first step, and disturbs none."""
+    drive(model, XS[:step])
+    with enabled(model, plan_of()):
+        own = call(disable(model), XS[step], TIMESTEPS[step], OTHERS)
+    assert torch.equal(call(model, XS[step], TIMESTEPS[step], OTHERS), own)
+    assert stats(model).originals == {"a run did not begin with the first step": 1}
+    assert torch.equal(call(model, XS[step], TIMESTEPS[step], LABELS), expected()[step])
+
+
+def test_runs_of_equal_labels_may_take_turns_and_be_given_up(model: DiT) -> None:
+    """Each holds a tensor of its own, by which it is known."""
+    theirs = expected()
+    call(model, XS[0], TIMESTEPS[0], LABELS.clone())
+    runs = [LABELS.clone() for _ in range(3)]
+    for i, (x, t) in enumerate(zip(XS, TIMESTEPS, strict=True)):
+        for y in runs:
+            assert torch.equal(call(model, x, t, y), theirs[i])
+    assert not stats(model).originals
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_labels_that_are_made_anew_at_each_step(runs: int, model: DiT) -> None:
+    """One run is followed; of two alike, a step that reuses may be either's, and the model itself answers."""
+    theirs = expected()
+    with enabled(model, plan_of()):
+        own = [call(disable(model), x, t, LABELS) for x, t in zip(XS, TIMESTEPS, strict=True)]
+    for i, (x, t) in enumerate(zip(XS, TIMESTEPS, strict=True)):
+        for _ in range(runs):
+            assert torch.equal(call(model, x, t, LABELS.clone()), own[i] if runs == 2 and TYPES[i] else theirs[i])
+    assert sum(stats(model).originals.values()) == (0 if runs == 1 else 2 * 4)
 
 
 @pytest.mark.parametrize("missing", range(1, len(TIMESTEPS)))

@@ -1,12 +1,10 @@
 """Which step of which run a call is, and what answers it."""
 
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Hashable
+from collections import Counter
 from dataclasses import replace
 from threading import RLock
-from typing import Any, cast
-from weakref import ref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +17,13 @@ from ebcache_fast.dropin.hooked import FORWARD, is_sent_away, what_hides
 from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import Method, OwnForward
+from ebcache_fast.dropin.runs import Key, Runs, Turn
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
-from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
-from ebcache_fast.engine.step_scheduler import Arrival, StepScheduler
+from ebcache_fast.engine.step_scheduler import StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory
 from ebcache_fast.errors import CacheLimitError, InputError, TrajectoryError
 from ebcache_fast.models.layers import parameters_of
@@ -38,9 +36,9 @@ ATTRIBUTE = "_cached_forward"  # by which a model knows what is in the place of 
 class CachedForward:
     """Answers a model's calls under a plan; what it can't answer, the model's own forward does, and is counted.
 
-    Timestep and labels say which step of which run a call is. One that does not come next in its run computes
-    everything, stores every slot and is counted. With ``strict`` both raise TrajectoryError. Calls are answered one
-    at a time, from whatever thread.
+    The timestep says which step a call is, its labels or prompts of which run. One that does not come next in its run,
+    or that could be of two, computes everything, stores every slot and is counted. With ``strict`` all of these raise
+    TrajectoryError. Calls are answered one at a time, from whatever thread.
 
     Raises InputError where the model computes something else than its parts say, TableError where the plan is for
     another one.
@@ -68,19 +66,20 @@ class CachedForward:
         return self.course.plan
 
     def _choose(self, t: float | None) -> None:
-        """Go by what is meant at timestep t; where that is another course, runs in progress are over."""
+        """Go by what is meant at timestep t."""
         course = self.course if self.choice is None else self.choice.at(t)
         if course is not self.course:
             self.course, self._scheduler = course, StepScheduler(course.plan)
-            for key in list(self._lanes):
-                self._end(key)
 
     def _forget_runs(self) -> None:
         self._scheduler = StepScheduler(self.plan)
         self._engine: Engine | None = None
-        self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the one called last at the end
-        self._contexts = Contexts(self.options.max_trajectories)
+        self._begin_to_know()
         self._originals, self._refreshed = Counter[str](), Counter[str]()
+
+    def _begin_to_know(self) -> None:
+        self._runs = Runs(self.options.max_trajectories, self._release)
+        self._contexts = Contexts(self.options.max_trajectories)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along how it is set up, and nothing that is in progress."""
@@ -126,9 +125,8 @@ class CachedForward:
     def _let_go(self) -> None:
         """Free the memory of runs, those in progress too; what was counted stays."""
         with self._lock:
-            for key in list(self._lanes):
-                self._end(key)
-            self._contexts = Contexts(self.options.max_trajectories)
+            self._runs.drop_all()
+            self._begin_to_know()
             if self._engine is not None:
                 self._engine.let_go()
 
@@ -186,74 +184,73 @@ class CachedForward:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
         self._choose(t)
-        key = facts.labels, *self._kind_of(call)
-        lane = self._lanes.get(key)
-        arrival = self._scheduler.arrive(t, lane.expected if lane else 0)
-        if lane is not None:
-            lane.refuse_twins(arrival, t)
-        is_taken_over = lane is not None and lane.is_taken_over(self._makes_of(key), call.given)
-        why = _why_not_planned(lane, arrival, weights, numerics, is_taken_over=is_taken_over)
-        if why is not None:
-            near = self._scheduler.near_miss(t)
-            if self.options.strict:
-                raise TrajectoryError(
-                    f"t={t:g} was not expected: {why}{near}; strict=False computes such a step in full"
-                )
-            _count(self._refreshed, why, f"a step computes everything{near}")
-            arrival = arrival._replace(planned=False)
-        if lane is None or arrival.begins or lane.weights != weights or lane.numerics != numerics:
-            lane = self._begin(key, call, weights, began_anew=lane is not None and lane.is_begun_anew(arrival))
-        self._lanes.move_to_end(key)
-        return self._run(lane, key, arrival, t, call)
+        step = self._scheduler.step_at(t)
+        is_full = step is not None and not self.plan.steps[step].reused
+        turn = self._runs.find((facts.labels, *self._kind_of(call)), call.given, step, is_full=is_full)
+        lane = turn.lane
+        changed = None if lane is None else lane.why_over(weights, numerics)
+        if changed is not None and step != 0 and not turn.is_alike:
+            turn = turn._replace(why=changed)
+        if turn.why is not None:
+            self._depart(turn, turn.why, t)
+        self._runs.disown(turn)
+        if lane is None or changed is not None:
+            lane = self._begin(call, weights, instead_of=lane)
+        try:
+            out = self._run(lane, turn, t, call)
+        except BaseException:
+            if turn.why is not None or lane.lanes is None:  # what its caches hold now, nobody knows
+                self._runs.drop(lane, lose=True)
+            raise
+        self._runs.move(turn, lane, len(self.plan))
+        return out
 
-    def _kind_of(self, call: ModelCall) -> tuple[Hashable, ...]:
+    def _depart(self, turn: Turn, why: str, t: float) -> None:
+        """Say that a step computes everything; TrajectoryError if ``strict``."""
+        near = self._scheduler.near_miss(t)
+        if self.options.strict:
+            raise TrajectoryError(f"t={t:g} was not expected: {why}{near}; strict=False computes such a step in full")
+        _count(self._refreshed, why, f"a step computes everything{near}")
+
+    def _kind_of(self, call: ModelCall) -> Key:
         """What sets the runs apart that a call could be of, besides labels."""
-        return call.guided_channels, call.x.shape, self._contexts.number_of(call.context)
+        number = self._contexts.number_of(call.context, {key[-1] for key in self._runs.keys})
+        return id(self.course), call.guided_channels, call.x.shape, number
 
-    def _makes_of(self, key: tuple[Hashable, ...]) -> int:
-        *_, number = key
-        return self._contexts.makes_of(cast(int, number))
-
-    def _begin(
-        self, key: tuple[Hashable, ...], call: ModelCall, weights: Fingerprint, *, began_anew: bool = False
-    ) -> Lane:
+    def _begin(self, call: ModelCall, weights: Fingerprint, instead_of: Lane | None = None) -> Lane:
+        """A lane of its own for a run."""
         call.check_text()
-        if key in self._lanes:
-            self._end(key)
-        elif len(self._lanes) >= self.options.max_trajectories:
-            self._end(next(iter(self._lanes)))
-        trajectory = self._trajectory_for(call)
-        lane = self._lanes[key] = Lane(trajectory, weights, ref(call.given), began_anew, self._makes_of(key))
+        if instead_of is not None:
+            self._runs.drop(instead_of, lose=True)
+        self._runs.make_room()
+        lane = Lane(self._trajectory_for(call), weights)
+        self._runs.add(lane)
         return lane
 
     def _trajectory_for(self, call: ModelCall) -> ForwardTrajectory:
         try:
-            return self.engine.forward_run(self.plan, call.batch, self._ending)
+            return self.engine.forward_run(self.plan, call.batch.with_own_context(), self._ending)
         except InputError as error:  # too little memory: all else was checked
             is_limit = isinstance(error, CacheLimitError)
-            if is_limit and self._lanes:
-                self._end(next(iter(self._lanes)))  # the one called longest ago gives way
+            if is_limit and self._runs.give_way():
                 return self._trajectory_for(call)
             if self.options.strict:
                 raise
             raise DeclinedError(str(error) if is_limit else "too little memory for the caches") from error
 
-    def _end(self, key: Hashable) -> None:
-        self.engine.release(self._lanes.pop(key).trajectory.place)
+    def _release(self, lane: Lane) -> None:
+        self.engine.release(lane.trajectory.place)
         if self._keeps_nothing:
             self.engine.let_go()
 
-    def _run(self, lane: Lane, key: Hashable, arrival: Arrival, t: float, call: ModelCall) -> Tensor:
-        trajectory, step = lane.trajectory, arrival.step
+    def _run(self, lane: Lane, turn: Turn, t: float, call: ModelCall) -> Tensor:
+        trajectory, step = lane.trajectory, turn.step
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
         self._renew(lane, t, step)
         if step is None:
             return self._scaled(trajectory.refresh_at(t, call.x), call, t)
-        out = (trajectory.predict if arrival.planned else trajectory.refresh)(step, call.x)
-        lane.expected = step + 1
-        if lane.expected == len(self.plan):
-            self._end(key)
+        out = (trajectory.predict if turn.why is None else trajectory.refresh)(step, call.x)
         return self._scaled(out, call, t)
 
     def _renew(self, lane: Lane, t: float, step: int | None) -> None:
@@ -277,22 +274,3 @@ def _count(counter: Counter[str], why: str, what: str) -> None:
     counter[why] += 1
     if counter[why] == 1 and why != OFF_SWITCH:
         logging.getLogger(__name__).warning("%s: %s; ebcache_fast.stats counts how often", what, why)
-
-
-def _why_not_planned(
-    lane: Lane | None, arrival: Arrival, weights: Fingerprint, numerics: Numerics, *, is_taken_over: bool
-) -> str | None:
-    """Why everything has to be computed; None where the plan can be followed."""
-    if lane is not None and not arrival.begins and lane.weights != weights:
-        return "weights changed within a run"
-    if lane is not None and not arrival.begins and lane.numerics != numerics:
-        return "torch's settings or functions changed within a run"
-    if is_taken_over and not arrival.begins:
-        return "a run did not begin with the first step"
-    if arrival.planned:
-        return None
-    if arrival.step is None:
-        return "a timestep is not in the plan"
-    if lane is None or lane.expected == 0:
-        return "a run did not begin with the first step"
-    return "a timestep came again" if arrival.begins else "steps were left out"

@@ -1,31 +1,52 @@
 """Which of the prompts that were seen lately a call has: runs of different ones are different runs."""
 
 from collections import OrderedDict
+from collections.abc import Container, Hashable
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ebcache_fast.dropin.given import Given, place_of
 from ebcache_fast.models import Context
 
 
-class _Seen:
-    """One context, as it was when it was first seen."""
+class _Tensors(NamedTuple):
+    """The tensors that a context came in, and how often each had been written to; None where torch does not count."""
 
-    def __init__(self, context: Context, makes: int) -> None:
-        self._given, self._versions, self.makes = context, _versions(context), makes
-        self._kept = tuple(None if one is None else one.detach().clone() for one in context)
+    given: tuple[Given | None, ...]
+    versions: tuple[int | None, ...]
+
+    @property
+    def is_alive(self) -> bool:
+        return all(one is None or one.is_alive for one in self.given)
+
+
+class _Seen:
+    """One context: what it held, and the tensors that held it."""
+
+    def __init__(self, context: Context) -> None:
+        self._copies = tuple(None if one is None else one.detach().clone() for one in context)
+        self._tensors: list[_Tensors] = []
 
     def is_same(self, context: Context) -> bool:
-        """Whether these are the very tensors, unchanged: where torch counts, that costs no look at what they hold."""
-        versions = _versions(context)  # as many as there are tensors
-        if versions != self._versions or not all(map(_is, context, self._given)):
-            return False
-        return None not in versions or self.is_equal(context)
+        """Whether these are tensors seen before, unchanged; where torch counts, without a look at what they hold."""
+        versions = _versions(context)
+        places = tuple(None if one is None else place_of(one) for one in context)
+        for given, then in self._tensors:
+            if then == versions and places == tuple(one and one.place for one in given):
+                return None not in versions or self.is_equal(context)
+        return False
 
     def is_equal(self, context: Context) -> bool:
         """Whether they hold the same; that may wait for the device."""
-        return len(context) == len(self._kept) and all(map(_equal, context, self._kept))
+        return len(context) == len(self._copies) and all(map(_equal, context, self._copies))
+
+    def note(self, context: Context) -> None:
+        """Know it again by these tensors, for as long as they live."""
+        given = tuple(None if one is None else Given(one) for one in context)
+        self._tensors = [one for one in self._tensors if one.is_alive] + [_Tensors(given, _versions(context))]
 
 
 class Contexts:
@@ -36,32 +57,27 @@ class Contexts:
         self._seen: OrderedDict[int, _Seen] = OrderedDict()
         self._numbers = count(1)
 
-    def number_of(self, context: Context) -> int:
-        """The number of this context, a new one for one that is not known; 0 where there is none."""
+    def number_of(self, context: Context, in_use: Container[Hashable] = ()) -> int:
+        """The number of this context, a new one for one that is not known; 0 where there is none.
+
+        Those ``in_use`` are not forgotten.
+        """
         if not context:
             return 0
         known = reversed(self._seen.items())
         found = next((number for number, seen in known if seen.is_same(context)), None)
         if found is None:
             known = reversed(self._seen.items())
-            found = next((number for number, seen in known if seen.is_equal(context)), next(self._numbers))
-            self._seen[found] = _Seen(context, self.makes_of(found) + 1)
+            found = next((number for number, seen in known if seen.is_equal(context)), None)
+            if found is None:
+                found = next(self._numbers)
+                self._seen[found] = _Seen(context)
+            self._seen[found].note(context)
         self._seen.move_to_end(found)
-        while len(self._seen) > self._limit:
-            self._seen.popitem(last=False)
+        spare = [number for number in self._seen if number != found and number not in in_use]
+        for number in spare[: max(0, len(self._seen) - self._limit)]:
+            del self._seen[number]
         return found
-
-    def makes_of(self, number: int) -> int:
-        """How often the context of this number came in other tensors than before; 0 where it is not known."""
-        return self._seen[number].makes if number in self._seen else 0
-
-
-def _is(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether they are one tensor, or views of one place in memory that is still in use."""
-    if one is None or other is None:
-        return one is other
-    places = ((each.data_ptr(), each.shape, each.stride(), each.dtype, each.device) for each in (one, other))
-    return one is other or next(places) == next(places)
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
@@ -70,6 +86,5 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and torch.equal(one, other)
 
 
-def _versions(context: Context) -> list[int | None]:
-    """How often each was written to; None where torch does not count."""
-    return [-1 if one is None else None if one.is_inference() else one._version for one in context]
+def _versions(context: Context) -> tuple[int | None, ...]:
+    return tuple(-1 if one is None else None if one.is_inference() else one._version for one in context)

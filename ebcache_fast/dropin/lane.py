@@ -1,63 +1,82 @@
-"""One run in progress, as its caller's steps arrive."""
+"""The runs in progress that came with the same tensors, told apart by where they stand."""
 
-from dataclasses import dataclass
-from weakref import ref
-
-from torch import Tensor
+from collections import Counter
+from dataclasses import dataclass, field
 
 from ebcache_fast.engine.fingerprint import Fingerprint
 from ebcache_fast.engine.numerics import Numerics
-from ebcache_fast.engine.step_scheduler import Arrival
 from ebcache_fast.engine.trajectory import ForwardTrajectory
-from ebcache_fast.errors import TrajectoryError
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
-    """One run in progress. Runs are told apart by their labels, so that several may be interleaved."""
+    """One run in progress, and the memory for its caches."""
 
     trajectory: ForwardTrajectory
     weights: Fingerprint
-    given: ref[Tensor]  # of the last call: its prompts, or labels
-    began_anew: bool  # with the first step, before a run of the same labels had come to its end
-    makes: int = 0  # of its context: how often that came in other tensors than before; 0 where there is none
-    is_remade: bool = False  # at each step, so that other tensors mean nothing
     expected: int = 0  # the step that comes next
-    is_shared: bool = False  # by two runs
+    goes_back: bool = False  # its last call was of the step before the one of the call before
+    is_doubtful: bool = False  # its tensors are gone, and never came anew so far
+    calls: int = 0
+    hits: int = 0  # calls that reused something
+    lanes: "Lanes | None" = None  # among which it is kept
+
+    def why_over(self, weights: Fingerprint, numerics: Numerics) -> str | None:
+        """Why its caches are of no use now, if they are not."""
+        if self.weights != weights:
+            return "weights changed within a run"
+        same = numerics == self.trajectory.place.spec.numerics  # under which it began
+        return None if same else "torch's settings or functions changed within a run"
 
     @property
-    def numerics(self) -> Numerics:
-        """Under which it began."""
-        return self.trajectory.place.spec.numerics
+    def rises(self) -> bool:
+        """Whether its steps come in rising order of timesteps, as in an inversion, so that step 0 is its last."""
+        return self.goes_back and self.expected == 2
 
-    def is_begun_anew(self, arrival: Arrival) -> bool:
-        """Whether the run that replaces this one may take turns with it; runs that were refused are over."""
-        return not self.is_shared and (self.expected > 0 if arrival.step == 0 else self.began_anew)
 
-    def is_taken_over(self, makes: int, given: Tensor) -> bool:
-        """Whether another run goes on where this one is: its prompts or labels are equal, but other tensors.
+@dataclass(eq=False)
+class Lanes:
+    """The unfinished runs that came with the same tensors, by the step that each expects.
 
-        A loop that makes its prompts anew at each step looks alike once, and its labels never: it does not hold those
-        of its last step.
-        """
-        last, self.given = self.given(), ref(given)
-        is_held = last is not None and last is not given  # so that it is still somebody's
-        is_other, self.makes = makes != self.makes if makes else is_held, makes
-        is_taken, self.is_remade = is_other and (is_held or not self.is_remade), is_other
-        return is_taken
+    A call is the next one of the run that expects its step, unless another expects it too, or has just made it and may
+    make it again, as samplers do that visit a timestep twice. Then it could be either's.
+    """
 
-    def refuse_twins(self, arrival: Arrival, t: float) -> None:
-        """TrajectoryError where two runs of the same labels take turns, until one of them begins again.
+    is_made_anew: bool = False  # the tensors came in the middle of a run
+    is_held: bool = False  # and they came again: whoever has them keeps them
+    gave_way: bool = False  # a run lost its caches to others, beyond max_trajectories
+    at: dict[int, Lane] = field(default_factory=dict)
+    lost: Counter[int] = field(default_factory=Counter)  # runs without caches; too many rather than too few
 
-        They look like a run that began anew, and then goes back to a step that it has done already. By then one of
-        them may have read the other's caches, so neither may go on.
-        """
-        if arrival.step == 0:
-            return
-        again = arrival.step is not None and arrival.step < self.expected
-        self.is_shared |= self.began_anew and again
-        if self.is_shared:
-            raise TrajectoryError(
-                f"t={t:g} came in a second run, which began before the first of the same labels had come to its end: "
-                "runs that take turns can only be told apart by their labels; begin again, one after the other"
-            )
+    @property
+    def runs(self) -> int:
+        """How many there may be."""
+        return len(self.at) + self.lost.total()
+
+    def next_of(self, step: int) -> Lane | None:
+        """The run whose next step this is, if that is certain."""
+        lane = self.at.get(step)
+        if lane is None or lane.is_doubtful or step + 1 in self.at or self.lost[step] or self.lost[step + 1]:
+            return None
+        return lane
+
+    def spare(self, step: int | None) -> Lane | None:
+        """A lane for a call that nothing tells the run of: the caches there are nobody's any more."""
+        near = next((self.at[one] for one in (step, -1 if step is None else step + 1) if one in self.at), None)
+        return near or next(iter(self.at.values()), None)
+
+    def put(self, lane: Lane, expected: int) -> Lane | None:
+        """Let a run stand there; returns the lane that stood there before, whose run has no caches from now on."""
+        before = self.at.pop(expected, None)
+        if before is not None:
+            before.lanes = None
+            self.lost[expected] += 1
+        self.at[expected], lane.lanes, lane.expected = lane, self, expected
+        return before
+
+    def remove(self, lane: Lane, *, lose: bool = False) -> None:
+        """Take a lane out; ``lose`` where its run may go on."""
+        del self.at[lane.expected]
+        lane.lanes = None
+        if lose and lane.expected:
+            self.lost[lane.expected] += 1

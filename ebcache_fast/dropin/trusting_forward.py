@@ -4,56 +4,61 @@ from torch import Tensor
 
 from ebcache_fast.dropin.answerable import Answerable, DeclinedError
 from ebcache_fast.dropin.cached_forward import CachedForward
+from ebcache_fast.dropin.lane import Lane
+from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.runs import Turn
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.errors import TrajectoryError
 
 
 class TrustingForward(CachedForward):
-    """Answers calls in the order of the plan, one a step, and reads timesteps and labels at the first step alone.
+    """Answers calls with the tensors of a run in the order of the plan, one a step, without a look at what they hold.
 
-    The device compares them. Where they are not the step's, the output is NaN, and TrajectoryError follows when the
-    host sees it: at one of the next calls, or at the run's last. The call after that begins a run again. What x holds
-    is not looked at.
+    The device compares timesteps and labels. Where they are not the step's, the output is NaN, and TrajectoryError
+    follows when the host sees it: at one of the next calls, or at the run's last. The call after that begins a run
+    again. What x holds is not looked at.
+
+    Calls with tensors that no run is known by are read, as those of a first step. Where they can't follow the plan, the
+    model's own forward answers.
     """
 
     _ending = Ending.PREDICT_GUARDED
 
     def _step(self, answerable: Answerable) -> Tensor:
         self._choose(None)
-        call, denoiser, weights, numerics = answerable
-        key = self._kind_of(call)
-        if (lane := self._lanes.get(key)) is None:
-            if call.read(denoiser).timesteps != {self.plan.timesteps[0]}:
-                raise DeclinedError("a run did not begin with the first step")
-            lane = self._begin(key, call, weights)
-        self._lanes.move_to_end(key)
-        trajectory, is_last = lane.trajectory, lane.expected == len(self.plan) - 1
-        if lane.weights != weights:
-            self._end(key)
-            raise TrajectoryError("weights changed within a run; begin it again")
-        if lane.numerics != numerics:
-            self._end(key)
-            raise TrajectoryError("torch's settings or functions changed within a run; begin it again")
-        if call.context and lane.is_taken_over(self._makes_of(key), call.given) and lane.expected > 1:
-            self._end(key)
-            raise TrajectoryError("a run of other prompt tensors goes on in the middle; begin it with the first step")
-        trajectory.give(call.t, call.y)
-        if call.guided_channels:
-            trajectory.guide(call.cfg_scale)
-        self._renew(lane, self.plan.timesteps[lane.expected], lane.expected)
+        call, _, weights, numerics = answerable
+        turn = self._runs.trusted(self._kind_of(call), call.given)
+        if turn is None or turn.lane is None:
+            return super()._step(answerable)
+        if (changed := turn.lane.why_over(weights, numerics)) is not None:
+            self._runs.drop(turn.lane)
+            raise TrajectoryError(f"{changed}; begin it again")
+        return self._next(turn, turn.lane, call)
+
+    def _next(self, turn: Turn, lane: Lane, call: ModelCall) -> Tensor:
+        is_last = lane.expected == len(self.plan) - 1
         try:
-            out = trajectory.predict(lane.expected, call.x)
+            out = self._run(lane, turn, self.plan.timesteps[lane.expected], call)
         except BaseException:
-            self._end(key)  # whoever goes on after it begins a run again
+            self._runs.drop(lane)  # whoever goes on after it begins a run again
             raise
-        self._scaled(out, call, self.plan.timesteps[lane.expected])
-        lane.expected += 1
-        is_broken = trajectory.is_broken(wait=is_last)
-        if is_last or is_broken:
-            self._end(key)
-        if is_broken:
-            raise TrajectoryError(
-                "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
-                f"order of the plan, {self.plan.timesteps[0]} first, or enable it without trust_order"
-            )
-        return out
+        if not lane.trajectory.is_broken(wait=is_last):
+            self._runs.move(turn, lane, len(self.plan))
+            return out
+        self._runs.drop(lane)
+        raise TrajectoryError(
+            "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
+            f"order of the plan, {self.plan.timesteps[0]:g} first, and let each run have tensors of its own, or enable "
+            "it without trust_order"
+        )
+
+    def _depart(self, turn: Turn, why: str, t: float) -> None:
+        if turn.is_only and turn.lane is not None and turn.lane.is_doubtful:  # perhaps prompts are made anew
+            super()._depart(turn, why, t)
+            return
+        self._runs.pass_by(turn, len(self.plan))
+        raise DeclinedError(why)
+
+    def _run(self, lane: Lane, turn: Turn, t: float, call: ModelCall) -> Tensor:
+        lane.trajectory.give(call.t, call.y)
+        return super()._run(lane, turn, t, call)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class Batch(NamedTuple):
     guided_channels: int
     latents: tuple[int, ...]  # the shape of one, as the caller has it
     context: Context = ()  # of R rows
+
+    def with_own_context(self) -> Self:
+        """With a copy of the context, so that a run keeps no tensor of its caller's alive."""
+        make: Any = getattr(type(self.context), "_make", tuple)
+        return self._replace(context=make(None if one is None else one.detach().clone() for one in self.context))
 
 
 class Engine:

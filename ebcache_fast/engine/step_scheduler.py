@@ -15,14 +15,6 @@ class Dispatch(NamedTuple):
     steps: int  # more than one only of steps that compute no branch
 
 
-class Arrival(NamedTuple):
-    """What a timestep means to a run in progress."""
-
-    step: int | None  # its place in the plan; None where it is not in it
-    begins: bool  # a new run begins here
-    planned: bool  # its StepPlan can be followed; else everything has to be computed anew
-
-
 class StepScheduler:
     """Looks steps up in one plan. It holds no state: where a run is, the run knows."""
 
@@ -30,18 +22,9 @@ class StepScheduler:
         self.plan = plan
         self._step_at: dict[float, int] = {t: i for i, t in enumerate(plan.timesteps)}
 
-    def arrive(self, t: float, expected: int) -> Arrival:
-        """Timestep ``t`` where step ``expected`` comes next (0: none was run yet).
-
-        A timestep that was passed already begins a new run; one that is ahead leaves out steps, whose features the
-        caches would lack.
-        """
-        step = self._step_at.get(t)
-        if step is None:
-            return Arrival(None, begins=expected == 0, planned=False)
-        if step < expected or expected == 0:
-            return Arrival(step, begins=True, planned=step == 0)
-        return Arrival(step, begins=False, planned=step == expected)
+    def step_at(self, t: float) -> int | None:
+        """The place of timestep ``t`` in the plan; None where it is not in it."""
+        return self._step_at.get(t)
 
     def near_miss(self, t: float) -> str:
         """What to add where ``t`` is none of the plan's and all but one of them, as half precision makes it; else "".
