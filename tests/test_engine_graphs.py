@@ -21,6 +21,7 @@ from fake_runs import (
     eager_states,
     enable_over,
     engine_of,
+    labels_of,
     mixed_plan,
     no_graphs,
     over,
@@ -295,15 +296,16 @@ def test_a_call_of_the_drop_in_that_is_trusted_copies_into_static_memory_and_han
     graphs = FakeGraphs()
     model = enable_over(over(graphs), tiny(), JOB.plan, graphs.wrap(ops.TORCH), trust_order=True)
     for _ in range(2):
-        call(model, JOB, 0)
+        labels = labels_of(JOB)
+        call(model, JOB, 0, labels)
         for step in range(1, len(JOB.plan) - 1):
-            inputs = arguments(model, JOB, step)
+            inputs = arguments(model, JOB, step, labels)
             replays = graphs.replays
             with graphs.quiet() as heard, torch.no_grad():
                 model.forward_with_cfg(*inputs, JOB.scale)
             work = [name for name in heard if name not in VIEWS]
             assert (work, graphs.replays) == (AROUND_A_REPLAY, replays + 1)
-        call(model, JOB, len(JOB.plan) - 1)
+        call(model, JOB, len(JOB.plan) - 1, labels)
 
 
 # --------------------------------------------------------------------------------------------- graph against eager
