@@ -12,7 +12,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebcache_fast import ops
 from ebcache_fast.engine.buffers import latent_dtype
@@ -25,6 +25,7 @@ from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.fallback import Fallback
 from ebcache_fast.models import Context, Denoiser
+from ebcache_fast.models.float8 import Float8Branches
 from ebcache_fast.plan import StepPlan, StepType
 from ebcache_fast.sampler_step import remember, sampler_update
 from ebcache_fast.samplers import Sampler
@@ -145,18 +146,20 @@ def tally_batch(
     algorithm: Algorithm1,
     on_step: Callable[[int], None] | None = None,
     context: Context = (),
+    float8_of: nn.Module | None = None,
 ) -> Tally:
     """Sample one batch, advanced by the original output times b; count what each sample would have cached.
 
     labels (N,), noise (steps + 1, N, C, H, W), or (1, …) for a sampler that draws none. context: of all batch rows, the
     conditional ones first. Every sample follows its own decisions: its cache takes over a step's outputs only where
-    that step, as voted, computes them. Raises SampleError where an output is not finite, or the model raises.
+    that step, as voted, computes them. float8_of: the module whose branches run in float8 where they can, if they are
+    to. Raises SampleError where an output is not finite, or the model raises.
     """
     steps = sampler.steps
     tally = Tally.empty(steps)
     tally.samples = len(labels)
     denoiser = denoiser.sized(tuple(noise.shape[2:]), context)
-    search = _Search(denoiser, labels, sampler.timesteps, guidance, context)
+    search = _Search(denoiser, labels, sampler.timesteps, guidance, context, float8_of)
     scaling, factor = sampler.scaling_eps(eps_scale)
     rows = torch.as_tensor(scaling.rows.copy(), dtype=noise.dtype, device=noise.device)
     run = torch.zeros_like(labels)  # (N,) cached steps since each sample's last full one
@@ -189,12 +192,21 @@ class _Search:
     """The candidate steps on one batch, and its caches: every sample's own, kept, and two to try in."""
 
     def __init__(
-        self, denoiser: Denoiser, labels: Tensor, timesteps: tuple[int, ...], guidance: Guidance, context: Context
+        self,
+        denoiser: Denoiser,
+        labels: Tensor,
+        timesteps: tuple[int, ...],
+        guidance: Guidance,
+        context: Context,
+        float8_of: nn.Module | None,
     ) -> None:
         shape, weight = denoiser.shape, denoiser.weight()
         row_labels = guidance.row_labels(denoiser, labels)
         constants = Workspace(weight.dtype, weight.device)
         denoiser.prepare(context, constants)
+        float8 = None if float8_of is None else Float8Branches(float8_of, constants)
+        if float8 is not None:
+            float8.prepare()
         self._runner = StepRunner(
             denoiser,
             Fallback(ops.select(weight.device, weight.dtype)).operations,
@@ -202,6 +214,7 @@ class _Search:
             guidance.guide(denoiser, 1.0, latent_dtype(denoiser)),
             Workspace(weight.dtype, weight.device),
             constants,
+            float8,
         )
         self._rows, self._out_channels = len(row_labels), denoiser.out_channels
         self._copies = len(row_labels) // len(labels)

@@ -14,6 +14,7 @@ from ebcache_fast.calibration_progress import CalibrationProgress
 from ebcache_fast.calibration_target import check_target, step_costs
 from ebcache_fast.calibration_voting import Prompted, Voting
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
+from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.noise_schedule import TRAIN_STEPS
@@ -37,6 +38,7 @@ def calibrate(
     target_speedup: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    fp8: bool = False,
     progress_file: str | os.PathLike[str] | None = None,
     on_step: Callable[[int], None] | None = None,
     on_total: Callable[[int], None] | None = None,
@@ -50,6 +52,7 @@ def calibrate(
         target_speedup: find a multiple of the algorithm's a and k whose table the MAC count allows this speed-up over
             no caching, or more; the votes that fewest samples cast are then given back until it is as near as a table
             can be. None takes the threshold as it is. A search counts votes of at most 64 samples several times.
+        fp8: vote with QKV's and fc1's products in float8, as `EngineOptions` runs them.
         progress_file: JSON in which finished batches are counted; the same call resumes from it, another
             call's file is refused.
         on_step: called with the number of samples that advanced, after each step of each batch.
@@ -68,6 +71,7 @@ def calibrate(
         JobError: the progress file is damaged, another call's, or can't be written.
     """
     denoiser = as_denoiser(model)
+    EngineOptions(fp8=fp8).check(denoiser)
     if samples < 1 or batch_size < 1:
         raise InputError(
             f"samples={samples} and batch_size={batch_size} must be 1 or more; the paper uses 1000 samples"
@@ -96,6 +100,7 @@ def calibrate(
         progress=CalibrationProgress(progress_file),
         on_step=on_step or _ignore,
         on_total=on_total or _ignore,
+        float8_of=model if fp8 else None,
     )
     voting.progress.open(voting.identity() | voting.options() | {"weights_crc32": _crc32(model)})
     return voting.table_of_votes() if target_speedup is None else voting.table_near(target_speedup)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebcache_fast import calibration_target as targets
 from ebcache_fast.algorithm1 import KEEP_FIRST, KEEP_LAST, Algorithm1, SampleError, Tally, tally_batch
@@ -51,6 +51,7 @@ class Voting:
     progress: CalibrationProgress
     on_step: Callable[[int], None]
     on_total: Callable[[int], None]
+    float8_of: nn.Module | None  # whose branches vote in float8, if they do
 
     @property
     def costs(self) -> targets.Costs:
@@ -143,6 +144,7 @@ class Voting:
                     algorithm,
                     self.on_step,
                     context,
+                    self.float8_of,
                 )
             except SampleError as fault:
                 raise self._error(indices, fault) from fault.__cause__
@@ -181,6 +183,7 @@ class Voting:
         """The choices that the votes depend on and a table does not state elsewhere, thresholds apart."""
         choices = asdict(self.algorithm)
         del choices["a"], choices["k"]
+        in_float8: dict[str, bool] = {} if self.float8_of is None else {"fp8": True}
         return choices | {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -188,6 +191,7 @@ class Voting:
             "cfg_scale": self.guidance.scale,
             "guided_channels": self.guidance.channels,
             "eps_scale": self.eps_scale,
+            **in_float8,
         }
 
     def identity(self) -> dict[str, Any]:

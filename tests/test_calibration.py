@@ -275,3 +275,19 @@ def test_bad_input_is_one_typed_line(changes: dict, message: str) -> None:
         calibrate(model(), **(CALL | changes))
     assert type(caught.value) is InputError
     assert "\n" not in str(caught.value)
+
+
+def test_votes_in_float8_are_of_float8_and_say_so(tmp_path: Path) -> None:
+    """Errors of another precision, near those without; and the one's votes are not counted on for the other's."""
+    model, progress = tiny_dit(dtype=torch.float32), tmp_path / "progress.json"
+    made = {
+        fp8: calibrate(model, samples=2, steps=6, fp8=fp8, progress_file=progress if fp8 else None).made
+        for fp8 in (False, True)
+    }
+    plain, rounded = (torch.tensor(made[fp8].errors["ATTN_MLP"][2:5]) for fp8 in (False, True))
+    assert not torch.equal(plain, rounded)
+    torch.testing.assert_close(plain, rounded, rtol=0.2, atol=0)
+    assert made[True].options["fp8"] is True
+    assert "fp8" not in made[False].options
+    with pytest.raises(JobError, match="belongs to a calibration with"):
+        calibrate(model, samples=2, steps=6, progress_file=progress)

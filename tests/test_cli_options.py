@@ -110,7 +110,7 @@ def test_a_place_or_a_dtype_that_there_is_not(command: str, option: str, problem
     assert_refused(run(f"{command} {MODEL} {option}"), problem)
 
 
-@pytest.mark.parametrize("command", ["sample", "profile"])
+@pytest.mark.parametrize("command", ["sample", "profile", "calibrate --out made.json"])
 @pytest.mark.parametrize("option", ["", "--dtype bfloat16", "--dtype float16"])
 def test_float8_on_a_cpu_is_refused(command: str, option: str, run: Run) -> None:
     assert_refused(run(f"{command} {MODEL} {option} --device cpu --fp8"), "fp8=True on a CPU gains nothing; leave out")
