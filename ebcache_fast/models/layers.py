@@ -83,7 +83,10 @@ def weight_of(layer: nn.Module) -> Tensor:
             f"a {type(layer).__name__} has {dtypes} parameters alone, which say no dtype to compute in; load its model "
             "in float16, bfloat16 or float32"
         )
-    return torch.zeros(0, dtype=found, device=parameters[0].device)
+    first = parameters[0]
+    if type(first) in PLAIN_TENSORS and first.dtype == found:
+        return first.detach()[:0]  # a view: it is asked for within a step, where nothing may be launched
+    return torch.zeros(0, dtype=found, device=first.device)
 
 
 def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
