@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ebcache_fast.compare import Method, run_methods
-from ebcache_fast.demo import TABLES
+from ebcache_fast.demo import tables_of
 from ebcache_fast.methods import Setting, open_table
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.presets import labels_in_turn, load_letters
@@ -33,7 +33,7 @@ def main() -> None:
     shape = as_denoiser(model).shape
     uncached = Setting(shape, 50, "ddpm").uncached(50)
     methods = [Method("No cache", uncached)]
-    methods += [Method(name, open_table(table).plan(shape)) for name, table in TABLES]
+    methods += [Method(name, open_table(table).plan(shape)) for name, table in tables_of("ddpm")]
     labels = torch.tensor(labels_in_turn(args.batch * args.rounds, 26))
     runs = run_methods(model, methods, labels, batch_size=args.batch)
     rows = []

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,10 +20,11 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import DIT_MODELS, DiT, as_denoiser, load_pretrained
 from ebcache_fast.models.checkpoint import load_dit, open_checkpoint
 from ebcache_fast.models.letter_classifier import LetterClassifier
-from ebcache_fast.models.pretrained import stored_dtype
+from ebcache_fast.models.pretrained import load_scheduler, stored_dtype
 from ebcache_fast.plan import ModelShape
 from ebcache_fast.quality import Features, Judge, Reference, contrast
 from ebcache_fast.room import MORE_RUNS, OF_A_LABEL, check_room
+from ebcache_fast.samplers import sampler_of
 
 LETTERS = ascii_uppercase
 BUNDLED, DIFFUSERS = "letters", "diffusers"
@@ -166,6 +168,23 @@ def engine_options(model: nn.Module, *, fp8: bool) -> EngineOptions:
     options = EngineOptions(fp8=fp8)
     options.check(denoiser)
     return options
+
+
+def folder_run(name: str, checkpoint: Path | None, model: nn.Module, steps: int) -> dict[str, Any]:
+    """What the pipeline does that a folder of diffusers is of: ``sampler`` and ``guided_channels``; empty without one.
+
+    InputError, with the way out, for a scheduler that no sampler follows.
+    """
+    scheduler = load_scheduler(checkpoint) if name == DIFFUSERS and checkpoint is not None else None
+    if scheduler is None:
+        return {}
+    try:
+        followed = sampler_of(scheduler, steps)
+    except InputError as error:
+        raise InputError(
+            f"the scheduler of {checkpoint}: {error}; save the folder with it, or pass --sampler ddim to leave it aside"
+        ) from None
+    return {"sampler": followed, "guided_channels": as_denoiser(model).latent_shape[0]}
 
 
 def _factory(name: str, image_size: int, num_classes: int) -> Callable[[], DiT]:

@@ -60,8 +60,8 @@ def letters(device: object = None) -> Preset:
     return dataclasses.replace(preset, reference=few)
 
 
-def two_methods(preset: Preset) -> list[Method]:
-    setting = Setting(as_denoiser(preset.model).shape, 3, "ddpm")
+def two_methods(preset: Preset, sampler: str) -> list[Method]:
+    setting = Setting(as_denoiser(preset.model).shape, 3, sampler)
     return [parse_method(text, setting) for text in ("no-cache", "fora:2")]
 
 

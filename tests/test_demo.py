@@ -47,9 +47,9 @@ def letters(device: object = None) -> Preset:
     return dataclasses.replace(preset, reference=few)
 
 
-def few_steps(preset: Preset) -> list[Method]:
+def few_steps(preset: Preset, sampler: str = "ddim") -> list[Method]:
     shape = as_denoiser(preset.model).shape
-    return equal_cost_methods(shape, [("EB-Cache", TABLE.plan(shape))])
+    return equal_cost_methods(shape, [("EB-Cache", TABLE.plan(shape))], sampler)
 
 
 def never(*_: object, **__: object) -> NoReturn:
@@ -184,7 +184,7 @@ def result(name: str, n: int) -> Result:
 
 @pytest.mark.parametrize(
     ("shown", "n", "columns", "images"),
-    [(26, 208, 26, 52), (26, 40, 26, 40), (5, 208, 5, 5), (1, 208, 1, 1), (30, 208, 26, 52), (60, 208, 26, 52)],
+    [(26, 156, 26, 52), (26, 40, 26, 40), (5, 156, 5, 5), (1, 156, 1, 1), (30, 156, 26, 52), (60, 156, 26, 52)],
 )
 def test_how_many_samples_are_drawn(
     shown: int, n: int, columns: int, images: int, monkeypatch: pytest.MonkeyPatch
@@ -197,7 +197,7 @@ def test_how_many_samples_are_drawn(
     assert found == columns
     assert [len(row.images) for row in rows] == [images] * 2
     assert [row.name for row in rows] == ["a", "b"]
-    assert rows[0].note == f"1.50x measured, 1.25x by MACs, 97.5% of {n} recognised"
+    assert rows[0].note == f"1.50x measured, 1.25x by MACs, error 0.000, 97.5% of {n} recognised"
 
 
 @pytest.mark.parametrize("shown", [1, 5, 26])
@@ -243,17 +243,37 @@ def test_a_long_text_is_sampled_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 # --------------------------------------------------------------------------------------- what is compared
 
 
-def test_the_methods_of_the_real_demo() -> None:
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 20), ("ddpm", 50)])
+def test_the_methods_of_the_real_demo(sampler: str, steps: int) -> None:
     """Two EB-Cache tables at about 1.5x and 2.5x, each beside FORA and fewer steps at its cost."""
     shape = as_denoiser(letters().model).shape
-    base, *others = DEMO_METHODS(letters())
-    assert (base.name, len(base.plan), base.plan.mac_limit(shape)) == ("No cache, 50 steps", 50, 1)
+    base, *others = DEMO_METHODS(letters(), sampler)
+    assert (base.name, len(base.plan), base.plan.mac_limit(shape)) == (f"No cache, {steps} steps", steps, 1)
     assert len(others) == 6
+    assert {method.sampler for method in (base, *others)} == {sampler}
     for (cached, fora, fewer), about in zip((others[:3], others[3:]), (1.5, 2.5), strict=True):
         assert cached.name == f"EB-Cache, about {about}x"
         costs = [base.plan.macs(shape) / method.plan.macs(shape) for method in (cached, fora, fewer)]
         assert costs == pytest.approx([about] * 3, rel=0.1)
         assert max(costs) < 1.06 * min(costs)
+
+
+def test_by_default_all_go_towards_the_same_picture(done: Done) -> None:
+    """Whoever draws noise at each of its steps is another picture with fewer of them, and its error says nothing."""
+    base, cached, fora, fewer = done.results
+    assert (base.noise, cached.noise, fora.noise, fewer.noise) == ("same", "same", "same", "other steps")
+    assert done.report["sampler"] == "ddim"
+    assert DEMO_METHODS(letters())[0].sampler == "ddim"
+    assert 0 < fewer.paired_error < 0.9  # of unrelated pictures it is above 1
+
+
+def test_the_papers_sampler_can_be_asked_for(tmp_path: Path) -> None:
+    results = demo.demo(tmp_path, None, SAMPLES, sampler="ddpm")
+    assert [result.noise for result in results] == ["same", "same", "same", "other noise"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["sampler"] == "ddpm"
+    assert "--sampler ddpm" in report["command"]
+    assert demo._note(results[-1]).count("(other noise)") == 1
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -262,8 +282,8 @@ def test_the_methods_of_the_real_demo() -> None:
 @pytest.mark.parametrize(
     ("text", "samples", "problem"),
     [
-        ("A1", 208, "text 'A1' must be letters A to Z alone"),
-        ("", 208, "text '' is empty"),
+        ("A1", 156, "text 'A1' must be letters A to Z alone"),
+        ("", 156, "text '' is empty"),
         (None, 31, "samples=31 is below 32"),
         (None, -5, "samples=-5 is below 32"),
         ("A" * 40, 5, "samples=5 is below 32"),
@@ -275,6 +295,13 @@ def test_bad_arguments_are_refused_before_anything_is_made(
     monkeypatch.setattr(demo, "load_letters", never)
     with pytest.raises(InputError, match=problem):
         demo.demo(tmp_path / "out", text, samples)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sampler_without_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "load_letters", never)
+    with pytest.raises(InputError, match=r"sampler='dpm-solver.*' has no tables .*; choose ddim or ddpm"):
+        demo.demo(tmp_path / "out", sampler="dpm-solver++")
     assert list(tmp_path.iterdir()) == []
 
 

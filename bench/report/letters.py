@@ -16,14 +16,25 @@ def demo() -> str:
             f"{m['speedup']:.2f}x",
             f"{m['mac_limit']:.2f}x",
             f"{m['fd_semantic']:.2f} ± {m['spread']['fd_semantic']:.2f}",
+            f"{m['fd_texture']:.4f} ± {m['spread']['fd_texture']:.4f}",
             f"{100 * m['recognised']:.1f}%",
             f"{m['paired_error']:.3f}",
         )
         for m in report["methods"]
     ]
-    head = ("method", "GMACs", "measured", "by MACs", "Fréchet (semantic)", "recognised", "error vs no cache")
+    head = (
+        "method",
+        "GMACs",
+        "measured",
+        "by MACs",
+        "Fréchet (semantic)",
+        "texture",
+        "recognised",
+        "error vs no cache",
+    )
     n = report["methods"][0]["n"]
-    note = f"{n} samples a method, same noise, interleaved; ± one standard error over samples. {machine(report)}."
+    note = f"{n} samples a method, from one initial noise, interleaved; "
+    note += f"± one standard error over samples. {report['machine']['torch_threads']} thread; {machine(report)}."
     return f"{table(head, rows)}\n\n{note}"
 
 

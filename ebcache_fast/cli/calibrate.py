@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def calibrate(
@@ -16,7 +16,7 @@ def calibrate(
     fp8: bool = False,
     samples: int = 1000,
     num_sampling_steps: int = 50,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     cfg_scale: float = 1.5,
     eps_scale: float = 1.0,
     target_speedup: float | None = None,
@@ -43,7 +43,7 @@ def calibrate(
         fp8: QKV's and fc1's products in float8; of an original DiT in bfloat16, on a GPU from compute capability 8.9.
         samples: how many vote.
         num_sampling_steps: steps of the table.
-        sampler: ddpm, ddim or dpm-solver++.
+        sampler: ddpm, ddim or dpm-solver++; without, what the scheduler in a folder of diffusers does, or else ddim.
         cfg_scale: guidance scale; 1 for none.
         eps_scale: factor b on the predicted noise, in (0, 1].
         target_speedup: loosen the thresholds until the MAC count allows a table this speed-up, and take back what is
@@ -65,22 +65,25 @@ def calibrate(
     from ebcache_fast.files import make_room
     from ebcache_fast.models import as_denoiser
     from ebcache_fast.plan.timesteps import MAX_INT
-    from ebcache_fast.presets import engine_options, open_model
+    from ebcache_fast.presets import engine_options, folder_run, open_model
     from ebcache_fast.room import check_votes
 
     for name, number in {"max_run": max_run, "seed": global_seed, "batch_size": per_proc_batch_size}.items():
         if number > MAX_INT:
             raise InputError(f"{name}={number} is above {MAX_INT}, the most that a table's file can say; choose less")
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
+    run: dict[str, Any] = {"sampler": sampler or "ddim"}
+    if sampler is None:
+        run |= folder_run(model, ckpt, opened, num_sampling_steps)
     check_votes(as_denoiser(opened), samples, per_proc_batch_size, num_sampling_steps, cfg_scale)
     for path in (out, *([] if progress_file is None else [progress_file])):
         make_room(path)  # hours of votes must not be lost for want of a place
     with console.progress_bar() as bar:
         table = search(
             opened,
+            **run,
             samples=samples,
             steps=num_sampling_steps,
-            sampler=sampler,
             cfg_scale=cfg_scale,
             eps_scale=eps_scale,
             algorithm=Algorithm1(

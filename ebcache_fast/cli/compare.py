@@ -14,8 +14,8 @@ def compare(
     device: str | None = None,
     samples: int = 104,
     labels: tuple[int, ...] | None = None,
-    num_sampling_steps: int = 50,
-    sampler: str = "ddpm",
+    num_sampling_steps: int = 20,
+    sampler: str = "ddim",
     cfg_scale: float = 1.5,
     global_seed: int = 0,
     per_proc_batch_size: int = 26,
@@ -37,7 +37,7 @@ def compare(
         samples: how many stand behind each figure.
         labels: classes that the samples take in turn; without, all.
         num_sampling_steps: of methods that do not say their own.
-        sampler: ddpm, ddim or dpm-solver++, of all methods; a table for another one is refused.
+        sampler: ddim, dpm-solver++ or ddpm, of all methods; a table for another one is refused.
         cfg_scale: guidance scale; 1 for none.
         global_seed: of all noise.
         per_proc_batch_size: samples at once.

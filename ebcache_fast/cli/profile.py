@@ -7,7 +7,7 @@ from typing import Literal
 def profile(
     model: str = "letters",
     ckpt: Path | None = None,
-    table: str = "letters-ddpm-50-1.5x",
+    table: str = "letters-ddim-20-1.5x",
     num_samples: int = 8,
     image_size: int = 256,
     num_classes: int = 1000,

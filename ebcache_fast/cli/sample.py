@@ -1,7 +1,7 @@
 """``ebcache-fast sample``: pictures or latents of any model."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def sample(
@@ -38,7 +38,8 @@ def sample(
         fp8: QKV's and fc1's products in float8; of an original DiT in bfloat16, on a GPU from compute capability 8.9.
         cfg_scale: guidance scale; 1 for none.
         num_sampling_steps: the table's, or 50.
-        sampler: ddpm, ddim or dpm-solver++; the table's, or ddpm.
+        sampler: ddpm, ddim or dpm-solver++; without, what the scheduler in a folder of diffusers does, or else the
+            table's, or ddpm.
         eps_scale: factor on the predicted noise; the table's, or 1.
         global_seed: sample k draws its noise from this seed and k.
         per_proc_batch_size: samples at once.
@@ -47,14 +48,18 @@ def sample(
     from ebcache_fast import console, job
     from ebcache_fast.engine.engine import Engine
     from ebcache_fast.methods import open_table
-    from ebcache_fast.presets import engine_options, labels_in_turn, labels_of, open_model
+    from ebcache_fast.presets import engine_options, folder_run, labels_in_turn, labels_of, open_model
     from ebcache_fast.room import check_run
-    from ebcache_fast.sampling import resolve_run
+    from ebcache_fast.sampling import DEFAULT_STEPS, resolve_run
 
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
     engine = Engine(opened, engine_options(opened, fp8=fp8))
     chosen = None if table is None else open_table(table, num_sampling_steps)
-    plan, stepper = resolve_run(engine.denoiser, chosen, num_sampling_steps, sampler, eps_scale)
+    run: dict[str, Any] = {"sampler": sampler}
+    if sampler is None:
+        steps = num_sampling_steps or (DEFAULT_STEPS if chosen is None else len(chosen))
+        run |= folder_run(model, ckpt, opened, steps)
+    plan, stepper = resolve_run(engine.denoiser, chosen, num_sampling_steps, run["sampler"], eps_scale)
     count, draws = num_samples if text is None else len(text), stepper.draws_noise
     check_run(engine.denoiser, count, per_proc_batch_size, [plan], draws_noise=draws, cfg_scale=cfg_scale)
     labels = labels_of(text) if text is not None else labels_in_turn(num_samples, engine.denoiser.num_classes)
@@ -65,7 +70,7 @@ def sample(
             labels,
             table=chosen,
             steps=num_sampling_steps,
-            sampler=sampler,
+            **run,
             cfg_scale=cfg_scale,
             eps_scale=eps_scale,
             seed=global_seed,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.weights_file import dtype_of
 
+_INDEX, _SCHEDULER = "model_index.json", Path("scheduler") / "scheduler_config.json"
 _CONFIG = "config.json"
 
 
@@ -22,10 +23,7 @@ def load_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     Nothing is downloaded, and no code of the folder is run. options: as diffusers' ``from_pretrained`` takes them, such
     as ``torch_dtype``. Raises InputError where diffusers is not installed, or the folder holds no such model.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise InputError("diffusers is not installed; pip install 'ebcache-fast[diffusers]'") from error
+    diffusers = _diffusers()
     found = _transformer_of(folder)
     if found is None:
         raise InputError(f"{folder} has no {_CONFIG}, nor has its transformer/; pass a folder of save_pretrained")
@@ -34,8 +32,7 @@ def load_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
         kind = getattr(diffusers, name)  # Transformer2DModel too, as older folders call what has classes of its own now
         model = kind.from_pretrained(found, local_files_only=True, **options)
     except Exception as error:  # whatever a damaged file makes of its readers
-        first = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{found} can't be loaded ({type(error).__name__}: {first}); save it again") from error
+        raise _unreadable(found, error) from error
     return cast(nn.Module, model.eval())
 
 
@@ -52,3 +49,34 @@ def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
 def _transformer_of(folder: str | os.PathLike[str]) -> Path | None:
     """Where the transformer's files are: in the folder itself, or in that of a pipeline's part."""
     return next((one for one in (Path(folder), Path(folder) / "transformer") if (one / _CONFIG).is_file()), None)
+
+
+def load_scheduler(folder: str | os.PathLike[str]) -> Any:
+    """The scheduler of the pipeline that ``folder`` is of, the pipeline's own folder or one in it; None without one.
+
+    Raises InputError where diffusers is not installed, or the pipeline's scheduler can't be read.
+    """
+    here = Path(folder).resolve()
+    pipe = next((one for one in (here, here.parent) if (one / _INDEX).is_file() or (one / _SCHEDULER).is_file()), None)
+    if pipe is None:
+        return None
+    diffusers = _diffusers()
+    config = pipe / _SCHEDULER
+    try:
+        kind = getattr(diffusers, json.loads(config.read_text(encoding="utf-8"))["_class_name"])
+        return kind.from_pretrained(config.parent, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise _unreadable(config, error) from error
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise InputError("diffusers is not installed; pip install 'ebcache-fast[diffusers]'") from error
+    return diffusers
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    first = (str(error).splitlines() or [""])[0]
+    return InputError(f"{path} can't be loaded ({type(error).__name__}: {first}); save it again")
