@@ -101,7 +101,7 @@ def _look_at(tree: _Tree) -> Fingerprint | None:
     others = forwards.count(None) < len(forwards) and any(map(has_another_forward, tree.modules[1:]))
     classes = list(map(type, tensors))
     plain = tensors if PLAIN_TENSORS.issuperset(classes) else [one for one in tensors if type(one) in PLAIN_TENSORS]
-    strides = chain.from_iterable(map(Tensor.stride, plain))
+    strides = map(Tensor.stride, plain)
     memory = map(Tensor.data_ptr, plain), strides, map(attrgetter("dtype"), plain)
     processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
     modes = list(map(dict.get, tree.numbered, repeat("training")))  # of no matter where all are in the same
