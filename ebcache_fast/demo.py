@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Final
 
 from ebcache_fast import pictures
 from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.compare import Method, Result, Run, check_count, equal_cost_methods, measure
+from ebcache_fast.compare import BATCH, Method, Result, Run, check_count, equal_cost_methods, measure
 from ebcache_fast.errors import InputError
 from ebcache_fast.files import make_folder
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.presets import BUNDLED, LETTERS, Preset, default_device, labels_in_turn, labels_of, load_letters
 from ebcache_fast.quality import Judge
 from ebcache_fast.report import command_line, write_report
+from ebcache_fast.room import check_run
+from ebcache_fast.samplers import make_sampler
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE
 
 if TYPE_CHECKING:
@@ -45,11 +47,14 @@ def demo(
     if sampler not in STEPS:
         raise InputError(f"sampler={sampler!r} has no tables of the bundled model; choose {' or '.join(STEPS)}")
     shown = labels_of(LETTERS if text is None else text)
-    labels = shown + labels_in_turn(samples, len(LETTERS))[: max(0, samples - len(shown))]
     make_folder(out)
     preset = load_letters(default_device())
     judge = Judge(preset.judge, preset.reference)
     methods = demo_methods(preset, sampler)
+    denoiser, plans = as_denoiser(preset.model), [method.plan for method in methods]
+    draws = make_sampler(sampler, len(plans[0])).draws_noise
+    check_run(denoiser, samples, BATCH, plans, draws_noise=draws, cfg_scale=DEFAULT_CFG_SCALE)
+    labels = shown + labels_in_turn(samples, len(LETTERS))[: max(0, samples - len(shown))]
     runs, results = measure(preset.model, methods, labels, judge, seed=seed, on_start=on_start, on_step=on_step)
     pictures.save_picture(draw_comparison(results, runs, len(shown)), out / "comparison.png")
     command = command_line("demo", {"text": text, "out": out, "samples": samples, "seed": seed, "sampler": sampler})

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ebcache_fast.errors import EBCacheError, JobError
 
@@ -39,8 +40,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JobError(f"{folder} can't be made: {error.strerror}; choose another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise JobError(f"{folder} is not writable; choose another folder")
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:  # permissions don't bind root, but some folders take no file of anybody's
+        raise JobError(f"{folder} is not writable: {error.strerror}; choose another folder") from None
 
 
 def make_room(path: Path) -> None:

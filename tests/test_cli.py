@@ -462,6 +462,7 @@ BAD_INPUT = [
     ("demo --text A1", "text 'A1' must be letters A to Z alone; leave out '1'"),
     ("demo --text=", "text '' is empty"),
     ("demo --samples 31", "samples=31 is below 32"),
+    ("demo --samples 1000000000", "samples=1000000000 would hold .*; ask for at most"),
     ("demo --samples -1", "samples=-1 is below 32"),
     ("demo --seed -1 --samples 32", r"seed=-1 is outside \[0, 2\*\*64\)"),
     ("demo --out empty", "empty can't be made: File exists; choose another folder"),

@@ -112,9 +112,19 @@ def test_a_file_in_the_place_of_a_folder(place: str, tmp_path: Path) -> None:
 
 def test_a_folder_that_can_t_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told by a stand-in, because permissions don't bind root."""
-    monkeypatch.setattr("ebcache_fast.files.os.access", lambda path, mode: False)
-    with pytest.raises(JobError, match=f"{tmp_path} is not writable; choose another folder"):
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("ebcache_fast.files.TemporaryFile", refused)
+    with pytest.raises(JobError, match=f"{tmp_path} is not writable: Permission denied; choose another folder"):
         make_folder(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
+def test_a_folder_that_takes_no_file_of_anybody_s() -> None:
+    with pytest.raises(JobError, match=r"/proc is not writable: .*; choose another folder"):
+        make_room(Path("/proc/t.json"))
 
 
 def test_room_for_a_file(tmp_path: Path) -> None:
