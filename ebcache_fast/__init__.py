@@ -3,6 +3,7 @@
 from ebcache_fast._version import __version__
 from ebcache_fast.attach import disable, enable, enabled, stats
 from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.dry_run import DryCheck, dry_check
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import (
@@ -21,6 +22,7 @@ from ebcache_fast.table_set import TableSet, load_tables
 __all__ = [
     "CacheTable",
     "CaptureError",
+    "DryCheck",
     "EBCacheError",
     "Engine",
     "EngineOptions",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "disable",
+    "dry_check",
     "enable",
     "enabled",
     "load_tables",

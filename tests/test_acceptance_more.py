@@ -153,7 +153,9 @@ def test_a_cache_that_is_never_hit_says_so(kind: Kind, pipe: Any, caplog: pytest
     ours = [record for record in caplog.records if record.name.startswith("ebcache_fast")]
     assert all(record.levelname == "WARNING" for record in ours)
     said = [record.getMessage() for record in ours]
-    assert len(said) == len(set(said)) == len(stats(pipe).refreshed)
+    assert len(said) == len(set(said)) == len(stats(pipe).refreshed) + 1
+    assert sum("nothing was reused in a whole run" in message for message in said) == 1
+    assert any("table.retime(pipe.scheduler.timesteps.tolist())" in message for message in said)
     assert any("a timestep is not in the plan" in message for message in said)
 
 

@@ -210,6 +210,22 @@ def test_a_departure_from_the_plan_is_said_once_for_each_reason(model: DiT, capl
     ]
 
 
+def test_what_to_do_about_it_is_said(model: DiT, caplog: pytest.LogCaptureFixture) -> None:
+    enable(model, plan_of(), max_trajectories=1)
+    x, other = latents(model)[0], LABELS.clone()
+    for t in (501, 502):
+        call(model, x, t, LABELS)
+    for t in TIMESTEPS[:2]:
+        call(model, x, t, LABELS), call(model, x, t, other)
+    for t in (930, 930, 700):
+        call(model, x, t, LABELS)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("t=501, and the plan has 930, 700, 420, 260, ... (6 steps): move its table" in each for each in said)
+    assert any("raise max_trajectories=1 of enable()" in each for each in said)
+    assert any("tensors of its own" in each for each in said)
+    assert len(said) == len(set(said))
+
+
 # ------------------------------------------------------------------------------- runs that can't be told apart
 
 TURNS = {

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "console", "demo"),
     ("dropin",),
     ("attach", "job", "profile_job"),
-    ("pipeline_calibration",),
+    ("pipeline_calibration", "dry_run"),
     (FACADE,),
     ("cli",),
     ("__main__",),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.dropin.advice import advice_on
 from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate, UnfitError
 from ebcache_fast.dropin.contexts import Contexts
 from ebcache_fast.dropin.courses import Choice, Course
@@ -76,6 +77,7 @@ class CachedForward:
         self._engine: Engine | None = None
         self._begin_to_know()
         self._originals, self._refreshed = Counter[str](), Counter[str]()
+        self._is_idleness_told = False
 
     def _begin_to_know(self) -> None:
         self._runs = Runs(self.options.max_trajectories, self._release)
@@ -210,7 +212,8 @@ class CachedForward:
         near = self._scheduler.near_miss(t)
         if self.options.strict:
             raise TrajectoryError(f"t={t:g} was not expected: {why}{near}; strict=False computes such a step in full")
-        _count(self._refreshed, why, f"a step computes everything{near}")
+        advice = advice_on(why, t, self.plan, self.options.max_trajectories)
+        _count(self._refreshed, why, f"a step computes everything{near}", advice)
 
     def _kind_of(self, call: ModelCall) -> Key:
         """What sets the runs apart that a call could be of, besides labels."""
@@ -239,6 +242,14 @@ class CachedForward:
             raise DeclinedError(str(error) if is_limit else "too little memory for the caches") from error
 
     def _release(self, lane: Lane) -> None:
+        first = next((i for i, step in enumerate(self.plan.steps) if step.reused), len(self.plan))
+        if not lane.hits and lane.calls > first and not self._is_idleness_told:
+            self._is_idleness_told = True
+            logging.getLogger(__name__).warning(
+                "nothing was reused in a whole run of %d calls; ebcache_fast.dry_check(pipe, table, steps) says which "
+                "steps will hit, ebcache_fast.stats(model).summary() what was done instead",
+                lane.calls,
+            )
         self.engine.release(lane.trajectory.place)
         if self._keeps_nothing:
             self.engine.let_go()
@@ -248,6 +259,8 @@ class CachedForward:
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
         self._renew(lane, t, step)
+        lane.calls += 1
+        lane.hits += step is not None and turn.why is None and bool(self.plan.steps[step].reused)
         if step is None:
             return self._scaled(trajectory.refresh_at(t, call.x), call, t)
         out = (trajectory.predict if turn.why is None else trajectory.refresh)(step, call.x)
@@ -269,8 +282,8 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in parameters_of(model)), None)
 
 
-def _count(counter: Counter[str], why: str, what: str) -> None:
+def _count(counter: Counter[str], why: str, what: str, advice: str = "") -> None:
     """Count a departure from the plan; the first for each reason is said."""
     counter[why] += 1
     if counter[why] == 1 and why != OFF_SWITCH:
-        logging.getLogger(__name__).warning("%s: %s; ebcache_fast.stats counts how often", what, why)
+        logging.getLogger(__name__).warning("%s: %s; %sebcache_fast.stats counts how often", what, why, advice)

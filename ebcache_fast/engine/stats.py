@@ -3,25 +3,50 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of what ran since the engine was made; see `ebcache_fast.stats`."""
+    """A snapshot of what ran since the engine was made; see `ebcache_fast.stats`.
 
-    steps: Mapping[str, int]  # by the name of their step type; "MIXED" are those whose layers differ
+    Plain numbers, texts and dicts: `dataclasses.asdict`, json and pickle take it.
+    """
+
+    steps: dict[str, int]  # by the name of their step type; "MIXED" are those whose layers differ
     replays: int  # launches of a CUDA graph
-    eager: Mapping[str, int]  # steps that ran operation by operation, by reason
+    eager: dict[str, int]  # steps that ran operation by operation, by reason
     hits: int  # branches that were read from the cache
     trajectories: int
     graphs: int  # captured, and held now
     cache_bytes: int  # of the feature caches held now
-    operations: Mapping[str, str]  # what runs each fused operation
+    operations: dict[str, str]  # what runs each fused operation
     # Of a drop-in alone, by reason:
-    refreshed: Mapping[str, int] = field(default_factory=dict)  # steps that computed all though their plan reuses
-    originals: Mapping[str, int] = field(default_factory=dict)  # calls that the model's own forward answered
+    refreshed: dict[str, int] = field(default_factory=dict)  # steps that computed all though their plan reuses
+    originals: dict[str, int] = field(default_factory=dict)  # calls that the model's own forward answered
     hidden_by: str | None = None  # what was put in the place of the drop-in since, so that calls do not come to it
+
+    def summary(self) -> str:
+        """Say it for people, a line for each kind of thing that was done."""
+        ran, full = sum(self.steps.values()), self.steps.get("NO_CACHE", 0)
+        lines = [
+            f"{self.trajectories} runs, {ran} steps: {full} computed everything, {ran - full} reused something "
+            f"({self.hits} branches read from the cache)",
+            f"{self.graphs} CUDA graphs, {self.replays} launches of one; {self.cache_bytes:,} bytes of caches held",
+        ]
+        lines += [
+            f"computed everything though the table reuses, {_times(n)}: {why}" for why, n in self.refreshed.items()
+        ]
+        lines += [
+            f"answered by the model's own forward, uncached, {_times(n)}: {why}" for why, n in self.originals.items()
+        ]
+        lines += [f"ran operation by operation, {_times(n)}: {why}" for why, n in self.eager.items()]
+        if self.hidden_by is not None:
+            lines.append(f"calls do not come here: {self.hidden_by} is in the way")
+        return "\n".join(lines)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 @dataclass
@@ -38,12 +63,12 @@ class Counts:
     def snapshot(self, graphs: int, cache_bytes: int, operations: Mapping[str, str]) -> Stats:
         """What was counted so far."""
         return Stats(
-            steps=MappingProxyType(dict(self.steps)),
+            steps=dict(self.steps),
             replays=self.replays,
-            eager=MappingProxyType(dict(self.eager)),
+            eager=dict(self.eager),
             hits=self.hits,
             trajectories=self.trajectories,
             graphs=graphs,
             cache_bytes=cache_bytes,
-            operations=MappingProxyType(dict(operations)),
+            operations=dict(operations),
         )
