@@ -61,9 +61,7 @@ class CacheTable:
     ) -> None:
         values = {
             "timesteps": exact_timesteps(timesteps),
-            "step_types": tuple(
-                StepType(_as_int(f"step_types[{i}]", s, max(StepType))) for i, s in enumerate(step_types)
-            ),
+            "step_types": tuple(_as_step_type(f"step_types[{i}]", s) for i, s in enumerate(step_types)),
             "eps_scale": _as_eps_scale(eps_scale, allow_amplify),
             "sampler": sampler,
             "model": None if model is None else _as_fingerprint(model),

@@ -9,7 +9,6 @@ def steps_as_far(own: int, others: int) -> list[int]:
     """
     if others == 1:
         return [0]
-    scale = (
-        others - 1
-    )  # in whole numbers, so that rounding decides nothing: ceil(x - 1/2) of x = step (own - 1) / scale
-    return [-((scale - 2 * step * (own - 1)) // (2 * scale)) for step in range(others)]
+    # ceil(x - 1/2) of x = step * (own - 1) / (others - 1), in whole numbers, so that rounding decides nothing.
+    last = others - 1
+    return [-((last - 2 * step * (own - 1)) // (2 * last)) for step in range(others)]

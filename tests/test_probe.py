@@ -129,3 +129,21 @@ def only_of(tokens: int) -> Any:
             raise ValueError(f"{args[0].shape[1]} tokens are not divisible by {tokens}")
 
     return hook
+
+
+class InThirds(DiT):
+    """A batch of as many perturbed rows as conditional and unconditional ones, as perturbed guidance has it."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        unconditional, conditional, perturbed = super().forward(x, t, y).chunk(3)
+        return torch.cat([unconditional, conditional, perturbed])
+
+
+def test_a_batch_that_is_cut_into_thirds_is_tried_in_sixes() -> None:
+    model, plan = fresh_model(), plan_of(eps_scale=1.0)
+    model.__class__ = InThirds
+    x, t, y = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.full((3,), plan.timesteps[0]), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        own = model(x, t, y)
+        assert relative_error(enable(model, plan)(x, t, y), own) < 1e-12
+    assert not stats(model).originals

@@ -55,7 +55,7 @@ def test_the_first_screen_has_all_it_needs() -> None:
     assert len(first.splitlines()) < 50
     assert re.search(r"!\[.+\]\(docs/demo\.png\)", first)
     assert all(block in first for block in (blocks("")[0], blocks("python")[0]))
-    assert len([line for line in blocks("python")[0].splitlines() if line]) <= 6  # five, and an import
+    assert len([line for line in blocks("python")[0].splitlines() if line]) <= 7
 
 
 def test_the_first_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_the_first_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(blocks("python")[0], names)
 
     table = CacheTable.named("eb-cache-released-50")
-    expected = sample(trained, [207, 360], table=table, cfg_scale=4.0)
+    expected = sample(trained, [207, 360], table=table.retime(table.timesteps), sampler="ddim", cfg_scale=4.0)
     assert expected.shape == (2, 4, 32, 32)
     assert expected.isfinite().all()
     assert torch.equal(names["latents"], expected)

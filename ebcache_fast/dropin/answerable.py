@@ -78,10 +78,7 @@ class Gate:
         Raises DeclinedError where the model's own forward has to answer, UnfitError where it has to try.
         """
         call = self._asks_for_nothing_else(call)
-        weights, functions = (
-            self._watch.look(),
-            functions_now(),
-        )  # while the device may be busy with the last call still
+        weights, functions = self._watch.look(), functions_now()  # while the device may be busy with the last call
         if (seen := (weights.parts, functions)) != self._seen:
             self._look_again(weights, functions)
             self._seen = seen

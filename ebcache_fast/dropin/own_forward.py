@@ -25,9 +25,7 @@ class OwnForward:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._replaced: dict[str, Method] = {}  # what the instance itself had
-        self._above: dict[
-            str, Callable[..., Any]
-        ] = {}  # what somebody had put around the replacements when they were removed
+        self._above: dict[str, Method] = {}  # what somebody had put around the replacements when they were removed
         self.is_replaced = False
         self._asking = _Asking()
 
