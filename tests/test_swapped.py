@@ -74,6 +74,7 @@ FUNCTIONS: dict[str, Swap] = {
         for name in ("scaled_dot_product_attention", "linear", "layer_norm", "gelu", "silu", "embedding", "conv2d")
     },
     "torch.addmm": partial(swapped, torch, "addmm"),
+    "torch.einsum": partial(swapped, torch, "einsum"),  # which the engine does without
     "a norm's forward": partial(swapped, nn.LayerNorm, "forward"),
     "a linear map's forward": partial(swapped, nn.Linear, "forward"),
     "the forward of attention": lambda: swapped(diffusers_attention("Attention"), "forward"),
@@ -224,6 +225,23 @@ def test_within_a_run_a_step_computes_everything_anew_and_is_counted(graphs: boo
     assert stats(ours).refreshed == {SETTINGS_CHANGED: 2}
     for out, expected in zip(drive(ours, xs), usual, strict=True):
         assert relative_error(out, expected) < 1e-12
+
+
+EMBEDDED = ("torch.sin", "torch.exp", "torch.arange", "diffusers.models.embeddings.get_timestep_embedding")
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B], ids=str)
+def test_what_is_computed_as_a_run_begins_is_computed_again(kind: Kind, name: str) -> None:
+    plain, _ = bare(kind)
+    full = kind.pipeline()
+    (pipe, _), steps, given = enabled_over_graphs(plain), timesteps(full), kind.call(full)
+    ask(pipe.transformer, given, steps[0])
+    owner, _, function = name.rpartition(".")
+    with swapped(sys.modules[owner], function):
+        own = ask(full.transformer, given, steps[1])
+        assert relative_error(ask(pipe.transformer, given, steps[1]), own) < 1e-5
+    assert stats(pipe).refreshed == {SETTINGS_CHANGED: 1}
 
 
 @pytest.mark.parametrize("options", [dict(strict=True), dict(trust_order=True)], ids=str)

@@ -39,9 +39,11 @@ OF_FUNCTIONAL = attrgetter(
     *("rms_norm", "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "tanh"),
 )
 OF_TORCH = attrgetter(
-    *("add", "addcmul", "addmm", "baddbmm", "bmm", "cat", "matmul", "mm", "mul", "rsqrt", "softmax", "stack"),
+    *("add", "addcmul", "addmm", "arange", "baddbmm", "bmm", "cat", "chunk", "concat", "cos", "einsum", "exp"),
+    *("matmul", "meshgrid", "mm", "mul", "outer", "rsqrt", "sin", "softmax", "split", "stack"),
     *("_addmm_activation", "_scaled_mm"),
 )
+OF_EMBEDDINGS = ("apply_rotary_emb", "get_timestep_embedding", "get_2d_sincos_pos_embed")
 
 
 class Numerics(NamedTuple):
@@ -68,10 +70,11 @@ def functions_now() -> Functions:
 
 
 def _of_diffusers() -> Functions:
-    """What attention processors of diffusers find: the backend that is active, and how it is called."""
+    """What layers of diffusers find: the backend of attention that is active, how it is called, and embeddings."""
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)
-    rotary = getattr(sys.modules.get("diffusers.models.embeddings"), "apply_rotary_emb", None)
+    embeddings = sys.modules.get("diffusers.models.embeddings")
+    found = (getattr(embeddings, name, None) for name in OF_EMBEDDINGS)
     backends = getattr(registry, "_backends", {})
-    return active, backends.get(active), getattr(dispatch, "dispatch_attention_fn", None), rotary
+    return active, backends.get(active), getattr(dispatch, "dispatch_attention_fn", None), *found
