@@ -1,5 +1,6 @@
 """What a look at a model tells apart: every change of what a graph or a table was made from, and nothing else."""
 
+import sys
 from collections.abc import Callable
 from types import MethodType
 
@@ -205,6 +206,10 @@ def test_a_layer_more_places_of_which_there_are_by_now() -> None:
     assert after.versions == before.versions, "it is looked at once"
 
 
+def of_this_file() -> None:
+    """A function that a layer finds among its file's."""
+
+
 class Numbered(nn.Module):
     """A layer with plain numbers, as attention has."""
 
@@ -213,7 +218,16 @@ class Numbered(nn.Module):
         self.heads, self.scale, self.is_causal, self.stride, self.kind, self.eps = 2, 0.5, False, (1, 1), "a", None
 
     def forward(self, x: Tensor) -> Tensor:
+        self.method()
+        self.static()
         return x
+
+    def method(self) -> None:
+        of_this_file()
+
+    @staticmethod
+    def static() -> None:
+        return None
 
 
 NUMBERS: dict[str, Change] = {
@@ -228,13 +242,22 @@ NUMBERS: dict[str, Change] = {
     },
     "no number": lambda model: delattr(last(model).more, "heads"),
     "a class's forward": lambda model: setattr(Numbered, "forward", lambda self, x: 2 * x),
+    "another method": lambda model: setattr(Numbered, "method", lambda self: None),
+    "no other method": lambda model: delattr(Numbered, "method"),
+    "a method without self": lambda model: setattr(Numbered, "static", staticmethod(lambda: None)),
+    "a function of its file": lambda model: setattr(sys.modules[__name__], "of_this_file", lambda: None),
+    "a call": lambda model: setattr(Numbered, "__call__", lambda self, x: x),
     "a processor's number": lambda model: setattr(model.blocks[0].attn.processor, "_attention_backend", "sage"),
 }
 
 
 @pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
 def test_other_numbers_and_functions_are_other_code(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Numbered, "forward", Numbered.forward)
+    for name, value in [*vars(Numbered).items()]:
+        if callable(value):
+            monkeypatch.setattr(Numbered, name, value)
+    monkeypatch.setattr(Numbered, "__call__", Numbered.__call__)
+    monkeypatch.setattr(sys.modules[__name__], "of_this_file", of_this_file)
     model = tiny_dit()
     last(model).more = Numbered()
     model.blocks[0].attn.processor = type("Processor", (), {})()

@@ -15,7 +15,9 @@ from dropin import LABELS, TIMESTEPS, at, drive, fresh_model, guided_rows, laten
 from tiny import relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebcache_fast import disable, enable, stats
 from ebcache_fast.errors import InputError
@@ -91,6 +93,21 @@ def test_guidance_is_traced_too() -> None:
 
     made = make_fx(guided)(xs[0], at(930, 6), y)
     assert relative_error(made(xs[1], at(123, 6), y), right) < 1e-12
+
+
+@torch.no_grad()
+def test_gradients_carried_forward_are_its_own() -> None:
+    model = fresh_model()
+    x, t, y = arguments(model, TIMESTEPS[0])
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            out: Tensor = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)), t, y)).tangent
+            return out.clone()
+
+    right = tangent()
+    assert torch.equal((enable(model, plan_of()), tangent())[1], right)
+    assert stats(model).originals == {"gradients are carried forward": 1}
 
 
 def test_scripting_is_refused() -> None:

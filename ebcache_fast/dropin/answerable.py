@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import OwnForward
@@ -111,6 +112,8 @@ class Gate:
             raise DeclinedError("the model is in training mode")
         if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *parameters_of(self.model))):
             raise DeclinedError("gradients are recorded")
+        if forward_ad._current_level >= 0:
+            raise DeclinedError("gradients are carried forward")
         if call.is_guided_by_row:
             raise DeclinedError("cfg_scale differs within the batch")
         return call

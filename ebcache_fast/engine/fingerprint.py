@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, repeat, takewhile
 from operator import attrgetter, call, itemgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,18 @@ from ebcache_fast.models.layers import PLAIN_TENSORS, has_another_forward, walk
 
 Columns = tuple[list[Any], ...]
 INSIDE = list(map(itemgetter, ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")))
+BASES = (nn.Module, object)  # what is above a layer's own classes
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
 PLAIN = (bool, int, float, str, tuple, type(None))  # what a graph would keep of an attribute
 
 
 class Fingerprint(NamedTuple):
     """Two models of equal parts lie at the same addresses; of equal versions, nothing wrote there since.
 
-    Parts are also the plain numbers among the attributes of layers (an epsilon, heads, a factor), and their classes'
-    functions. Adapters of peft that were scaled, or turned on and off, count as written to. Tensors of a class of their
-    own, as quantised weights are, need have no address: they are told apart by identity and version.
+    Parts are also the plain numbers among the attributes of layers (an epsilon, heads, a factor), their classes'
+    methods, and the functions that these call by a global name. Adapters of peft that were scaled, or turned on and
+    off, count as written to. Tensors of a class of their own, as quantised weights are, need have no address: they are
+    told apart by identity and version.
 
     A write through ``.data`` changes neither. So whatever is computed from weights is computed anew for each
     trajectory, and graphs read the weights themselves.
@@ -65,7 +69,7 @@ class _Tree(NamedTuple):
     insides: Sequence[dict[str, Any]]
     getters: Sequence[Callable[[Any], Any]]  # of the numbers in each of
     numbered: Sequence[dict[str, Any]]
-    functions: Sequence[Callable[[], Any]]  # what finds those of each class
+    functions: Sequence[Callable[[], Any]]  # what finds those of each class, and of its file
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Tree":
@@ -76,11 +80,25 @@ class _Tree(NamedTuple):
         found = [(_plain_in(vars(one), hidden=False), vars(one)) for one in modules if type(one) is not nn.Linear]
         found += [(_plain_in(vars(one), hidden=True), vars(one)) for one in processors if hasattr(one, "__dict__")]
         getters = [itemgetter(*names) for names, _ in found if names]
-        functions: list[Callable[[], Any]] = [
-            partial(getattr, kind, "forward") for kind in dict.fromkeys(map(type, modules))
-        ]
-        functions += [partial(getattr, kind, "__call__", None) for kind in dict.fromkeys(map(type, processors))]
+        functions = _functions_of(dict.fromkeys(map(type, [*modules, *processors])))
         return cls(modules, insides, getters, [inside for names, inside in found if names], functions)
+
+
+def _functions_of(kinds: Iterable[type]) -> list[Callable[[], Any]]:
+    """What finds the methods of classes, and the functions that these call by a global name."""
+    found: list[Callable[[], Any]] = []
+    called: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}  # of each file's globals, the names
+    for kind in kinds:
+        bases = takewhile(lambda base: base not in BASES, kind.__mro__)
+        own = [(name, getattr(one, "__func__", one)) for base in bases for name, one in vars(base).items()]
+        methods = [(name, one) for name, one in own if isinstance(one, FunctionType)]
+        usual = ("__call__", "forward") if issubclass(kind, nn.Module) else ("__call__",)
+        found.append(partial(attrgetter(*dict.fromkeys((*usual, *(name for name, _ in methods)))), kind))
+        for _, method in methods:
+            inside, names = called.setdefault(id(method.__globals__), (method.__globals__, {}))
+            of_file = (name for name in method.__code__.co_names if isinstance(inside.get(name), FUNCTIONS))
+            names.update(dict.fromkeys(of_file))
+    return found + [partial(itemgetter(*names), inside) for inside, names in called.values() if names]
 
 
 def _plain_in(inside: dict[str, Any], *, hidden: bool) -> list[str]:
@@ -105,11 +123,11 @@ def _look_at(tree: _Tree) -> Fingerprint | None:
     memory = map(Tensor.data_ptr, plain), strides, map(attrgetter("dtype"), plain)
     processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
     modes = list(map(dict.get, tree.numbered, repeat("training")))  # of no matter where all are in the same
-    kinds = map(type, tree.modules), processors, map(call, tree.functions), modes if len({*modes}) > 1 else ()
     try:
-        numbers = list(map(call, tree.getters, tree.numbered))
-    except KeyError:
+        numbers, functions = list(map(call, tree.getters, tree.numbered)), list(map(call, tree.functions))
+    except (KeyError, AttributeError):
         return None
+    kinds = map(type, tree.modules), processors, functions, modes if len({*modes}) > 1 else ()
     columns = numbers, *kinds, classes, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
     with torch._C.DisableTorchFunctionSubclass():  # a class may refuse to be asked

@@ -43,7 +43,6 @@ OF_TORCH = attrgetter(
     *("matmul", "meshgrid", "mm", "mul", "outer", "rsqrt", "sin", "softmax", "split", "stack"),
     *("_addmm_activation", "_scaled_mm"),
 )
-OF_EMBEDDINGS = ("apply_rotary_emb", "get_timestep_embedding", "get_2d_sincos_pos_embed")
 
 
 class Numerics(NamedTuple):
@@ -70,11 +69,10 @@ def functions_now() -> Functions:
 
 
 def _of_diffusers() -> Functions:
-    """What layers of diffusers find: the backend of attention that is active, how it is called, and embeddings."""
+    """What attention processors of diffusers find: the backend that is active, and how it is called."""
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)
-    embeddings = sys.modules.get("diffusers.models.embeddings")
-    found = (getattr(embeddings, name, None) for name in OF_EMBEDDINGS)
+    rotary = getattr(sys.modules.get("diffusers.models.embeddings"), "apply_rotary_emb", None)
     backends = getattr(registry, "_backends", {})
-    return active, backends.get(active), getattr(dispatch, "dispatch_attention_fn", None), *found
+    return active, backends.get(active), getattr(dispatch, "dispatch_attention_fn", None), rotary
