@@ -20,11 +20,12 @@ from ebcache_fast.sampling import plan_for, with_eps_scale
 from ebcache_fast.table_set import TableSet
 
 Target = TypeVar("Target")  # a module, or a pipeline with one
+Tables = CacheTable | Plan | TableSet | list[CacheTable] | tuple[CacheTable, ...]
 
 
 def enable(
     model: Target,
-    table: CacheTable | Plan | TableSet,
+    table: Tables,
     *,
     eps_scale: float | None = None,
     allow_amplify: bool = False,
@@ -52,9 +53,9 @@ def enable(
     Args:
         model: in eval mode a module of the original DiT's layout, or of diffusers a DiTTransformer2DModel, a
             PixArtTransformer2DModel or a CogVideoXTransformer3DModel; or a pipeline of one of these.
-        table: which timesteps reuse what: a CacheTable, or a Plan made for this model. Of a TableSet each run follows
-            the table that has the timesteps of the pipeline's scheduler, or, of a module alone, the one that begins
-            with the run's first timestep.
+        table: which timesteps reuse what: a CacheTable, or a Plan made for this model. Of a TableSet, or a list or
+            tuple of tables, each run follows the table that has the timesteps of the pipeline's scheduler, or, of a
+            module alone, the one that begins with the run's first timestep.
         eps_scale: the factor b on predicted noise; None means the table's. The variance output is never scaled. Of
             the velocity that CogVideoX predicts it scales the noise alone, by the alphas of the pipeline's scheduler:
             enable a pipeline again that got another one.
@@ -83,6 +84,7 @@ def enable(
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     refuse_other_caches(model, module)
     denoiser = as_denoiser(module)
+    table = TableSet(table) if isinstance(table, list | tuple) else table
     tables = table.tables if isinstance(table, TableSet) else (table,)
     plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables]
     options = EngineOptions(
@@ -116,7 +118,7 @@ def disable(model: Target) -> Target:
 
 
 @contextmanager
-def enabled(model: Target, table: CacheTable | Plan | TableSet, **options: Any) -> Iterator[Target]:
+def enabled(model: Target, table: Tables, **options: Any) -> Iterator[Target]:
     """`enable`, with its options, for the length of a with statement; what was enabled before is so again after it."""
     before = _cached_forward(module_of(model))
     if before is not None:

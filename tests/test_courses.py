@@ -4,7 +4,7 @@ import copy
 import gc
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -48,6 +48,21 @@ def test_each_run_follows_the_table_of_its_steps(kind: Kind, trust_order: bool) 
     for steps in order:
         assert relative_error(kind.draw(pipe, steps=steps), expected[steps]) < 1e-5
     assert_steps(stats(pipe), *order)
+
+
+@pytest.mark.parametrize("several", [list, tuple])
+def test_a_list_or_tuple_of_tables_is_a_set(several: Callable[[TableSet], Any]) -> None:
+    pipe = SIGMA.pipeline()
+    tables, expected = set_of(pipe, 5, 3), SIGMA.draw(oracle(pipe, 3), steps=3)
+    enable(pipe, several(tables))
+    SIGMA.draw(pipe, steps=5)
+    assert relative_error(SIGMA.draw(pipe, steps=3), expected) < 1e-5
+    assert_steps(stats(pipe), 5, 3)
+    with enabled(pipe, several(TableSet([tables.of_steps(3)]))):
+        assert relative_error(SIGMA.draw(pipe, steps=3), expected) < 1e-5
+    for wrong in (several(()), several((tables.of_steps(3),) * 2), several(("table.json",))):
+        with pytest.raises(TableError, match="tables"):
+            enable(pipe, wrong)
 
 
 def test_a_scheduler_that_the_pipeline_got_later_is_asked() -> None:
