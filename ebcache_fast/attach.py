@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
 from ebcache_fast.dropin.courses import Course, choice_of
 from ebcache_fast.dropin.other_caches import refuse_other_caches
@@ -15,12 +14,10 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Stats
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.plan import Plan
 from ebcache_fast.sampling import plan_for, with_eps_scale
-from ebcache_fast.table_set import TableSet
+from ebcache_fast.table_set import Tables, tables_of
 
 Target = TypeVar("Target")  # a module, or a pipeline with one
-Tables = CacheTable | Plan | TableSet | list[CacheTable] | tuple[CacheTable, ...]
 
 
 def enable(
@@ -84,9 +81,7 @@ def enable(
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     refuse_other_caches(model, module)
     denoiser = as_denoiser(module)
-    table = TableSet(table) if isinstance(table, list | tuple) else table
-    tables = table.tables if isinstance(table, TableSet) else (table,)
-    plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables]
+    plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables_of(table)]
     options = EngineOptions(
         strict=strict,
         fp8=fp8,

@@ -1,6 +1,7 @@
 """A table of a given cost: what is reachable, how loose its thresholds have to be, which votes to give back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -40,6 +41,8 @@ def fastest(steps: int, algorithm: Algorithm1) -> list[StepType]:
 
 def check_target(target: float, steps: int, algorithm: Algorithm1, costs: Costs) -> None:
     """InputError unless a table of so many steps can have this speed-up."""
+    if not isinstance(target, Real):
+        raise InputError(f"target_speedup={target!r} is no number; pass one of at least 1, or leave it out")
     reach = speedup_of(fastest(steps, algorithm), costs)
     if not 1 <= target <= reach * (1 + TOLERANCE):
         limit = "" if algorithm.max_run is None else f" with max_run={algorithm.max_run}"

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ebcache_fast.attach import module_of
-from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.plan import Plan
+from ebcache_fast.plan import exact_timestep
 from ebcache_fast.sampling import plan_for
-from ebcache_fast.table_set import TableSet
+from ebcache_fast.table_set import Tables, tables_of
 
 SHOWN = 6  # timesteps in a line, at most
 
@@ -37,7 +36,7 @@ class DryCheck:
 
 def dry_check(
     model: Any,
-    table: CacheTable | Plan | TableSet,
+    table: Tables,
     steps: int | None = None,
     *,
     timesteps: Iterable[float] | None = None,
@@ -48,16 +47,16 @@ def dry_check(
         model: a pipeline, whose scheduler says the timesteps (a copy of it is asked); or a bare module.
         table: as for `enable`.
         steps: how many steps the pipeline is asked for; None means as many as the table has.
-        timesteps: those of the run, in the order of its calls, in the scheduler's place.
+        timesteps: those of the run, in the order of its calls, in the scheduler's place; a tensor or an array too.
 
     Raises:
         InputError: there is no scheduler, or it does not take that many steps.
-        TableError: the table is for another model.
+        TableError: the table is for another model, or a timestep is no number.
     """
     shape = as_denoiser(denoiser_module := module_of(model)).shape
-    tables = table.tables if isinstance(table, TableSet) else (table,)
-    plans = [plan_for(as_denoiser(denoiser_module), each) for each in tables]
-    run = tuple(timesteps) if timesteps is not None else _timesteps_of(model, len(plans[0]) if steps is None else steps)
+    plans = [plan_for(as_denoiser(denoiser_module), each) for each in tables_of(table)]
+    asked = timesteps if timesteps is not None else _timesteps_of(model, len(plans[0]) if steps is None else steps)
+    run = tuple(exact_timestep(f"timesteps[{i}]", t) for i, t in enumerate(asked))
     plan = next((plan for plan in plans if plan.timesteps == run), plans[0])
     step_at, expected = {t: i for i, t in enumerate(plan.timesteps)}, 0
     full, done, followed = plan.steps[0], [], 0

@@ -8,10 +8,11 @@ from typing import Any, Self
 
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.errors import TableError
+from ebcache_fast.plan import Plan
 from ebcache_fast.table_file import naming, read_json, write_json
 from ebcache_fast.table_schema import SET_FORMAT, TABLE_FORMAT, TableSetFile
 
-__all__ = ["TableSet", "load_tables"]
+__all__ = ["TableSet", "Tables", "load_tables", "tables_of"]
 
 
 @dataclass(frozen=True, init=False)
@@ -77,6 +78,15 @@ class TableSet:
                 f"{steps}; say how many steps, or take one of the tables out of the set"
             )
         return found[0]
+
+
+Tables = CacheTable | Plan | TableSet | list[CacheTable] | tuple[CacheTable, ...]  # what a model can be enabled with
+
+
+def tables_of(tables: Tables) -> tuple[CacheTable | Plan, ...]:
+    """One or several, each by itself; TableError where a list or tuple is of what no TableSet can be made."""
+    several = TableSet(tables) if isinstance(tables, list | tuple) else tables
+    return several.tables if isinstance(several, TableSet) else (several,)
 
 
 def load_tables(path: str | os.PathLike[str]) -> CacheTable | TableSet:

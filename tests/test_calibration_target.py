@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,13 +77,14 @@ BEYOND: dict[str, tuple[dict[str, object], float, str]] = {
     "no threshold": ({"algorithm": Algorithm1(a=0, k=0)}, 1.5, r"\[1, 1.00\]"),
     "infinite": ({}, float("inf"), "target_speedup=inf"),
     "not a number": ({}, float("nan"), "target_speedup=nan"),
+    "a word": ({}, "fast", "target_speedup='fast' is no number; pass one of at least 1"),
     "below 1": ({}, 0.99, r"target_speedup=0.99 is outside \[1, "),
 }
 
 
 @pytest.mark.parametrize(("changes", "target", "message"), BEYOND.values(), ids=BEYOND)
 def test_what_no_table_can_reach_is_refused_before_any_step(
-    changes: dict[str, object], target: float, message: str
+    changes: dict[str, object], target: Any, message: str
 ) -> None:
     heard: list[int] = []
     with pytest.raises(InputError, match=message) as caught:

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import pickle
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from diffusers_kinds import COG_2B, DIT, NO, SIGMA, TYPES, Kind, table_of, timesteps
 
 from ebcache_fast import Plan, dry_check, enable, stats
-from ebcache_fast.errors import InputError
+from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import as_denoiser
 
 pytest.importorskip("diffusers")
@@ -48,6 +52,22 @@ def test_a_bare_module_needs_the_timesteps() -> None:
     with pytest.raises(InputError, match=r"^[^\n]*does not take 0 steps[^\n]*; pass timesteps=$"):
         dry_check(pipe, table, 0)
     assert isinstance(table.plan(as_denoiser(pipe.transformer).shape), Plan)
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array, list, iter])
+def test_timesteps_come_in_any_form(form: Callable[[list[float]], Any]) -> None:
+    pipe = SIGMA.pipeline()
+    tables = [table_of(pipe), table_of(pipe).retime([801.5, 400.25, 7])]
+    for table in tables:
+        told = dry_check(pipe, tables, timesteps=form([*table.timesteps]))
+        assert (told.followed, told.unplanned, told.remedy) == (len(table), (), None)
+
+
+@pytest.mark.parametrize("wrong", [["late"], [float("nan")], [-1], [None], torch.zeros(2, 2)], ids=str)
+def test_what_is_no_timestep_is_refused(wrong: Any) -> None:
+    pipe = SIGMA.pipeline()
+    with pytest.raises(TableError, match=r"^timesteps\[0\]: expected a number"):
+        dry_check(pipe, table_of(pipe), timesteps=wrong)
 
 
 def test_stats_are_plain_and_speak_to_people() -> None:

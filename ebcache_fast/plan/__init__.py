@@ -8,7 +8,7 @@ it; a `Plan` lines up the StepPlans of a whole run and knows what they cost. Not
 from ebcache_fast.plan.model_shape import BranchShape, ModelShape
 from ebcache_fast.plan.plan import Plan
 from ebcache_fast.plan.step_plan import Action, Branch, Slot, StepPlan, StepType, branch_names
-from ebcache_fast.plan.timesteps import MAX_INT, exact_timesteps, shown
+from ebcache_fast.plan.timesteps import MAX_INT, exact_timestep, exact_timesteps, shown
 
 __all__ = [
     "MAX_INT",
@@ -21,6 +21,7 @@ __all__ = [
     "StepPlan",
     "StepType",
     "branch_names",
+    "exact_timestep",
     "exact_timesteps",
     "shown",
 ]

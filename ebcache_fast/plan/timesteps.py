@@ -16,7 +16,7 @@ def exact_timesteps(timesteps: Iterable[Any]) -> tuple[float, ...]:
     Scalars of numpy and torch are taken too. Raises TableError, naming the place, unless there is one, all are numbers
     from 0 to `MAX_INT`, and they strictly decrease.
     """
-    exact = tuple(_exact(f"timesteps[{i}]", t) for i, t in enumerate(timesteps))
+    exact = tuple(exact_timestep(f"timesteps[{i}]", t) for i, t in enumerate(timesteps))
     if not exact:
         raise TableError("timesteps: expected at least one, got none")
     for i, (before, t) in enumerate(pairwise(exact), start=1):
@@ -39,7 +39,8 @@ def shown(value: object) -> str:
     return "an integer beyond 64 bits" if isinstance(value, int) and abs(value) > MAX_INT else reprlib.repr(value)
 
 
-def _exact(name: str, value: Any) -> float:
+def exact_timestep(name: str, value: Any) -> float:
+    """An int where it is whole, else the very float, also of a scalar of numpy or torch; TableError for no timestep."""
     is_scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0  # of numpy or torch
     number = value.item() if is_scalar else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= MAX_INT:
