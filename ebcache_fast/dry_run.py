@@ -50,15 +50,18 @@ def dry_check(
         timesteps: those of the run, in the order of its calls, in the scheduler's place; a tensor or an array too.
 
     Raises:
-        InputError: there is no scheduler, or it does not take that many steps.
+        InputError: there is no scheduler, or it does not take that many steps; or there are none.
         TableError: the table is for another model, or a timestep is no number.
     """
     shape = as_denoiser(denoiser_module := module_of(model)).shape
     plans = [plan_for(as_denoiser(denoiser_module), each) for each in tables_of(table)]
     asked = timesteps if timesteps is not None else _timesteps_of(model, len(plans[0]) if steps is None else steps)
     run = tuple(exact_timestep(f"timesteps[{i}]", t) for i, t in enumerate(asked))
+    if not run:
+        raise InputError(f"a run of no steps (steps={steps!r}) has nothing to check; ask for one or more")
     plan = next((plan for plan in plans if plan.timesteps == run), plans[0])
-    step_at, expected = {t: i for i, t in enumerate(plan.timesteps)}, 0
+    is_followed = len(plans) == 1 or plan.timesteps == run  # of several tables all or nothing
+    step_at, expected = {t: i for i, t in enumerate(plan.timesteps) if is_followed}, 0
     full, done, followed = plan.steps[0], [], 0
     for t in run:
         step = step_at.get(t)
@@ -66,7 +69,7 @@ def dry_check(
         followed += is_next
         done.append(plan.steps[step] if is_next and step is not None else full)
         expected = expected if step is None else step + 1
-    uncached = len(run) * max(plan.step_macs(shape)) if run else 0
+    uncached = len(run) * max(plan.step_macs(shape))
     macs = sum(replace(plan, steps=(full, one), timesteps=(1, 0)).step_macs(shape)[1] for one in done)
     return DryCheck(
         steps=len(run),
@@ -74,7 +77,7 @@ def dry_check(
         hits=sum(bool(one.reused) for one in done),
         unplanned=tuple(t for t in run if t not in step_at),
         planned=plan.timesteps,
-        mac_limit=uncached / macs if macs else 1.0,
+        mac_limit=uncached / macs,
         remedy=None if followed == len(run) else _remedy(run, timesteps is None),
     )
 

@@ -52,3 +52,5 @@ def make_room(path: Path) -> None:
     make_folder(path.parent)
     if path.is_dir():
         raise JobError(f"{path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise JobError(f"{path} can't be written: it is there and not a regular file; choose another path")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_VIDEO, SIGMA, THREE, Kind, drive, table_of, timesteps
+from diffusers_kinds import COG_VIDEO, DIT, SIGMA, THREE, Kind, drive, table_of, timesteps
 from diffusers_oracle import drive_replaying, replaying
 from tiny import relative_error
 
-from ebcache_fast import CacheTable, TableSet, enable, enabled, sample, stats
-from ebcache_fast.errors import InputError, TableError
+from ebcache_fast import CacheTable, TableSet, dry_check, enable, enabled, sample, stats
+from ebcache_fast.dropin.runs import UNPLANNED
+from ebcache_fast.errors import InputError, TableError, TrajectoryError
 from ebcache_fast.plan import StepType
 
 diffusers = pytest.importorskip("diffusers")
@@ -144,6 +145,27 @@ def test_steps_of_no_table_are_said_once_and_computed(caplog: pytest.LogCaptureF
     said = [text for text in caplog.messages if "retime(" in text and "tables have 5 from" in text]
     assert len(said) == 1
     assert "4 timesteps from 999 to" in said[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_order": True}], ids=str)
+def test_a_schedule_of_no_table_follows_none_though_timesteps_are_shared(options: dict[str, Any]) -> None:
+    """500 and 0 are a table's, 750 and 250 nobody's: whatever was followed before, 0 reuses nothing."""
+    pipe = DIT.pipeline()
+    plain, tables = DIT.draw(pipe, steps=4), [CacheTable(timesteps(pipe, 2), (NO, ATTN_MLP)), table_of(pipe)]
+    assert {*tables[0].timesteps} < {*timesteps(pipe, 4)}
+    told = dry_check(pipe, tables, 4)
+    assert (told.hits, told.followed, told.remedy is None) == (0, 0, False)
+    enable(pipe, tables, **options)
+    for steps, hits in ((2, 1), (4, 1), (5, 4), (4, 4), (2, 5)):
+        drawn = DIT.draw(pipe, steps=steps)
+        assert steps != 4 or relative_error(drawn, plain) < 1e-5
+        done = stats(pipe)
+        assert sum(done.steps.values()) - done.steps["NO_CACHE"] == hits
+    assert {*(done.refreshed | done.originals)} == {UNPLANNED}
+    assert sum((done.refreshed | done.originals).values()) == 8
+    enable(pipe, tables, strict=True, **options)
+    with pytest.raises(TrajectoryError, match=UNPLANNED):
+        DIT.draw(pipe, steps=4)
 
 
 def first(start: float, types: Sequence[StepType]) -> CacheTable:

@@ -70,6 +70,13 @@ def test_what_is_no_timestep_is_refused(wrong: Any) -> None:
         dry_check(pipe, table_of(pipe), timesteps=wrong)
 
 
+@pytest.mark.parametrize("asked", [{"steps": 0}, {"steps": -1}, {"timesteps": ()}], ids=str)
+def test_a_run_of_no_steps_is_refused(asked: dict[str, Any]) -> None:
+    pipe = SIGMA.pipeline()
+    with pytest.raises(InputError, match=r"^a run of no steps [^\n]*ask for one or more$"):
+        dry_check(pipe, table_of(pipe), **asked)
+
+
 def test_stats_are_plain_and_speak_to_people() -> None:
     pipe = DIT.pipeline()
     enable(pipe, table_of(pipe))

@@ -127,6 +127,13 @@ def test_a_folder_that_takes_no_file_of_anybody_s() -> None:
         make_room(Path("/proc/t.json"))
 
 
+def test_what_is_no_regular_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path(os.devnull)):
+        with pytest.raises(JobError, match=f"{path} can't be written: .* not a regular file; choose another path"):
+            make_room(path)
+
+
 def test_room_for_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
     make_room(path)

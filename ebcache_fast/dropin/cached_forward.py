@@ -186,7 +186,7 @@ class CachedForward:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
         self._choose(t)
-        step = self._scheduler.step_at(t)
+        step = self._scheduler.step_at(t) if self.course.is_followed else None
         is_full = step is not None and not self.plan.steps[step].reused
         turn = self._runs.find((facts.labels, *self._kind_of(call)), call.given, step, is_full=is_full)
         lane = turn.lane
@@ -218,7 +218,7 @@ class CachedForward:
     def _kind_of(self, call: ModelCall) -> Key:
         """What sets the runs apart that a call could be of, besides labels."""
         number = self._contexts.number_of(call.context, {key[-1] for key in self._runs.keys})
-        return id(self.course), call.guided_channels, call.x.shape, number
+        return id(self.plan), call.guided_channels, call.x.shape, number
 
     def _begin(self, call: ModelCall, weights: Fingerprint, instead_of: Lane | None = None) -> Lane:
         """A lane of its own for a run."""

@@ -19,6 +19,7 @@ class Course(NamedTuple):
 
     plan: Plan
     velocity: VelocityScaling | None = None
+    is_followed: bool = True  # else every step computes everything
 
     @classmethod
     def of(cls, target: Any, module: nn.Module, plan: Plan) -> Self:
@@ -58,7 +59,10 @@ def choice_of(target: Any, courses: Sequence[Course], *, trust_order: bool) -> C
 
 
 class ByScheduler:
-    """The course that has the timesteps which the pipeline's scheduler has been told; else the one taken last."""
+    """The course that has the timesteps which the pipeline's scheduler has been told.
+
+    Where none has them nothing is followed, though single timesteps may be another course's.
+    """
 
     def __init__(self, pipe: Any, courses: Sequence[Course]) -> None:
         self._courses = tuple(courses)
@@ -93,11 +97,11 @@ class ByScheduler:
             if found is None and told and told not in self._missed:
                 self._missed.add(told)
                 self._say(type(scheduler).__name__, told)
-            self._course = found or self._course
+            self._course = found or self._course._replace(is_followed=False)
         return self._course
 
     def _say(self, name: str, told: tuple[float, ...]) -> None:
-        sizes = (f"{len(plan)} from {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}" for plan, _ in self._courses)
+        sizes = (f"{len(plan)} from {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}" for plan, *_ in self._courses)
         logging.getLogger(__name__).warning(
             "nothing is reused: %s has %d timesteps from %g to %g, and the tables have %s; add one of them, moved "
             "there: table.retime(pipe.scheduler.timesteps.tolist())",
