@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ def test_a_models_own_error_is_quoted(dtype: torch.dtype) -> None:
     assert f"DiT can't be tried on a batch of x (2, 4, 8, 8) in {dtype}: its own forward" in said
     assert "RuntimeError: mat1 and mat2 must have the same dtype" in said
     assert "convert it to a dtype that it runs in" in said
+
+
+def test_an_error_that_says_nothing_is_named() -> None:
+    model = fresh_model()
+    model.register_forward_pre_hook(Mock(side_effect=NotImplementedError))
+    assert "hooks included, raised NotImplementedError; call it so" in refusal(model)
 
 
 def test_a_hooks_error_is_quoted() -> None:

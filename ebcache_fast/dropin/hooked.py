@@ -87,7 +87,7 @@ def _held_by(one: Any, own: dict[str, Any]) -> Iterator[Any]:
                 yield cell.cell_contents
         yield from (own[name] for name in one.__code__.co_names if name in own and callable(own[name]))
     else:
-        yield from (value for name, value in getattr(one, "__dict__", {}).items() if name.endswith(FORWARD))
+        yield from filter(callable, getattr(one, "__dict__", {}).values())  # of whatever name
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _first_answer(model: nn.Module, plan: Plan) -> tuple["_Probe", str | Excepti
 def said(error: Exception) -> str:
     """An error's type and the first line of what it says."""
     text = " ".join(str(error).split("\n", 1)[0].split())
-    return f"{type(error).__name__}: {text:.200}"
+    return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__
 
 
 class _Probe:
