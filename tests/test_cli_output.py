@@ -44,6 +44,13 @@ def test_output_that_nobody_reads_ends_the_command_quietly(line: str, capsys: py
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("line", ["info", "table show fora-2-50", "table check fora-2-50"])
+def test_a_closed_output_takes_nothing(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``>&-``, where Python has no stdout at all."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert code_of(line) == 0
+
+
 @needs_dev_full
 @pytest.mark.parametrize("line", LINES)
 def test_output_onto_a_full_device_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:

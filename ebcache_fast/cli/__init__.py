@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parse(sys.argv[1:] if arguments is None else arguments)()
         finally:
-            sys.stdout.flush()  # here, where what is wrong can be told
+            if sys.stdout is not None:  # else it was closed before the start
+                sys.stdout.flush()  # here, where what is wrong can be told
     except EBCacheError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
