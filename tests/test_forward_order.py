@@ -296,6 +296,19 @@ def test_a_sampler_that_visits_timesteps_twice(loop: tuple[int, ...], given_up: 
     assert_bitwise(ours, [call(other, x, t, LABELS) for x, t in zip(xs, loop, strict=True)])
 
 
+def test_a_run_that_comes_back_to_its_last_timestep_is_no_other_that_stands_there(model: DiT) -> None:
+    """As Heun's sampler does, while somebody makes equal labels anew at each step, and has but the last one to do."""
+    plan = plan_of()
+    enable(model, plan)
+    xs, own = latents(model), LABELS.clone()
+    for x, t in zip(xs[:-1], plan.timesteps, strict=False):
+        call(model, x, t, LABELS.clone())
+    drive(model, xs, own)
+    full = full_step(model, xs[0], plan.timesteps[-1], own)
+    assert_close([call(model, xs[0], plan.timesteps[-1], own)], [full])
+    assert stats(model).refreshed[FRESH] == 1
+
+
 def test_a_pass_over_rising_timesteps_ends_with_the_first_step(model: DiT) -> None:
     """As an inversion makes before the usual pass, with the same tensors."""
     enable(model, plan_of())

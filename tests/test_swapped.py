@@ -202,6 +202,21 @@ def test_a_number_changed_within_a_run_is_counted(kind: Kind, norm: str) -> None
     assert stats(pipe).refreshed == {"weights changed within a run": 1}
 
 
+def test_a_hook_on_all_modules_is_the_models_own_and_gone_again_it_is_cached() -> None:
+    model, plan = fresh_model(), plan_of(eps_scale=1.0)
+    xs = latents(model)
+    usual = drive(enable(model, plan), xs)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: 0.5 * out)
+    try:
+        ours = drive(model, xs)
+        assert sum(stats(model).originals.values()) == len(TIMESTEPS)
+        disable(model)
+        assert all(map(torch.equal, ours, drive(model, xs)))
+    finally:
+        handle.remove()
+    assert all(map(torch.equal, drive(enable(model, plan), xs), usual))
+
+
 def test_a_layer_in_training_mode_is_left_to_the_model_and_refused_at_first() -> None:
     plain, draw = bare(SIGMA)
     pipe, _ = enabled_over_graphs(plain)

@@ -150,9 +150,9 @@ class Runs:
             self._home(turn).lost[turn.step + 1] += 1
 
     def _with(self, key: Key, given: Tensor) -> Lanes | None:
-        """The runs that these tensors are known to be of."""
-        _, lanes = self._held.get((key, place_of(given)), (None, None))
-        return lanes if lanes is not None and lanes.runs else None
+        """The runs that these tensors are known to be of, none of them any more after the last."""
+        held, lanes = self._held.get((key, place_of(given)), (None, None))
+        return lanes if held is not None and held.is_alive else None
 
     def _leave(self, turn: Turn) -> None:
         """Forget where the run of a call stood, if that is known."""
@@ -173,7 +173,7 @@ class Runs:
     def _sort_out(self) -> None:
         """Runs whose tensors are gone are over, or may make them anew."""
         for place, (given, lanes) in list(self._held.items()):
-            if given.is_alive and lanes.runs:
+            if given.is_alive:
                 continue
             del self._held[place]
             if lanes.is_held:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch.nn import functional
+from torch.nn.modules import module
 
 Functions = tuple[object, ...]
 
@@ -64,8 +65,9 @@ class Numerics(NamedTuple):
 
 
 def functions_now() -> Functions:
-    """The functions that layers find when they are called, in whose place another attention may be put."""
-    return *OF_FUNCTIONAL(functional), *OF_TORCH(torch), *_of_diffusers()
+    """The functions that layers find when they are called, in whose place others may be put, and hooks on all modules."""
+    hooks = (*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values())
+    return *OF_FUNCTIONAL(functional), *OF_TORCH(torch), *_of_diffusers(), *hooks
 
 
 def _of_diffusers() -> Functions:
