@@ -65,7 +65,7 @@ class Numerics(NamedTuple):
 
 
 def functions_now() -> Functions:
-    """The functions that layers find when they are called, in whose place others may be put, and hooks on all modules."""
+    """Functions that layers find when they are called, in whose place others may be put, and hooks on all modules."""
     hooks = (*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values())
     return *OF_FUNCTIONAL(functional), *OF_TORCH(torch), *_of_diffusers(), *hooks
 
