@@ -138,8 +138,9 @@ def call(model: DiT, job: Job, step: int, y: Tensor | None = None) -> Tensor:
 
 
 def calls(model: DiT, job: Job, start: int = 0) -> list[Tensor]:
-    """The calls of a loop from some step on."""
-    return [call(model, job, step) for step in range(start, len(job.plan))]
+    """The calls of a loop that holds its labels; from some step on of one that makes them anew."""
+    y = None if start else labels_of(job)
+    return [call(model, job, step, y) for step in range(start, len(job.plan))]
 
 
 # ------------------------------------------------------------------------------------------------------- comparing

@@ -76,7 +76,7 @@ class Run:
         del call
         why = [*(machine.counted - before)]
         if why and why[0] in (GAVE_WAY, FRESH):
-            self.alone_call = own(self.alone_call)  # it goes on from here alone, too
+            self.alone = copy.deepcopy(machine.fresh)  # it goes on from here alone, too
         theirs = ask(self.alone, self.alone_call, t, seed)
         if why and why[0] == ALIKE:
             theirs = ask(machine.plain, self.call, t, seed)
