@@ -141,6 +141,8 @@ class Machine(RuleBasedStateMachine):
     @rule(place=st.integers(0, RUNS - 1))
     def visit_twice(self, place: int) -> None:
         run = self.live[place % len(self.live)]
+        if run.next_step == 1 and run.way == "own":
+            run.way = "shared"  # by two runs that begin, as far as anybody can see
         self._step(run, run.next_step - 1)
 
     @precondition(lambda self: self.live)
