@@ -191,9 +191,8 @@ class Runs:
         pool.lost += lanes.lost
         for lane in list(lanes.at.values()):
             lanes.remove(lane)
-            lane.is_doubtful = (
-                bool(key[-1]) and not lanes.is_made_anew
-            )  # loops hold prompts, and often make labels anew
+            # Loops hold prompts, and often make labels anew.
+            lane.is_doubtful = bool(key[-1]) and not lanes.is_made_anew
             if (before := pool.put(lane, lane.expected)) is not None:
                 self.drop(before)
 
