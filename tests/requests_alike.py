@@ -64,6 +64,7 @@ class Run:
         self.machine, self.row, self.way, self.call = machine, row, way, call
         self.alone, self.alone_call = copy.deepcopy(machine.fresh), own(call)
         self.next_step = 0
+        self.comes_back = False  # it has visited a timestep twice
 
     def step(self, step: int) -> bool:
         """One call; whether the run goes on after it."""
@@ -82,6 +83,7 @@ class Run:
             theirs = ask(machine.plain, self.call, t, seed)
         assert relative_error(ours, theirs) < 1e-12, (self.way, step, why)
         assert self.way != "own" or why != [ALIKE]
+        self.comes_back |= step < self.next_step
         self.next_step = step + 1
         return self.next_step < STEPS
 
@@ -106,6 +108,7 @@ class Machine(RuleBasedStateMachine):
         self.model, self.fresh = (enable(copy.deepcopy(self.plain), table, max_trajectories=n) for n in (RUNS - 1, 4))
         self.shared = [own(_call(self.kind, row)) for row in range(2)]
         self.live: list[Run] = []
+        self.over: list[Run] = []
         self.calls = 0
 
     @property
@@ -119,6 +122,7 @@ class Machine(RuleBasedStateMachine):
         type(self).turns += len(self.live) > 1
         if not run.step(step):
             self.live.remove(run)
+            self.over += [run] * run.comes_back
 
     @precondition(lambda self: len(self.live) < RUNS)
     @rule(row=st.integers(0, 1), way=st.sampled_from(WAYS), steps=st.integers(1, 3))
@@ -144,6 +148,11 @@ class Machine(RuleBasedStateMachine):
         if run.next_step == 1 and run.way == "own":
             run.way = "shared"  # by two runs that begin, as far as anybody can see
         self._step(run, run.next_step - 1)
+
+    @precondition(lambda self: self.over)
+    @rule()
+    def visit_the_last_twice(self) -> None:
+        self.over.pop().step(STEPS - 1)
 
     @precondition(lambda self: self.live)
     @rule(place=st.integers(0, RUNS - 1))

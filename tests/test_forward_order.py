@@ -309,6 +309,26 @@ def test_a_run_that_comes_back_to_its_last_timestep_is_no_other_that_stands_ther
     assert stats(model).refreshed[FRESH] == 1
 
 
+@pytest.mark.parametrize("tensors", ["shared", "made anew"])
+def test_a_run_that_comes_back_to_its_last_timestep_is_no_other_of_the_same_tensors(tensors: str, model: DiT) -> None:
+    """Where timesteps came twice before, the last may, too; what both may be at is computed in full, for both."""
+    plan = plan_of()
+    enable(model, plan)
+    xs, last = latents(model), plan.timesteps[-1]
+
+    def step(x: Tensor, t: float) -> Tensor:
+        return call(model, x, t, LABELS if tensors == "shared" else LABELS.clone())
+
+    for x, t in zip(xs, plan.timesteps, strict=True):
+        step(x, t)
+        if t == plan.timesteps[1]:
+            step(x, t)
+    for x, t in zip(xs[:-1], plan.timesteps, strict=False):
+        step(x, t)
+    for x in xs[:2]:
+        assert_close([step(x, last)], [full_step(model, x, last)])
+
+
 def test_a_pass_over_rising_timesteps_ends_with_the_first_step(model: DiT) -> None:
     """As an inversion makes before the usual pass, with the same tensors."""
     enable(model, plan_of())

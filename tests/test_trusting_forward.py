@@ -20,6 +20,7 @@ from dropin import (
 from torch import Tensor
 
 from ebcache_fast import disable, enable, enabled, stats
+from ebcache_fast.dropin.runs import ALIKE
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
 
@@ -131,6 +132,19 @@ def test_labels_that_are_made_anew_at_each_step(runs: int, model: DiT) -> None:
         for _ in range(runs):
             assert torch.equal(call(model, x, t, LABELS.clone()), own[i] if runs == 2 and TYPES[i] else theirs[i])
     assert sum(stats(model).originals.values()) == (0 if runs == 1 else 2 * 4)
+
+
+def test_whoever_shared_a_tensor_gets_no_caches_of_a_run_that_begins_afterwards(model: DiT) -> None:
+    """The error went to the one that came in between; the other goes on, and could be taken for the new one."""
+    last = len(TIMESTEPS) - 1
+    drive(model, XS[:last])
+    with pytest.raises(TrajectoryError, match=BROKEN):
+        call(model, XS[0], TIMESTEPS[0], LABELS)
+    drive(model, XS[1:], LABELS)  # other latents, as far as the last step
+    with enabled(model, plan_of()):
+        own = call(disable(model), XS[last], TIMESTEPS[last], LABELS)
+    assert torch.equal(call(model, XS[last], TIMESTEPS[last], LABELS), own)
+    assert stats(model).originals == {ALIKE: 1}
 
 
 @pytest.mark.parametrize("missing", range(1, len(TIMESTEPS)))

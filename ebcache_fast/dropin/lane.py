@@ -45,8 +45,10 @@ class Lanes:
     is_made_anew: bool = False  # the tensors came in the middle of a run
     is_held: bool = False  # and they came again: whoever has them keeps them
     gave_way: bool = False  # a run lost its caches to others, beyond max_trajectories
+    is_repeating: bool = False  # a timestep came twice, or may have
     at: dict[int, Lane] = field(default_factory=dict)
     lost: Counter[int] = field(default_factory=Counter)  # runs without caches; too many rather than too few
+    ends: set[int] = field(default_factory=set)  # one past the last steps of runs that may make those again
 
     @property
     def runs(self) -> int:
@@ -56,9 +58,17 @@ class Lanes:
     def next_of(self, step: int) -> Lane | None:
         """The run whose next step this is, if that is certain."""
         lane = self.at.get(step)
-        if lane is None or lane.is_doubtful or step + 1 in self.at or self.lost[step] or self.lost[step + 1]:
-            return None
-        return lane
+        return None if lane is None or lane.is_doubtful or step + 1 in self.at or self.may_make(step) else lane
+
+    def may_make(self, step: int) -> bool:
+        """Whether a run without caches may be at this step, or come back to it."""
+        return self.lost[step] > 0 or self.lost[step + 1] > 0 or step + 1 in self.ends
+
+    def take(self, others: "Lanes") -> None:
+        """Add what is known of other runs but for their lanes."""
+        self.is_repeating |= others.is_repeating
+        self.lost += others.lost
+        self.ends |= others.ends
 
     def spare(self, step: int | None) -> Lane | None:
         """A lane for a call that nothing tells the run of: the caches there are nobody's any more."""

@@ -47,7 +47,7 @@ class Runs:
         self._limit, self._release = limit, release
         self._held: dict[tuple[Key, Hashable], tuple[Given, Lanes]] = {}
         self._anew: OrderedDict[Key, Lanes] = OrderedDict()  # whose tensors are gone
-        self._forgotten: set[int] = set()  # steps expected by such runs that are not known any more
+        self._forgotten = Lanes()  # what such runs left that are not known any more
         self._lanes: OrderedDict[Lane, None] = OrderedDict()  # the one called last at the end
 
     @property
@@ -60,7 +60,7 @@ class Runs:
         lanes = self._with(key, given)
         if lanes is not None:
             lanes.is_held = True
-            return _turn(key, given, step, lanes, set(), is_full=is_full)
+            return _turn(key, given, step, lanes, Lanes(), is_full=is_full)
         self._sort_out()
         return _turn(key, given, step, self._anew.get(key) or Lanes(), self._forgotten, is_full=is_full)
 
@@ -124,7 +124,7 @@ class Runs:
         stood = lane.expected or next(iter(turn.lanes.lost), 0)
         if lane.lanes is not None:
             lane.lanes.remove(lane)
-        self._leave(turn)
+        self._leave(turn, steps)
         lane.is_doubtful = False
         expected = stood if turn.step is None else turn.step + 1
         is_over = turn.is_end or expected == steps
@@ -145,7 +145,7 @@ class Runs:
             return
         if turn.is_only and turn.lane is not None:
             self.drop(turn.lane)
-        self._leave(turn)
+        self._leave(turn, steps)
         if turn.step + 1 < steps:
             self._home(turn).lost[turn.step + 1] += 1
 
@@ -154,11 +154,17 @@ class Runs:
         held, lanes = self._held.get((key, place_of(given)), (None, None))
         return lanes if held is not None and held.is_alive else None
 
-    def _leave(self, turn: Turn) -> None:
-        """Forget where the run of a call stood, if that is known."""
+    def _leave(self, turn: Turn, steps: int) -> None:
+        """Forget where the run of a call stood, if that is known; after its last step it may come back to that."""
+        lanes = turn.lanes
+        lanes.is_repeating |= turn.is_alike or turn.why == AGAIN
+        comes_back = steps in lanes.ends
         if turn.is_only:
-            turn.lanes.lost.clear()
-        if self._anew.get(turn.key) is turn.lanes and not turn.lanes.runs:
+            lanes.lost.clear()
+            lanes.ends.clear()
+        if lanes.is_repeating and not comes_back and turn.step == steps - 1:
+            self._home(turn).ends.add(steps)
+        if self._anew.get(turn.key) is lanes and not (lanes.runs or lanes.ends):
             del self._anew[turn.key]
 
     def _home(self, turn: Turn) -> Lanes:
@@ -166,7 +172,7 @@ class Runs:
         place = turn.key, place_of(turn.given)
         _, lanes = self._held.get(place, (None, None))
         if lanes is None or not (lanes is turn.lanes or lanes.runs):
-            lanes = Lanes(is_made_anew=turn.step != 0)
+            lanes = Lanes(is_made_anew=turn.step != 0, is_repeating=turn.lanes.is_repeating)
             self._held[place] = Given(turn.given), lanes
         return lanes
 
@@ -178,17 +184,18 @@ class Runs:
             del self._held[place]
             if lanes.is_held:
                 self._drop_all(lanes)
-            elif lanes.runs:
+            elif lanes.runs or lanes.ends:
                 self._pool(place[0], lanes)
         while len(self._anew) > self._limit:
             _, lanes = self._anew.popitem(last=False)
-            self._forgotten.update(lanes.at, lanes.lost)
+            lanes.lost.update(list(lanes.at))
+            self._forgotten.take(lanes)
             self._drop_all(lanes)
 
     def _pool(self, key: Key, lanes: Lanes) -> None:
         pool = self._anew.setdefault(key, Lanes())
         self._anew.move_to_end(key)
-        pool.lost += lanes.lost
+        pool.take(lanes)
         for lane in list(lanes.at.values()):
             lanes.remove(lane)
             # Loops hold prompts, and often make labels anew.
@@ -201,15 +208,15 @@ class Runs:
             self.drop(lane)
 
 
-def _turn(key: Key, given: Tensor, step: int | None, lanes: Lanes, forgotten: set[int], *, is_full: bool) -> Turn:
-    """What a call of this step is, among these runs and those at steps that were forgotten."""
+def _turn(key: Key, given: Tensor, step: int | None, lanes: Lanes, forgotten: Lanes, *, is_full: bool) -> Turn:
+    """What a call of this step is, among these runs and those that were forgotten."""
     turn = Turn(key, given, step, lanes, None)
-    known = lanes.runs + len(forgotten)
+    known = lanes.runs + forgotten.runs + (step is not None and step + 1 in lanes.ends | forgotten.ends)
     only = next(iter(lanes.at.values()), None) if known == 1 else None
     if step == 0:
         is_end = only is not None and only.rises
         return turn._replace(lane=only if is_end else lanes.at.get(0), is_only=is_end, is_end=is_end)
-    if step is not None and forgotten.isdisjoint((step, step + 1)) and (lane := lanes.next_of(step)):
+    if step is not None and not forgotten.may_make(step) and (lane := lanes.next_of(step)):
         return turn._replace(lane=lane)
     if known > 1:
         why = UNPLANNED if step is None else None if is_full else ALIKE

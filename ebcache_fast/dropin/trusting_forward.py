@@ -16,7 +16,7 @@ class TrustingForward(CachedForward):
 
     The device compares timesteps and labels. Where they are not the step's, the output is NaN, and TrajectoryError
     follows when the host sees it: at one of the next calls, or at the run's last. The call after that begins a run
-    again. What x holds is not looked at.
+    again, and calls with those tensors are read from then on. What x holds is not looked at.
 
     Calls with tensors that no run is known by are read, as those of a first step. Where they can't follow the plan, the
     model's own forward answers.
@@ -45,7 +45,7 @@ class TrustingForward(CachedForward):
         if not lane.trajectory.is_broken(wait=is_last):
             self._runs.move(turn, lane, len(self.plan))
             return out
-        self._runs.drop(lane)
+        self._runs.drop(lane, lose=True)  # if it is another's that came in between, it may go on
         raise TrajectoryError(
             "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
             f"order of the plan, {self.plan.timesteps[0]:g} first, and let each run have tensors of its own, or enable "
