@@ -131,9 +131,8 @@ def signed_in_the_class(pipe: Any) -> None:
     pipe.transformer.__class__ = type(kind.__name__, (kind,), {"enable_teacache": True, "__module__": kind.__module__})
 
 
-def by_steps(pipe: Any) -> None:
+def by_steps(model: Any) -> None:
     """Every second call gets the answer of the one before it."""
-    model = pipe.transformer
     usual, kept = model.forward, []
 
     def forward(*args: Any, **named: Any) -> Any:
@@ -145,17 +144,21 @@ def by_steps(pipe: Any) -> None:
     model.forward = forward
 
 
-def by_likeness(pipe: Any) -> None:
+def by_likeness(model: Any) -> None:
     """Latents that differ little from those before get the answer that these got."""
-    model = pipe.transformer
     usual, kept = model.forward, []
 
-    def forward(x: Tensor, *args: Any, **named: Any) -> Any:
-        if not kept or (x - kept[0]).abs().mean() > 0.2 * kept[0].abs().mean():
-            kept[:] = x, usual(x, *args, **named)
+    def forward(*args: Any, **named: Any) -> Any:
+        x = next(iter((*args, *named.values())))
+        if not kept or kept[0].shape != x.shape or (x - kept[0]).abs().mean() > 0.2 * kept[0].abs().mean():
+            kept[:] = x, usual(*args, **named)
         return kept[1]
 
     model.forward = forward
+
+
+def in_part(cache: Callable[[Any], object], path: str) -> Callable[[Any], object]:
+    return lambda pipe: cache(pipe.transformer.get_submodule(path))
 
 
 CACHED: dict[str, Callable[[Any], object]] = {
@@ -165,8 +168,11 @@ CACHED: dict[str, Callable[[Any], object]] = {
     "another flag": signed("enable_my_cache", True),
     "a library's name": signed("_teacache_state", {"cnt": 0}),
     "a class's flag": signed_in_the_class,
-    "by steps": by_steps,
-    "by likeness": by_likeness,
+    "by steps": in_part(by_steps, ""),
+    "by likeness": in_part(by_likeness, ""),
+    "attention by steps": in_part(by_steps, "transformer_blocks.0.attn1"),
+    "an MLP by likeness": in_part(by_likeness, "transformer_blocks.1.ff"),
+    "a block by steps": in_part(by_steps, "transformer_blocks.1"),
 }
 
 
@@ -182,6 +188,12 @@ def test_what_another_library_caches_is_refused(kind: Kind, cache: Callable[[Any
     assert vars(pipe.transformer) == before
 
 
+def put_around(part: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Another forward for a module that has one tensor as its output."""
+    usual = type(part).forward
+    part.forward = lambda *args, **named: change(usual(part, *args, **named))
+
+
 OTHERWISE: dict[str, Callable[[Any], object]] = {
     "a flag that is off": signed("_is_cached", False),
     "no context": signed("_context_manager", None),
@@ -189,6 +201,7 @@ OTHERWISE: dict[str, Callable[[Any], object]] = {
     "a function": signed("enable_cache", lambda: None),
     "a forward around its own": lambda pipe: setattr(pipe.transformer, "forward", partial(pipe.transformer.forward)),
 }
+PARTS = {"more": lambda out: 1.5 * out, "nothing": torch.zeros_like}
 
 
 @pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
@@ -199,6 +212,18 @@ def test_what_is_no_cache_is_not_refused(kind: Kind, change: Callable[[Any], obj
     change(pipe)
     assert relative_error(draw(enable(pipe, table_of(pipe))), draw(replaying(plain))) < 1e-5
     assert stats(pipe).hidden_by is None
+
+
+@pytest.mark.parametrize("change", PARTS.values(), ids=PARTS)
+@three
+def test_a_part_that_keeps_nothing_may_give_what_it_likes(kind: Kind, change: Callable[[Tensor], Tensor]) -> None:
+    plain, draw = bare(kind)
+    plain = copy.deepcopy(plain)
+    put_around(plain.transformer.transformer_blocks[0].ff, change)
+    pipe = copy.copy(plain)
+    pipe.transformer = copy.deepcopy(plain.transformer)
+    put_around(pipe.transformer.transformer_blocks[0].ff, change)
+    assert relative_error(draw(enable(pipe, table_of(pipe))), draw(replaying(plain))) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- on top of ours
@@ -218,6 +243,20 @@ def test_blocks_that_are_put_into_one_are_left_to_the_model(kind: Kind) -> None:
     assert (calls, stats(pipe).hidden_by) == (STEPS, None)
     pipe.transformer.forward = ours
     assert relative_error(draw(pipe), draw(replaying(plain))) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["transformer_blocks.0.attn1", "transformer_blocks.1.ff"])
+@three
+def test_a_part_that_keeps_its_output_is_left_to_the_model(kind: Kind, path: str) -> None:
+    plain, draw = bare(kind)
+    pipe, plain = copy.deepcopy(plain), copy.deepcopy(plain)
+    enable(pipe, table_of(pipe))
+    draw(pipe)
+    by_likeness(pipe.transformer.get_submodule(path))
+    draw(pipe)
+    ((why, calls),) = stats(pipe).originals.items()
+    assert f"{path} answers a call with what it kept of another" in why
+    assert calls == STEPS
 
 
 def around(model: DiT) -> None:

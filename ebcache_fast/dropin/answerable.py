@@ -139,7 +139,8 @@ class Gate:
                 self._misfit = f"{module} has hooks, and no part of the engine calls it"
 
     def _code(self, weights: Fingerprint, functions: Functions) -> Probed:
-        return [tuple(module._modules.items()) for _, module in walk(self.model)], weights.code, functions
+        parts = [(*module._modules.items(), vars(module).get("forward")) for _, module in walk(self.model)]
+        return parts, weights.code, functions
 
     def _probe_again(self) -> None:
         plan_for(self._denoiser, self.plan)

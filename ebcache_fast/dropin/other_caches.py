@@ -1,12 +1,15 @@
 """Caches of other libraries around a model or its pipeline, known by what they leave there."""
 
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ebcache_fast.dropin.hooked import FORWARD, innermost
 from ebcache_fast.errors import InputError
+from ebcache_fast.models.layers import has_another_forward, walk
 
 FLAG = re.compile(r"_?(is|enabled?)_(\w+_)?cached?")  # as ParaAttention's, cache-dit's and TeaCache's, where it is True
 LIBRARY = re.compile(r"\w*(cache_?dit|db_?cache|deep_?cache|easy_?cache|fb_?cache|first_block_cache|tea_?cache)\w*")
@@ -34,6 +37,41 @@ def has_foreign_forward(model: nn.Module) -> bool:
     if held is not None and held != usual.__get__(model):
         return True
     return usual.__module__ not in {kind.__module__ for kind in type(model).__mro__}
+
+
+def refuse_parts_that_keep(model: nn.Module, calls: Iterable[Callable[[], Any]]) -> None:
+    """InputError for a part whose forward was replaced by one that answers a call with what it gave to the one before.
+
+    calls: call the model with other latents each. What gives one number, as a part that was switched off, keeps none.
+    """
+    seen: dict[nn.Module, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def look(part: nn.Module, args: Any, named: dict[str, Any], out: Any) -> None:
+        given, gave = _tensors((*args, *named.values())), _tensors(out if isinstance(out, tuple | list) else (out,))
+        was_given, given_back = seen.get(part, ([], []))
+        seen[part] = given, gave
+        if gave and _equal(given_back, gave) and not _equal(was_given, given) and gave[0].min() < gave[0].max():
+            raise InputError(
+                f"{type(model).__name__}.{paths[part]} answers a call with what it kept of another: a cache of another "
+                "library has replaced its forward; take that one away first"
+            )
+
+    paths = {part: path for path, part in walk(model) if part is not model and has_another_forward(part)}
+    hooks = [part.register_forward_hook(look, with_kwargs=True) for part in paths]
+    try:
+        for call in calls if hooks else ():
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _equal(before: list[Tensor], now: list[Tensor]) -> bool:
+    return len(before) == len(now) and all(map(torch.equal, before, now))
 
 
 def _says_cached(name: str, value: Any) -> bool:

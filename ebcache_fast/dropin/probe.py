@@ -1,12 +1,14 @@
 """Whether a model's forward is what its parts say: one tiny batch through both, before anything is replaced."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.hooked import bare
 from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.other_caches import has_foreign_forward
+from ebcache_fast.dropin.other_caches import has_foreign_forward, refuse_parts_that_keep
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
@@ -59,6 +61,7 @@ def _probe(model: nn.Module, plan: Plan) -> int:
             f"{type(model).__name__}'s forward was replaced by one that answers a call with what it kept of another: a "
             "cache of another library; take that one away first"
         )
+    refuse_parts_that_keep(model, [partial(asked.ask_again, by) for by in (*NEARBY, 1.0)])
     channels = as_denoiser(model).latent_shape[0]
     guesses = dict.fromkeys((min(GUIDED_CHANNELS, channels), channels)) if hasattr(model, "forward_with_cfg") else {}
     return next((n for n in guesses if asked.difference(n) is None), 0)
@@ -104,10 +107,18 @@ class _Probe:
 
     def difference_again(self, by: float) -> str | Exception | None:
         """`difference` for latents that are not far from those of before."""
+        self._go_away(by)
+        return self.difference()
+
+    def ask_again(self, by: float) -> None:
+        """Call the model's own forward, with such latents."""
+        self._go_away(by)
+        calls_class(self._model).ask(self._model, self._call)
+
+    def _go_away(self, by: float) -> None:
         x = self._call.x
         away = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(x)
         self._call = self._call._replace(x=x + by * away)
-        return self.difference()
 
     def difference(self, guided_channels: int = 0) -> str | Exception | None:
         """What sets the engine apart from the model's own method, which guides if channels are guided.
