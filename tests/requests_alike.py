@@ -21,7 +21,7 @@ from ebcache_fast.dropin.runs import ALIKE, FRESH, GAVE_WAY
 
 STEPS = len(TYPES)
 RUNS = 4  # at a time
-WAYS = ("shared", "own", "made anew")
+WAYS = ("shared", "shared", "made anew", "own")  # the first most often: what can't be told apart is hardest
 KINDS = {"DiT": DIT, "PixArt": SIGMA}
 
 
@@ -125,7 +125,7 @@ class Machine(RuleBasedStateMachine):
             self.over += [run] * run.comes_back
 
     @precondition(lambda self: len(self.live) < RUNS)
-    @rule(row=st.integers(0, 1), way=st.sampled_from(WAYS), steps=st.integers(1, 3))
+    @rule(row=st.sampled_from((0, 0, 0, 1)), way=st.sampled_from(WAYS), steps=st.integers(1, 3))
     def begin(self, row: int, way: str, steps: int) -> None:
         call = self.shared[row] if way == "shared" else own(_call(self.kind, row))
         run = Run(self, row, way, call)
