@@ -133,6 +133,20 @@ class Machine(RuleBasedStateMachine):
         for step in range(steps):
             self._step(run, step)
 
+    @precondition(lambda self: any(run.next_step > 1 for run in self.live) and len(self.live) < RUNS)
+    @rule(place=st.integers(0, RUNS - 1), visits_twice=st.booleans())
+    def begin_behind(self, place: int, visits_twice: bool) -> None:
+        """Another run of one's very tensors comes to stand just before it, which may visit its last step again."""
+        far = [run for run in self.live if run.next_step > 1]
+        first = far[place % len(far)]
+        first.way = "shared" if first.way == "own" else first.way
+        run = Run(self, first.row, first.way, first.call)
+        self.live.append(run)
+        for step in range(first.next_step - 1):
+            self._step(run, step)
+        if visits_twice:
+            self._step(first, first.next_step - 1)
+
     @precondition(lambda self: self.live)
     @rule(order=st.lists(st.integers(0, RUNS - 1), min_size=1, max_size=8))
     def go_on(self, order: list[int]) -> None:
