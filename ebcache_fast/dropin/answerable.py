@@ -139,8 +139,9 @@ class Gate:
                 self._misfit = f"{module} has hooks, and no part of the engine calls it"
 
     def _code(self, weights: Fingerprint, functions: Functions) -> Probed:
-        parts = [(*module._modules.items(), vars(module).get("forward")) for _, module in walk(self.model)]
-        return parts, weights.code, functions
+        modules = [module for _, module in walk(self.model)]
+        forwards = [vars(module).get("forward") for module in modules[1:]]  # the model's own is where ours lies
+        return [tuple(module._modules.items()) for module in modules], forwards, weights.code, functions
 
     def _probe_again(self) -> None:
         plan_for(self._denoiser, self.plan)
