@@ -25,6 +25,7 @@ from ebcache_fast.kernels.gated_sum import gated_sum
 from ebcache_fast.kernels.head import head_predict, head_update
 from ebcache_fast.kernels.linear_gelu import linear_gelu
 from ebcache_fast.kernels.run import run_update
+from ebcache_fast.kernels.tokens import gather_tokens, scatter_tokens
 from ebcache_fast.operands import Linear
 from ebcache_fast.ops import triton_operations
 
@@ -91,6 +92,16 @@ def _run_update_with_memory(o: KernelOperands) -> None:
     run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.solver_update)
 
 
+def _gather(o: KernelOperands) -> None:
+    chosen = o.chosen()
+    gather_tokens(o.h, chosen, o.draw(*chosen.shape, o.model.width))
+
+
+def _scatter(o: KernelOperands) -> None:
+    chosen = o.chosen()
+    scatter_tokens(o.draw(*chosen.shape, o.model.width), chosen, o.h)
+
+
 def _linear_gelu(o: KernelOperands) -> None:
     wide = Linear(o.draw(o.model.hidden, o.model.width), o.draw(o.model.hidden))
     linear_gelu(o.u.flatten(0, 1), wide, o.draw(o.rows * o.model.tokens, o.model.hidden))
@@ -117,6 +128,8 @@ CALLS: dict[str, Call] = {
     "head, DPM-Solver++": _head_update_with_memory,
     "run of 3 steps": lambda o: run_update(o.x, o.sums(3), o.patches, o.head_norm, o.at, o.linear, o.guide, o.update),
     "run of 3 steps, DPM-Solver++": _run_update_with_memory,
+    "gather": _gather,
+    "scatter": _scatter,
     "linear, GELU": _linear_gelu,
     "attention": _attention,
 }
@@ -124,7 +137,16 @@ OWN_MATMULS = ("linear, GELU", "attention")
 WITH_MEMORY = ("head, DPM-Solver++", "run of 3 steps, DPM-Solver++")  # the same kernels: compiled at one size alone
 SUMS = ("sum for 1 step", "sum for 2 steps", "sum for 3 steps")
 ENDS = ("embed", "embed, norm", "head", "head, DDPM", "head, DDIM", "run of 3 steps")
-LAUNCHED_BY_ROWS = ("residual", "residual, norm", "2 residuals, norm", "norm", "residual, norm, float8", *OWN_MATMULS)
+TOKENS = ("gather", "scatter")
+LAUNCHED_BY_ROWS = (
+    "residual",
+    "residual, norm",
+    "2 residuals, norm",
+    "norm",
+    "residual, norm, float8",
+    *TOKENS,
+    *OWN_MATMULS,
+)
 FLOAT8 = "residual, norm, float8"
 FLOAT8_ARCHS = (89, 90, 100, 120)
 

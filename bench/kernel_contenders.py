@@ -69,7 +69,7 @@ def work(kernel: str, model: ModelSizes, samples: int, itemsize: int) -> Work:
     eps_map = (D + 1) * patch * itemsize  # the head's weight and bias, the half that makes eps
     into = 2 * samples * T * patch * D  # embed: rows of a sample share their tokens
     eps_out = 2 * rows * T * D * patch  # the head's eps half
-    M, hidden = rows * T, model.hidden
+    M, hidden, chosen = rows * T, model.hidden, rows * -(-T // 4)
     table_of_work = {
         "residual": (4 * stream + 2 * table, 0),  # h in and out, 2 branches; their gates
         "residual, norm": (4 * stream + 3 * table, 0),  # h in and out, branch, u; gate, shift, scale
@@ -95,6 +95,8 @@ def work(kernel: str, model: ModelSizes, samples: int, itemsize: int) -> Work:
             3 * stream + 6 * table + embedding + eps_map + 4 * latents,
             3 * (into + eps_out),
         ),
+        "gather": (2 * chosen * D * itemsize + 4 * chosen, 0),  # chosen tokens in and out, their indices
+        "scatter": (2 * chosen * D * itemsize + 4 * chosen, 0),
         "linear, GELU": ((M * (D + hidden) + (D + 1) * hidden) * itemsize, 2 * M * D * hidden),  # u, out, weight, bias
         "attention": (4 * stream, 4 * rows * T**2 * D),  # q, k, v, out; scores, weighted sum
     }

@@ -79,6 +79,11 @@ class KernelOperands:
         values = torch.zeros(self.u.shape, dtype=torch.float8_e4m3fn, device=self.device)
         return Quantised(values, torch.zeros(self.u.shape[:2], device=self.device))
 
+    def chosen(self) -> Tensor:
+        """A quarter of each row's tokens, at random, as `select_tokens` leaves them: (R, k) int32."""
+        order = torch.rand(self.rows, self.model.tokens, device=self.device).argsort(dim=1)
+        return order[:, : -(-self.model.tokens // 4)].sort(dim=1).values.int()
+
     def slots(self) -> Tensor:
         """Every cache slot, (K, R, T, D): made when asked for, because they are by far the largest."""
         return self.draw(self.model.slots, *self.h.shape)

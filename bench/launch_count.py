@@ -17,12 +17,12 @@ from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.options import EngineOptions
-from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, launch, linear_gelu, run
+from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, launch, linear_gelu, run, tokens
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
-KERNELS = (embed, gated_residual, gated_sum, head, linear_gelu, run)
+KERNELS = (embed, gated_residual, gated_sum, head, linear_gelu, run, tokens)
 FEW_PROGRAMS = {80: ((launch.ALL, launch.Launch(16, 128, 4)),)}  # the interpreter takes its time by the program
 
 

@@ -59,6 +59,7 @@ def grid(
 
 SEARCHES = {
     "gated_residual": Search(("residual, norm", "2 residuals, norm"), grid((1, 2, 4, 8), (0,), (2, 4, 8))),
+    "tokens": Search(("gather", "scatter"), grid((1, 2, 4, 8), (0,), (2, 4, 8))),
     "gated_sum": Search(("sum for 1 step", "sum for 3 steps"), grid((8, 16, 32), (64, 128, 256), (4, 8), (3, 5), 4096)),
     "embed": Search(("embed, norm",), grid((16, 32, 64), (64, 128, 256), (4, 8), (1,), 8192)),
     "head": Search(("head, DDPM",), grid((16, 32), (64, 128, 256), (4, 8), (1,), 4096)),

@@ -47,6 +47,11 @@ class Operations:
     ]
     run_update: Callable[[Tensor, Tensor, Patches, Norm, At, Linear, Guide, Update], None]
     scaled_linear: Callable[[Quantised, Quantised, Tensor, Tensor], None]
+    copy: Callable[[Tensor, Tensor], None]
+    subtract: Callable[[Tensor, Tensor, Tensor], None]
+    select_tokens: Callable[[Tensor, int, Tensor], None]
+    gather_tokens: Callable[[Tensor, Tensor, Tensor], None]
+    scatter_tokens: Callable[[Tensor, Tensor, Tensor], None]
     linear_gelu: Callable[[Tensor, Linear, Tensor], None] | None = None
     attention: Callable[[Tensor, int, Tensor], None] | None = None
 
@@ -68,6 +73,11 @@ TORCH = Operations(
     head_update=reference.head_update,
     run_update=reference.run_update,
     scaled_linear=reference.scaled_linear,
+    copy=reference.copy,
+    subtract=reference.subtract,
+    select_tokens=reference.select_tokens,
+    gather_tokens=reference.gather_tokens,
+    scatter_tokens=reference.scatter_tokens,
 )
 
 
@@ -76,7 +86,7 @@ def triton_operations(*, dependent_launch: bool = False) -> Operations:
 
     dependent_launch: each kernel is launched while the one before it still runs, and waits for it on the card.
     """
-    from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, run
+    from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, run, tokens
 
     return Operations(
         name="triton",
@@ -90,6 +100,11 @@ def triton_operations(*, dependent_launch: bool = False) -> Operations:
         head_update=partial(head.head_update, early=dependent_launch),
         run_update=partial(run.run_update, early=dependent_launch),
         scaled_linear=_scaled_mm,
+        copy=reference.copy,
+        subtract=reference.subtract,
+        select_tokens=reference.select_tokens,
+        gather_tokens=partial(tokens.gather_tokens, early=dependent_launch),
+        scatter_tokens=partial(tokens.scatter_tokens, early=dependent_launch),
         linear_gelu=_addmm_gelu,
     )
 

@@ -13,6 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
+from ebcache_fast.reference_tokens import attention as attention
+from ebcache_fast.reference_tokens import copy as copy
+from ebcache_fast.reference_tokens import gather_tokens as gather_tokens
+from ebcache_fast.reference_tokens import scatter_tokens as scatter_tokens
+from ebcache_fast.reference_tokens import select_tokens as select_tokens
+from ebcache_fast.reference_tokens import subtract as subtract
 from ebcache_fast.sampler_step import remember, sampler_update
 
 SMALLEST_ROW = 1e-12  # what counts as the largest of a row of zeros, which has a scale above 0 as well
@@ -213,13 +219,6 @@ def scaled_linear(u: Quantised, weight: Quantised, bias: Tensor, out: Tensor) ->
     dtype = torch.promote_types(out.dtype, torch.float32)
     product = F.linear(u.values.to(dtype), weight.values.to(dtype))
     out.copy_(product * u.scales.unsqueeze(1) * weight.scales + bias)
-
-
-def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
-    """Self-attention from packed projections qkv (R, T, 3 * D), as (3, heads, D / heads) -> out (R, T, D)."""
-    rows, tokens, width = out.shape
-    q, k, v = qkv.view(rows, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, heads, T, D / heads)
-    out.view(rows, tokens, heads, -1).copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
 
 def advance(at: At) -> None:

@@ -65,6 +65,19 @@ def quantised(rows: Quantised, h: Tensor) -> None:
         same_device(tensor, h)
 
 
+def choice(chosen: Tensor, h: Tensor) -> int:
+    """How many of h's tokens a choice (R, k) int32 names in each row; contiguous, on h's device."""
+    rows, tokens, _ = h.shape
+    k = chosen.shape[1] if chosen.ndim == 2 else 0
+    if not 1 <= k <= tokens or len(chosen) != rows or chosen.dtype != torch.int32 or not chosen.is_contiguous():
+        raise InputError(
+            f"a choice of shape {tuple(chosen.shape)}, {chosen.dtype} and strides {chosen.stride()} does not fit; it "
+            f"must be ({rows}, 1 to {tokens}) int32, contiguous"
+        )
+    same_device(chosen, h)
+    return k
+
+
 def same_device(tensor: Tensor, h: Tensor) -> None:
     """One operand, on h's device."""
     if tensor.device != h.device:

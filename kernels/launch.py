@@ -63,6 +63,7 @@ Entries = tuple[tuple[float, Launch], ...]
 ALL = float("inf")
 TABLE: Mapping[str, Mapping[int, Entries]] = {
     "gated_residual": {80: ((4096, Launch(rows=1, cols=0, warps=4)), (ALL, Launch(rows=4, cols=0, warps=8)))},
+    "tokens": {80: ((4096, Launch(rows=1, cols=0, warps=4)), (ALL, Launch(rows=4, cols=0, warps=8)))},
     "gated_sum": {80: ((ALL, Launch(rows=16, cols=128, warps=4, stages=5)),)},
     "embed": {80: ((ALL, Launch(rows=16, cols=128, warps=4)),)},
     "head": {80: ((ALL, Launch(rows=16, cols=128, warps=8)),), 100: ((ALL, Launch(rows=16, cols=64, warps=4)),)},

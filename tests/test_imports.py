@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("table_fit", "retiming"),
     ("cache_table",),
     ("table_importers", "table_set"),
-    ("operands", "sampler_step"),
+    ("operands", "sampler_step", "reference_tokens"),
     ("reference", "kernels"),
     ("ops",),
     ("fallback",),

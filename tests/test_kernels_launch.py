@@ -14,8 +14,8 @@ from ebcache_fast.kernels.launch import Launch
 
 META = torch.device("meta")
 KERNELS = {
-    "_attention_kernel", "_embed_kernel", "_embed_norm_kernel", "_norm_kernel", "_predict_kernel", "_residual_kernel",
-    "_run_kernel", "_sum_kernel", "_tma_kernel", "_update_kernel",
+    "_attention_kernel", "_embed_kernel", "_embed_norm_kernel", "_move_kernel", "_norm_kernel", "_predict_kernel",
+    "_residual_kernel", "_run_kernel", "_sum_kernel", "_tma_kernel", "_update_kernel",
 }  # fmt: skip
 BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, 121: 101_376}
 UNKNOWN = (88, 110, 130)  # archs that came after the table was made, or were left out of it
