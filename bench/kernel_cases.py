@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 
 from bench.kernel_operands import LETTERS, PATCH_8, WIDE, XL_256, KernelOperands, ModelSizes
-from ebcache_fast.kernels.attention import attention
+from ebcache_fast.kernels.attention import attention, window_attention
 from ebcache_fast.kernels.embed import embed, embed_norm_modulate
 from ebcache_fast.kernels.gated_residual import (
     gated_residual,
@@ -111,6 +111,13 @@ def _attention(o: KernelOperands) -> None:
     attention(o.draw(o.rows, o.model.tokens, 3 * o.model.width), o.model.heads, o.u)
 
 
+def _window_attention(o: KernelOperands) -> None:
+    """Of half the tokens, as DiTFastAttn's at this size; the projections are packed, and out is what comes next."""
+    heads = o.rows, o.model.tokens, o.model.heads, o.model.width // o.model.heads
+    q, k, v = o.draw(*heads[:2], 3, *heads[2:]).permute(2, 0, 3, 1, 4)  # (R, heads, T, D / heads)
+    window_attention(q, k, v, o.model.tokens // 2, o.u.view(heads).transpose(1, 2))
+
+
 CALLS: dict[str, Call] = {
     "residual": _residual,
     "residual, norm": _residual_norm,
@@ -132,8 +139,9 @@ CALLS: dict[str, Call] = {
     "scatter": _scatter,
     "linear, GELU": _linear_gelu,
     "attention": _attention,
+    "window attention": _window_attention,
 }
-OWN_MATMULS = ("linear, GELU", "attention")
+OWN_MATMULS = ("linear, GELU", "attention", "window attention")
 WITH_MEMORY = ("head, DPM-Solver++", "run of 3 steps, DPM-Solver++")  # the same kernels: compiled at one size alone
 SUMS = ("sum for 1 step", "sum for 2 steps", "sum for 3 steps")
 ENDS = ("embed", "embed, norm", "head", "head, DDPM", "head, DDIM", "run of 3 steps")

@@ -70,6 +70,8 @@ def work(kernel: str, model: ModelSizes, samples: int, itemsize: int) -> Work:
     into = 2 * samples * T * patch * D  # embed: rows of a sample share their tokens
     eps_out = 2 * rows * T * D * patch  # the head's eps half
     M, hidden, chosen = rows * T, model.hidden, rows * -(-T // 4)
+    reach = T // 4
+    pairs = T + 2 * sum(range(T - reach, T))  # of a token and one that it sees: itself, and those on either side
     table_of_work = {
         "residual": (4 * stream + 2 * table, 0),  # h in and out, 2 branches; their gates
         "residual, norm": (4 * stream + 3 * table, 0),  # h in and out, branch, u; gate, shift, scale
@@ -99,6 +101,7 @@ def work(kernel: str, model: ModelSizes, samples: int, itemsize: int) -> Work:
         "scatter": (2 * chosen * D * itemsize + 4 * chosen, 0),
         "linear, GELU": ((M * (D + hidden) + (D + 1) * hidden) * itemsize, 2 * M * D * hidden),  # u, out, weight, bias
         "attention": (4 * stream, 4 * rows * T**2 * D),  # q, k, v, out; scores, weighted sum
+        "window attention": (4 * stream, 4 * rows * pairs * D),  # the same of the pairs in the window
     }
     return Work(*table_of_work[kernel])
 

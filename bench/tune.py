@@ -66,6 +66,7 @@ SEARCHES = {
     "run": Search(("run of 3 steps",), grid((16, 32), (64, 128, 256), (4, 8), (1,), 4096)),
     "linear_gelu": Search(("linear, GELU",), grid((64, 128, 256), (64, 128, 256), (4, 8), (3, 4))),
     "attention": Search(("attention",), grid((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "window_attention": Search(("window attention",), grid((64, 128), (32, 64, 128), (4, 8), (2, 3))),
 }
 
 

@@ -11,7 +11,16 @@ from ebcache_fast.errors import CaptureError, EBCacheError
 from ebcache_fast.operands import At
 
 # The operations whose Triton form is one launch of a kernel; the others are torch's libraries, or nobody's default.
-OTHERS = ("name", "scaled_linear", "copy", "subtract", "select_tokens", "linear_gelu", "attention")
+OTHERS = (
+    "name",
+    "scaled_linear",
+    "copy",
+    "subtract",
+    "select_tokens",
+    "window_attention",
+    "linear_gelu",
+    "attention",
+)
 KERNELS = tuple(field.name for field in fields(ops.Operations) if field.name not in OTHERS)
 LONGEST = 300  # characters of somebody else's error that are said
 

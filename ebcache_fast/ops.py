@@ -52,11 +52,12 @@ class Operations:
     select_tokens: Callable[[Tensor, int, Tensor], None]
     gather_tokens: Callable[[Tensor, Tensor, Tensor], None]
     scatter_tokens: Callable[[Tensor, Tensor, Tensor], None]
+    window_attention: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     linear_gelu: Callable[[Tensor, Linear, Tensor], None] | None = None
     attention: Callable[[Tensor, int, Tensor], None] | None = None
 
     def implementations(self) -> dict[str, str]:
-        """By operation: what runs it."""
+        """By operation: whose it is; each implementation leaves some of its own to torch's libraries."""
         named = (field.name for field in fields(self) if field.name != "name")
         return {name: self.name if getattr(self, name) else "torch's libraries" for name in named}
 
@@ -78,11 +79,12 @@ TORCH = Operations(
     select_tokens=reference.select_tokens,
     gather_tokens=reference.gather_tokens,
     scatter_tokens=reference.scatter_tokens,
+    window_attention=reference.window_attention,
 )
 
 
 def triton_operations(*, dependent_launch: bool = False) -> Operations:
-    """The Triton kernels; matrix products and attention stay with cuBLASLt and SDPA.
+    """The Triton kernels; matrix products, attention, copies, differences and choices stay with torch's libraries.
 
     dependent_launch: each kernel is launched while the one before it still runs, and waits for it on the card.
     """
@@ -105,6 +107,7 @@ def triton_operations(*, dependent_launch: bool = False) -> Operations:
         select_tokens=reference.select_tokens,
         gather_tokens=partial(tokens.gather_tokens, early=dependent_launch),
         scatter_tokens=partial(tokens.scatter_tokens, early=dependent_launch),
+        window_attention=reference.window_attention,
         linear_gelu=_addmm_gelu,
     )
 
@@ -113,7 +116,12 @@ def own_matmul_operations() -> Operations:
     """The Triton kernels, attention and the first half of the MLP among them: not the default until measured."""
     from ebcache_fast.kernels import attention, linear_gelu
 
-    return replace(triton_operations(), linear_gelu=linear_gelu.linear_gelu, attention=attention.attention)
+    return replace(
+        triton_operations(),
+        linear_gelu=linear_gelu.linear_gelu,
+        attention=attention.attention,
+        window_attention=attention.window_attention,
+    )
 
 
 def select(device: torch.device, dtype: torch.dtype, *, dependent_launch: bool = False) -> Operations:

@@ -19,6 +19,7 @@ from ebcache_fast.reference_tokens import gather_tokens as gather_tokens
 from ebcache_fast.reference_tokens import scatter_tokens as scatter_tokens
 from ebcache_fast.reference_tokens import select_tokens as select_tokens
 from ebcache_fast.reference_tokens import subtract as subtract
+from ebcache_fast.reference_tokens import window_attention as window_attention
 from ebcache_fast.sampler_step import remember, sampler_update
 
 SMALLEST_ROW = 1e-12  # what counts as the largest of a row of zeros, which has a scale above 0 as well

@@ -64,6 +64,20 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
     out.view(rows, tokens, heads, -1).copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
 
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, out: Tensor) -> None:
+    """Attention of each token i to the tokens j with ``|i - j| <= window // 2``: q, k, v, out (N, heads, T, d).
+
+    The window is a band over the order of tokens, not over places in the picture; a window of 1 is a token itself, one
+    of 2 * T reaches all. Raises InputError for a window below 1. Source: DiTFastAttn (Yuan et al., arXiv 2406.08552),
+    whose bounds of 64 tokens on either side are a window of 128 here.
+    """
+    if window < 1:
+        raise InputError(f"a window of {window} tokens is empty; it must be 1 or more")
+    place = torch.arange(q.shape[2], device=q.device)
+    band = (place.unsqueeze(1) - place).abs() <= window // 2  # (T, T)
+    out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=band))
+
+
 def _channels(chosen: Tensor, tokens: Tensor) -> Tensor:
     """A choice (R, k) for every channel -> (R, k, D)."""
     return chosen.long().unsqueeze(2).expand(-1, -1, tokens.shape[2])

@@ -1,14 +1,16 @@
-"""Self-attention from packed projections, read in place.
+"""Self-attention: from packed projections, read in place, or of each token to those near it.
 
-    out = softmax(q @ k.T / sqrt(head_dim)) @ v,   for each batch row and head
+    out = softmax(q @ k.T / sqrt(head_dim)) @ v,   for each batch row and head;   in a window of w, |i - j| <= w // 2
 
-qkv (R, T, 3 * D) as (3, heads, head_dim), out (R, T, D). A program makes one head's output for a tile of queries, and
-walks over the keys with the running maximum and sum of the online softmax (Milakov and Gimelshein, arXiv 1805.02867;
-Dao et al., arXiv 2205.14135) in float32, in powers of 2. A head's features are cut into a main part and a rest (72 = 64
-+ 8 of 16), because one masked tile of 128 would nearly double the work. Addresses are built from the head dimension,
-which is known when the kernel is compiled, so that their alignment is known too.
+A program makes one head's output for a tile of queries, and walks over the keys (those that any of its queries sees)
+with the running maximum and sum of the online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv
+2205.14135) in float32, in powers of 2. A head's features are cut into a main part and a rest (72 = 64 + 8 of 16),
+because one masked tile of 128 would nearly double the work. q, k and v (R, heads, T, head_dim) lie alike, out as it
+may, features side by side. What divides all strides is known when the kernel is compiled, so that addresses' alignment
+is known too.
 """
 
+import math
 from functools import partial
 
 import triton
@@ -20,69 +22,80 @@ from ebcache_fast.kernels import checks, launch
 
 MAX_HEAD = 128  # beyond it tiles leave registers
 SMALLEST_DOT = 16
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 FLOAT32 = launch.Launch(32, 16, 8, 2)  # each float32 operand is three tf32 ones in registers, so that tiles are small
 
 
 @triton.jit
+def _first_feature(row, head, token, strides, ALIGN: tl.constexpr):
+    """Where a token's features of a head begin; strides of rows, heads and tokens."""
+    of_row = tl.cast(row, tl.int64) * (strides[0] // ALIGN * ALIGN)
+    of_head = tl.cast(head, tl.int64) * (strides[1] // ALIGN * ALIGN)
+    return of_row + of_head + tl.cast(token, tl.int64) * (strides[2] // ALIGN * ALIGN)
+
+
+@triton.jit
 def _attention_kernel(
-    qkv,
-    out,
-    T,
-    heads,
-    HEAD: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    q, k, v, out, strides, out_strides, T, heads, reach,
+    HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     SCALE: tl.constexpr = 1.4426950408889634 * HEAD**-0.5  # log2(e) / sqrt(head_dim)
-    D = heads * HEAD
-    step = 3 * D  # from a token to the next in qkv
     tiles = tl.cdiv(T, QUERIES)
     program = tl.program_id(0)
     first = program % tiles * QUERIES
-    head = program // tiles % heads * HEAD
-    token = (program // tiles // heads).to(tl.int64) * T  # the batch row's first
+    head = program // tiles % heads
+    row = program // tiles // heads
+    start, end = 0, T  # of the keys
+    if WINDOW:
+        start, end = tl.maximum(first - reach, 0), tl.minimum(first + QUERIES + reach, T)
 
     queries, keys = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     col = tl.arange(0, MAIN)
     keep_q, keep_col = (queries < T - first)[:, None], col < HEAD
-    q_at = qkv + (token + first) * step + head
-    k_at = qkv + token * step + head + D
+    step = strides[2] // ALIGN * ALIGN  # from a token to the next
+    q_at = q + _first_feature(row, head, first, strides, ALIGN)
+    k_at = k + _first_feature(row, head, start, strides, ALIGN)
+    v_at = v + _first_feature(row, head, start, strides, ALIGN)
     main = keys[:, None] * step + col
-    q = tl.load(q_at + queries[:, None] * step + col, keep_q & keep_col, other=0.0)  # (QUERIES, MAIN)
+    q_main = tl.load(q_at + queries[:, None] * step + col, keep_q & keep_col, other=0.0)  # (QUERIES, MAIN)
     total = tl.zeros((QUERIES, MAIN), tl.float32)
     if REST > 0:
         rest_col = MAIN + tl.arange(0, REST)
         keep_rest = rest_col < HEAD
         rest = keys[:, None] * step + rest_col
-        rest_q = tl.load(q_at + queries[:, None] * step + rest_col, keep_q & keep_rest, other=0.0)  # (QUERIES, REST)
+        q_rest = tl.load(q_at + queries[:, None] * step + rest_col, keep_q & keep_rest, other=0.0)  # (QUERIES, REST)
         rest_total = tl.zeros((QUERIES, REST), tl.float32)
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    top = tl.full((QUERIES,), LOWEST, tl.float32)  # in a window, a query may see none of the first keys
     weight_sum = tl.zeros((QUERIES,), tl.float32)
 
-    for key in range(0, T, KEYS):
-        keep = keys < T - key
-        k = tl.load(k_at + main, keep[:, None] & keep_col, other=0.0)  # (KEYS, MAIN)
-        scores = tl.dot(q, k.T, input_precision="tf32x3")  # (QUERIES, KEYS)
+    for key in range(start, end, KEYS):
+        keep = keys < end - key
+        k_main = tl.load(k_at + main, keep[:, None] & keep_col, other=0.0)  # (KEYS, MAIN)
+        scores = tl.dot(q_main, k_main.T, input_precision="tf32x3")  # (QUERIES, KEYS)
         if REST > 0:
-            rest_k = tl.load(k_at + rest, keep[:, None] & keep_rest, other=0.0)  # (KEYS, REST)
-            scores = tl.dot(rest_q, rest_k.T, scores, input_precision="tf32x3")
-        scores = tl.where(keep, scores, float("-inf"))
+            k_rest = tl.load(k_at + rest, keep[:, None] & keep_rest, other=0.0)  # (KEYS, REST)
+            scores = tl.dot(q_rest, k_rest.T, scores, input_precision="tf32x3")
+        seen = keep
+        if WINDOW:
+            seen = keep & (tl.abs((key - first + keys) - queries[:, None]) <= reach)
+        scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1) * SCALE)
         weights = tl.exp2(scores * SCALE - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         top = new_top
         weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
-        v = tl.load(k_at + D + main, keep[:, None] & keep_col, other=0.0)  # (KEYS, MAIN)
-        weights = weights.to(v.dtype)
-        total = tl.dot(weights, v, total * shrink[:, None], input_precision="tf32x3")
+        v_main = tl.load(v_at + main, keep[:, None] & keep_col, other=0.0)  # (KEYS, MAIN)
+        weights = weights.to(v_main.dtype)
+        total = tl.dot(weights, v_main, total * shrink[:, None], input_precision="tf32x3")
         if REST > 0:
-            rest_v = tl.load(k_at + D + rest, keep[:, None] & keep_rest, other=0.0)  # (KEYS, REST)
-            rest_total = tl.dot(weights, rest_v, rest_total * shrink[:, None], input_precision="tf32x3")
+            v_rest = tl.load(v_at + rest, keep[:, None] & keep_rest, other=0.0)  # (KEYS, REST)
+            rest_total = tl.dot(weights, v_rest, rest_total * shrink[:, None], input_precision="tf32x3")
         k_at += KEYS * step
+        v_at += KEYS * step
 
-    out_at = out + (token + first) * D + head + queries[:, None] * D
+    out_at = out + _first_feature(row, head, first, out_strides, ALIGN)
+    out_at += queries[:, None] * (out_strides[2] // ALIGN * ALIGN)
     tl.store(out_at + col, total / weight_sum[:, None], keep_q & keep_col)
     if REST > 0:
         tl.store(out_at + rest_col, rest_total / weight_sum[:, None], keep_q & keep_rest)
@@ -100,19 +113,50 @@ def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
         raise InputError(
             f"{heads} heads do not cut {D} channels into heads of 1 to {MAX_HEAD}; leave this to torch's attention"
         )
-    head = D // heads
+    q, k, v = qkv.view(R, T, 3, heads, D // heads).permute(2, 0, 3, 1, 4)  # (R, heads, T, D / heads)
+    _launch("attention", q, k, v, None, out.view(R, T, heads, -1).transpose(1, 2))
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, out: Tensor) -> None:
+    """Attention of each token i to the tokens j with ``|i - j| <= window // 2``; see the reference of this name.
+
+    q, k, v and out (N, heads, T, d). Of q, k and v that do not lie alike, copies are read. Raises InputError for a
+    window below 1, heads wider than 128, tensors that do not fit, an out whose features are not side by side, and
+    dtypes other than float32, float16 and bfloat16 or not the same for all.
+    """
+    checks.heads(out, q, k, v)
+    if window < 1 or out.shape[3] > MAX_HEAD:
+        raise InputError(
+            f"a window of {window} tokens in heads of {out.shape[3]} has no kernel; it must be 1 or more tokens, and "
+            f"heads of 1 to {MAX_HEAD}; leave wider ones to torch's attention"
+        )
+    if len({each.stride() for each in (q, k, v)}) != 1 or q.stride(3) != 1:
+        q, k, v = (each.contiguous() for each in (q, k, v))
+    _launch("window_attention", q, k, v, min(window // 2, out.shape[2]), out)
+
+
+def _launch(name: str, q: Tensor, k: Tensor, v: Tensor, reach: int | None, out: Tensor) -> None:
+    """Launch the kernel on (R, heads, T, head_dim), by this name's entry; a reach of None is that of all tokens."""
+    R, heads, T, head = out.shape
     main, rest = _cut(head)
-    entry = FLOAT32 if out.itemsize == 4 else launch.parameters("attention", R * T, out.device)
+    entry = FLOAT32 if out.itemsize == 4 else launch.parameters(name, R * T, out.device)
     chosen = launch.fit(entry, out.device, partial(_shared, (main + rest) * out.itemsize))
     with launch.on(out):
         _attention_kernel[(triton.cdiv(T, chosen.rows) * heads * R,)](
-            qkv,
+            q,
+            k,
+            v,
             out,
+            q.stride()[:3],
+            out.stride()[:3],
             T,
             heads,
+            reach or 0,
             HEAD=head,
             MAIN=main,
             REST=rest,
+            ALIGN=math.gcd(16, *q.stride()[:3], *out.stride()[:3]),
+            WINDOW=reach is not None,
             QUERIES=chosen.rows,
             KEYS=chosen.cols,
             num_warps=chosen.warps,

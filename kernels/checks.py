@@ -65,6 +65,24 @@ def quantised(rows: Quantised, h: Tensor) -> None:
         same_device(tensor, h)
 
 
+def heads(out: Tensor, *others: Tensor) -> None:
+    """What attention takes, (N, heads, T, d): one dtype, shape and device, the features of out side by side."""
+    if out.dtype not in DTYPES:
+        raise InputError(f"dtype {out.dtype} is none of {_names(DTYPES)}; the torch operations take it")
+    if out.ndim != 4 or not out.numel() or out.stride(3) != 1:
+        raise InputError(
+            f"an output of shape {tuple(out.shape)} and strides {out.stride()} does not fit; it must be (rows, heads, "
+            "tokens, features), one or more of each, with features side by side"
+        )
+    for tensor in others:
+        if tensor.shape != out.shape or tensor.dtype != out.dtype:
+            raise InputError(
+                f"an operand of shape {tuple(tensor.shape)} and {tensor.dtype} does not fit; it must be "
+                f"{tuple(out.shape)} {_names([out.dtype])}"
+            )
+        same_device(tensor, out)
+
+
 def choice(chosen: Tensor, h: Tensor) -> int:
     """How many of h's tokens a choice (R, k) int32 names in each row; contiguous, on h's device."""
     rows, tokens, _ = h.shape

@@ -76,6 +76,8 @@ TABLE: Mapping[str, Mapping[int, Entries]] = {
         80: ((1024, Launch(64, 64, 4, 2)), (ALL, Launch(128, 64, 8, 2))),
         90: ((1024, Launch(64, 64, 4, 2)), (ALL, Launch(128, 128, 8, 2))),
     },
+    # Smaller tiles: the band's mask takes registers, and less of them lies outside of it.
+    "window_attention": {80: ((ALL, Launch(64, 32, 4, 2)),), 90: ((ALL, Launch(64, 64, 4, 2)),)},
 }
 
 

@@ -464,6 +464,7 @@ CLEARED = {
         "head",
         "linear_gelu",
         "run",
+        "tokens",
     ),
     "ebcache_fast/engine": ("feature_cache", "order_guard", "step", "step_clock", "step_scheduler", "workspace"),
 }

@@ -1,4 +1,4 @@
-"""Copies, differences and chosen tokens against loops in plain Python, and as parts of a captured graph."""
+"""Copies, differences, chosen tokens and windows against loops in plain Python, and as parts of a captured graph."""
 
 import math
 from collections.abc import Callable
@@ -121,19 +121,57 @@ def test_a_difference_may_take_the_place_of_what_it_is_of(into: int) -> None:
     assert torch.equal(pair[1 - into], other)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, reach: int) -> Tensor:
+    """One head (T, d), token by token, by the formula."""
+    out = torch.zeros_like(q)
+    for i in range(len(q)):
+        near = [j for j in range(len(k)) if abs(i - j) <= reach]
+        weights = [math.exp(float(q[i] @ k[j]) / math.sqrt(q.shape[1])) for j in near]
+        out[i] = sum(weight * v[j] for weight, j in zip(weights, near, strict=True)) / sum(weights)
+    return out
+
+
+@pytest.mark.parametrize(("window", "reach"), [(1, 0), (2, 1), (3, 1), (4, 2), (9, 4), (10, 5), (22, 11), (10**9, 11)])
+def test_a_window_reaches_half_of_it_on_either_side(window: int, reach: int) -> None:
+    q, k, v, out = (draw(2, 3, 11, 4, seed=seed) for seed in range(4))
+    reference.window_attention(q, k, v, window, out)
+    for n in range(2):
+        for head in range(3):
+            expected = attended(q[n, head], k[n, head], v[n, head], reach)
+            torch.testing.assert_close(out[n, head], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_window_of_one_token_is_its_value(dtype: torch.dtype) -> None:
+    q, k, v, out = (draw(2, 3, 11, 4, dtype=dtype, seed=seed) for seed in range(4))
+    reference.window_attention(q, k, v, 1, out)
+    assert torch.equal(out, v)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_an_empty_window_is_refused(window: int) -> None:
+    x = draw(1, 1, 5, 4)
+    with pytest.raises(InputError, match=f"^a window of {window} tokens"):
+        reference.window_attention(x, x, x, window, torch.empty_like(x))
+
+
 class Step:
-    """All of them, one after another: the best tokens of a stream, less a kept one, go into another stream."""
+    """All of them, one after another; some take what another has left."""
 
     def __init__(self) -> None:
         self.stream, self.kept, self.target, self.scores = draw(2, 9, 4), draw(2, 3, 4), draw(2, 9, 4), draw(2, 9)
         self.chosen, self.tokens, self.copied = torch.zeros(2, 3, dtype=torch.int32), draw(2, 3, 4), draw(2, 9, 4)
+        self.out = draw(2, 3, 9, 4)
         self.static = list(vars(self).values())
+        heads = self.stream.unsqueeze(1).expand(2, 3, 9, 4)
+        self.attended = heads, heads, heads
 
     def run(self, operations: ops.Operations) -> None:
         operations.select_tokens(self.scores, 3, self.chosen)
         operations.gather_tokens(self.stream, self.chosen, self.tokens)
         operations.subtract(self.tokens, self.kept, self.tokens)
         operations.scatter_tokens(self.tokens, self.chosen, self.target)
+        operations.window_attention(*self.attended, 4, self.out)
         operations.copy(self.target, self.copied)
 
 
