@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers_kinds import COG_2B, SIGMA, Kind, table_of
 from diffusers_oracle import replaying
-from dropin import fresh_model, plan_of
+from dropin import drive, fresh_model, latents, plan_of
 from tiny import relative_error
 from torch import Tensor, nn
 
@@ -48,6 +48,16 @@ class Guarded(DiT):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return torch.zeros(len(x), 8, *x.shape[2:], dtype=x.dtype)
+
+
+class Counted(DiT):
+    """As usual, and counted."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        Counted.calls += 1
+        return super().forward(x, t, y)
 
 
 def refusal(model: nn.Module) -> str:
@@ -104,6 +114,17 @@ def test_parts_that_do_not_fit_together_are_said() -> None:
     assert "its parts, run one by one, raised RuntimeError: mat1 and mat2 shapes cannot be multiplied" in refusal(model)
     del model.blocks[1].norm1
     assert "'blocks.1.norm1' is a NoneType" in refusal(model)
+
+
+def test_a_model_is_tried_when_it_is_enabled_and_not_again_at_its_first_call() -> None:
+    model = fresh_model()
+    model.__class__ = Counted
+    enable(model, plan_of())
+    tried = Counted.calls
+    assert tried > 0
+    drive(model, latents(model))
+    assert Counted.calls == tried
+    assert not stats(model).originals
 
 
 def test_guesses_of_a_guided_method_raise_nothing() -> None:
