@@ -17,7 +17,7 @@ from tiny import relative_error
 from torch import Tensor
 
 from ebcache_fast import enable, stats
-from ebcache_fast.dropin.runs import ALIKE, FRESH, GAVE_WAY
+from ebcache_fast.dropin.decision import ALIKE, FRESH, GAVE_WAY
 
 STEPS = len(TYPES)
 RUNS = 4  # at a time

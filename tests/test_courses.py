@@ -14,7 +14,7 @@ from diffusers_oracle import drive_replaying, replaying
 from tiny import relative_error
 
 from ebcache_fast import CacheTable, TableSet, dry_check, enable, enabled, sample, stats
-from ebcache_fast.dropin.runs import UNPLANNED
+from ebcache_fast.dropin.decision import UNPLANNED
 from ebcache_fast.errors import InputError, TableError, TrajectoryError
 from ebcache_fast.plan import StepType
 

@@ -45,7 +45,7 @@ def place_of(model: Any) -> weakref.ref[Any]:
 
 
 def contexts_of(model: Any) -> int:
-    return len(vars(model)[cached_forward.ATTRIBUTE]._contexts._seen)
+    return len(vars(model)[cached_forward.ATTRIBUTE]._prompts._seen)
 
 
 def while_decoding(pipe: Any) -> list[int]:

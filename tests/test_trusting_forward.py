@@ -20,7 +20,7 @@ from dropin import (
 from torch import Tensor
 
 from ebcache_fast import disable, enable, enabled, stats
-from ebcache_fast.dropin.runs import ALIKE
+from ebcache_fast.dropin.decision import ALIKE
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from ebcache_fast.dropin.advice import advice_on
 from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate, UnfitError
-from ebcache_fast.dropin.contexts import Contexts
 from ebcache_fast.dropin.courses import Choice, Course
+from ebcache_fast.dropin.decision import Answer, Whose, decide
 from ebcache_fast.dropin.diffusers_calls import calls_class
 from ebcache_fast.dropin.hooked import FORWARD, is_sent_away, what_hides
-from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
 from ebcache_fast.dropin.own_forward import Method, OwnForward
-from ebcache_fast.dropin.runs import Key, Runs, Turn
+from ebcache_fast.dropin.prompt_ids import PromptIds
+from ebcache_fast.dropin.runs import Key, Runs, RunState, Turn
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
@@ -45,7 +46,7 @@ class CachedForward:
     another one.
     """
 
-    _ending = Ending.PREDICT
+    _ending, _in_order = Ending.PREDICT, False
 
     def __init__(self, model: nn.Module, course: Course, options: EngineOptions, choice: Choice | None = None) -> None:
         self.model, self.options, self.course, self.choice = model, options, course, choice
@@ -80,8 +81,9 @@ class CachedForward:
         self._is_idleness_told = False
 
     def _begin_to_know(self) -> None:
-        self._runs = Runs(self.options.max_trajectories, self._release)
-        self._contexts = Contexts(self.options.max_trajectories)
+        decided = partial(decide, strict=self.options.strict, in_order=self._in_order)
+        self._runs = Runs(self.options.max_trajectories, self._release, decided)
+        self._prompts = PromptIds(self.options.max_trajectories)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along how it is set up, and nothing that is in progress."""
@@ -188,47 +190,49 @@ class CachedForward:
         self._choose(t)
         step = self._scheduler.step_at(t) if self.course.is_followed else None
         is_full = step is not None and not self.plan.steps[step].reused
-        turn = self._runs.find((facts.labels, *self._kind_of(call)), call.given, step, is_full=is_full)
-        lane = turn.lane
-        changed = None if lane is None else lane.why_over(weights, numerics)
-        if changed is not None and step != 0 and not turn.is_alike:
-            turn = turn._replace(why=changed)
-        if turn.why is not None:
-            self._depart(turn, turn.why, t)
-        self._runs.disown(turn)
-        if lane is None or changed is not None:
-            lane = self._begin(call, weights, instead_of=lane)
+        key = (facts.labels, *self._kind_of(call))
+        turn = self._runs.find(key, call.given, step, weights, numerics, is_full=is_full)
+        if turn.verdict.why is not None:
+            self._depart(turn, turn.verdict.why, t)
+        if turn.verdict.whose is Whose.ALIKE:
+            self._runs.disown(turn)
+        run = turn.run
+        if run is None or turn.verdict.is_outdated:
+            run = self._begin(call, weights, instead_of=run)
         try:
-            out = self._run(lane, turn, t, call)
+            out = self._run(run, turn, t, call)
         except BaseException:
-            if turn.why is not None or lane.lanes is None:  # what its caches hold now, nobody knows
-                self._runs.drop(lane, lose=True)
+            if turn.verdict.why is not None or run.group is None:  # what its caches hold now, nobody knows
+                self._runs.drop(run, lose=True)
             raise
-        self._runs.move(turn, lane, len(self.plan))
+        self._runs.move(turn, run, len(self.plan))
         return out
 
     def _depart(self, turn: Turn, why: str, t: float) -> None:
-        """Say that a step computes everything; TrajectoryError if ``strict``."""
+        """Say that a step computes everything; TrajectoryError or DeclinedError where it is not to be answered so."""
+        if turn.verdict.answer is Answer.DECLINE:
+            self._runs.pass_by(turn, len(self.plan))
+            raise DeclinedError(why)
         near = self._scheduler.near_miss(t)
-        if self.options.strict:
+        if turn.verdict.answer is Answer.REFUSE:
             raise TrajectoryError(f"t={t:g} was not expected: {why}{near}; strict=False computes such a step in full")
         advice = advice_on(why, t, self.plan, self.options.max_trajectories)
         _count(self._refreshed, why, f"a step computes everything{near}", advice)
 
     def _kind_of(self, call: ModelCall) -> Key:
         """What sets the runs apart that a call could be of, besides labels."""
-        number = self._contexts.number_of(call.context, {key[-1] for key in self._runs.keys})
-        return id(self.plan), call.guided_channels, call.x.shape, number
+        prompt = self._prompts.id_of(call.context, self._runs.prompts) if call.context else 0
+        return id(self.plan), call.guided_channels, call.x.shape, prompt
 
-    def _begin(self, call: ModelCall, weights: Fingerprint, instead_of: Lane | None = None) -> Lane:
-        """A lane of its own for a run."""
+    def _begin(self, call: ModelCall, weights: Fingerprint, instead_of: RunState | None) -> RunState:
+        """A run with caches of its own."""
         call.check_text()
         if instead_of is not None:
             self._runs.drop(instead_of, lose=True)
         self._runs.make_room()
-        lane = Lane(self._trajectory_for(call), weights)
-        self._runs.add(lane)
-        return lane
+        run = RunState(self._trajectory_for(call), weights)
+        self._runs.add(run)
+        return run
 
     def _trajectory_for(self, call: ModelCall) -> ForwardTrajectory:
         try:
@@ -241,35 +245,35 @@ class CachedForward:
                 raise
             raise DeclinedError(str(error) if is_limit else "too little memory for the caches") from error
 
-    def _release(self, lane: Lane) -> None:
+    def _release(self, run: RunState) -> None:
         first = next((i for i, step in enumerate(self.plan.steps) if step.reused), len(self.plan))
-        if not lane.hits and lane.calls > first and not self._is_idleness_told:
+        if not run.hits and run.calls > first and not self._is_idleness_told:
             self._is_idleness_told = True
             logging.getLogger(__name__).warning(
                 "nothing was reused in a whole run of %d calls; ebcache_fast.dry_check(pipe, table, steps) says which "
                 "steps will hit, ebcache_fast.stats(model).summary() what was done instead",
-                lane.calls,
+                run.calls,
             )
-        self.engine.release(lane.trajectory.place)
+        self.engine.release(run.trajectory.place)
         if self._keeps_nothing:
             self.engine.let_go()
 
-    def _run(self, lane: Lane, turn: Turn, t: float, call: ModelCall) -> Tensor:
-        trajectory, step = lane.trajectory, turn.step
+    def _run(self, run: RunState, turn: Turn, t: float, call: ModelCall) -> Tensor:
+        trajectory, step = run.trajectory, turn.step
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
-        self._renew(lane, t, step)
-        lane.calls += 1
-        lane.hits += step is not None and turn.why is None and bool(self.plan.steps[step].reused)
+        self._renew(run, t, step)
+        run.calls += 1
+        run.hits += step is not None and turn.verdict.why is None and bool(self.plan.steps[step].reused)
         if step is None:
             return self._scaled(trajectory.refresh_at(t, call.x), call, t)
-        out = (trajectory.predict if turn.why is None else trajectory.refresh)(step, call.x)
+        out = (trajectory.predict if turn.verdict.why is None else trajectory.refresh)(step, call.x)
         return self._scaled(out, call, t)
 
-    def _renew(self, lane: Lane, t: float, step: int | None) -> None:
+    def _renew(self, run: RunState, t: float, step: int | None) -> None:
         """Let hooks say what they say at this step, of parts that otherwise are asked when a run begins."""
-        if lane.weights.watched and lane.expected > 0:
-            lane.trajectory.place.renew(len(self.plan) if step is None else step, t)
+        if run.weights.watched and run.expected > 0:
+            run.trajectory.place.renew(len(self.plan) if step is None else step, t)
 
     def _scaled(self, out: Tensor, call: ModelCall, t: float) -> Tensor:
         """What the engine could not scale, as it knows no schedule, in place."""

@@ -1,36 +1,104 @@
-"""All runs in progress of one model: which of them a call belongs to, and which have memory for caches."""
+"""All runs in progress of one model: told apart by the tensors that come with their calls, and where each stands."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Container, Hashable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ebcache_fast.dropin.given import Given, place_of
-from ebcache_fast.dropin.lane import Lane, Lanes
+from ebcache_fast.dropin.decision import AGAIN, NOBODY, Stand, Standing, Verdict, Whose
+from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.engine.numerics import Numerics
+from ebcache_fast.engine.trajectory import ForwardTrajectory
 
-FRESH = "a run did not begin with the first step"
-AGAIN = "a timestep came again"
-LEFT_OUT = "steps were left out"
-UNPLANNED = "a timestep is not in the plan"
-ALIKE = "runs of the same tensors can't be told apart"
-GAVE_WAY = "more runs took turns than max_trajectories"
+Key = tuple[Hashable, ...]  # what a run is of: its labels first, the id of its prompts last, or 0 for none
 
-Key = tuple[Hashable, ...]  # what a run is of: its labels first, the number of its prompts last, or 0 for none
+
+def location_of(tensor: Tensor) -> Hashable:
+    """Where a tensor lies: the same for views of one place, as of whoever slices a prompt anew at each step."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def reference_to(tensor: Tensor) -> StorageWeakRef:
+    """A reference that keeps no tensor alive, but lets no other come to lie where this one does."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+@dataclass(eq=False)
+class RunState:
+    """One run in progress, and the memory for its caches."""
+
+    trajectory: ForwardTrajectory
+    weights: Fingerprint
+    expected: int = 0  # the step that comes next
+    goes_back: bool = False  # its last call was of the step before the one of the call before
+    is_doubtful: bool = False  # its tensors are gone, and never came anew so far
+    calls: int = 0
+    hits: int = 0  # calls that reused something
+    group: "Group | None" = None  # in which it is kept
+
+    def stand(self, weights: Fingerprint, numerics: Numerics) -> Stand:
+        """Describe it in plain values, given weights and settings of now."""
+        changed = None
+        if self.weights != weights:
+            changed = "weights changed within a run"
+        elif self.trajectory.place.spec.numerics != numerics:  # under which it began
+            changed = "torch's settings or functions changed within a run"
+        return Stand(self.is_doubtful, self.goes_back and self.expected == 2, changed)
+
+
+@dataclass(eq=False)
+class Group:
+    """The unfinished runs that came with the same tensors; see `Standing`."""
+
+    is_made_anew: bool = False  # the tensors came in the middle of a run
+    is_held: bool = False  # and they came again: whoever has them keeps them
+    gave_way: bool = False
+    is_repeating: bool = False  # a timestep came twice, or may have
+    at: dict[int, RunState] = field(default_factory=dict)
+    lost: Counter[int] = field(default_factory=Counter)
+    ends: set[int] = field(default_factory=set)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no runs, with or without caches."""
+        return not self.at and not self.lost.total()
+
+    def take(self, others: "Group") -> None:
+        """Add what is known of other runs but for those with caches."""
+        self.is_repeating |= others.is_repeating
+        self.lost += others.lost
+        self.ends |= others.ends
+
+    def put(self, run: RunState, expected: int) -> RunState | None:
+        """Let a run stand there; returns the one that stood there before, which has no caches from now on."""
+        before = self.at.pop(expected, None)
+        if before is not None:
+            before.group = None
+            self.lost[expected] += 1
+        self.at[expected], run.group, run.expected = run, self, expected
+        return before
+
+    def remove(self, run: RunState, *, lose: bool = False) -> None:
+        """Take a run out; ``lose`` where it may go on."""
+        del self.at[run.expected]
+        run.group = None
+        if lose and run.expected:
+            self.lost[run.expected] += 1
 
 
 class Turn(NamedTuple):
-    """What a call is to the runs in progress."""
+    """A call among the runs in progress."""
 
     key: Key
-    given: Tensor
+    held: Tensor  # by its caller, for the length of the run
     step: int | None  # None where its timestep is not in the plan
-    lanes: Lanes  # among which its run is, if it is known
-    lane: Lane | None  # to run in; None where it needs a new one
-    why: str | None = None  # everything has to be computed; None where the plan can be followed
-    is_only: bool = False  # there is no other run that it could be of
-    is_alike: bool = False  # nothing tells whose call it is
-    is_end: bool = False  # of a run in rising order
+    group: Group  # in which its run is, if it is known
+    verdict: Verdict
+    run: RunState | None  # the verdict's
 
 
 class Runs:
@@ -38,194 +106,182 @@ class Runs:
 
     Calls with the same tensors are of the same run. Once its tensors are gone, a run is over if it kept them from call
     to call; else it may make them anew, and go on with others that hold the same. Where several runs share their
-    tensors, or make them anew, `Lanes` tells whose call it is, or that nothing does.
+    tensors, or make them anew, `decide` says whose call it is.
 
-    limit: so many lanes at most; the one called longest ago gives way. release: takes back a lane's memory.
+    limit: so many runs have caches at most; the one called longest ago gives way. release: takes back a run's memory.
     """
 
-    def __init__(self, limit: int, release: Callable[[Lane], None]) -> None:
-        self._limit, self._release = limit, release
-        self._held: dict[tuple[Key, Hashable], tuple[Given, Lanes]] = {}
-        self._anew: OrderedDict[Key, Lanes] = OrderedDict()  # whose tensors are gone
-        self._forgotten = Lanes()  # what such runs left that are not known any more
-        self._lanes: OrderedDict[Lane, None] = OrderedDict()  # the one called last at the end
+    def __init__(self, limit: int, release: Callable[[RunState], None], decide: Callable[..., Verdict]) -> None:
+        self._limit, self._release, self._decide = limit, release, decide
+        self._held: dict[tuple[Key, Hashable], tuple[StorageWeakRef, Group]] = {}
+        self._anew: OrderedDict[Key, Group] = OrderedDict()  # whose tensors are gone
+        self._forgotten = Group()  # what such runs left that are not known any more
+        self._runs: OrderedDict[RunState, None] = OrderedDict()  # the one called last at the end
 
-    @property
-    def keys(self) -> set[Key]:
-        """What there are runs of."""
-        return {key for (key, _), (_, lanes) in self._held.items() if lanes.runs} | set(self._anew)
+    def prompts(self) -> Container[Hashable]:
+        """The ids of prompts that there are runs of."""
+        return {key[-1] for (key, _), (_, group) in self._held.items() if not group.is_empty} | {
+            key[-1] for key in self._anew
+        }
 
-    def find(self, key: Key, given: Tensor, step: int | None, *, is_full: bool) -> Turn:
-        """Whose call this is; ``is_full``: the plan computes everything in it, so that it needs no caches."""
-        lanes = self._with(key, given)
-        if lanes is not None:
-            lanes.is_held = True
-            return _turn(key, given, step, lanes, Lanes(), is_full=is_full)
-        self._sort_out()
-        return _turn(key, given, step, self._anew.get(key) or Lanes(), self._forgotten, is_full=is_full)
+    def find(
+        self, key: Key, held: Tensor, step: int | None, weights: Fingerprint, numerics: Numerics, *, is_full: bool
+    ) -> Turn:
+        """Decide whose call this is; ``is_full``: the plan computes everything in it, so that it needs no caches."""
+        reference, group = self._held.get((key, location_of(held)), (None, None))
+        forgotten = NOBODY
+        if group is None or reference is None or reference.expired():  # type: ignore[no-untyped-call]
+            self._sort_out()
+            group = self._anew.get(key) or Group()
+            forgotten = Standing({}, self._forgotten.lost, self._forgotten.ends)
+        else:
+            group.is_held = True
+        at = {expected: run.stand(weights, numerics) for expected, run in group.at.items()}
+        standing = Standing(at, group.lost, group.ends, group.gave_way)
+        verdict = self._decide(step, standing, forgotten, is_full=is_full)
+        return Turn(key, held, step, group, verdict, None if verdict.run is None else group.at[verdict.run])
 
-    def trusted(self, kind: Key, given: Tensor) -> Turn | None:
+    def next_in_order(self, kind: Key, held: Tensor) -> Turn | None:
         """The next step of the only run of these tensors, whatever they hold; ``kind`` is a key's but for the labels.
 
         None where there is no such run, or another beside it.
         """
-        place = place_of(given)
-        found = [(key, held[1]) for (key, at), held in self._held.items() if at == place and key[1:] == kind]
-        found = [(key, lanes) for key, lanes in found if lanes.runs]
-        if len(found) != 1 or found[0][1].runs != 1 or not found[0][1].at:
+        location = location_of(held)
+        found = [(key, group) for (key, at), (_, group) in self._held.items() if at == location and key[1:] == kind]
+        found = [(key, group) for key, group in found if not group.is_empty]
+        if len(found) != 1:
             return None
-        ((key, lanes),) = found
-        lanes.is_held = True
-        ((step, lane),) = lanes.at.items()
-        return Turn(key, given, step, lanes, lane)
+        ((key, group),) = found
+        if len(group.at) != 1 or group.lost.total():
+            return None
+        group.is_held = True
+        ((step, run),) = group.at.items()
+        return Turn(key, held, step, group, Verdict(Whose.NEXT, step), run)
 
     def make_room(self) -> None:
-        """Let the lane that was called longest ago give way if there is no room for another."""
-        if len(self._lanes) >= self._limit:
+        """Let the run that was called longest ago give way if there is no room for another."""
+        if len(self._runs) >= self._limit:
             self.give_way()
 
     def give_way(self) -> bool:
-        """Drop the lane that was called longest ago; whether there was one."""
-        lane = next(iter(self._lanes), None)
-        if lane is None:
+        """Drop the run that was called longest ago; whether there was one."""
+        run = next(iter(self._runs), None)
+        if run is None:
             return False
-        if lane.lanes is not None:
-            lane.lanes.gave_way = True
-        self.drop(lane, lose=True)
+        if run.group is not None:
+            run.group.gave_way = True
+        self.drop(run, lose=True)
         return True
 
     def drop_all(self) -> None:
-        """Let all lanes go."""
+        """Let all runs go."""
         while self.give_way():
             pass
 
-    def add(self, lane: Lane) -> None:
-        """Count a new lane; `move` says where its run stands."""
-        self._lanes[lane] = None
+    def add(self, run: RunState) -> None:
+        """Count a new run; `move` says where it stands."""
+        self._runs[run] = None
 
-    def drop(self, lane: Lane, *, lose: bool = False) -> None:
-        """Let a lane go; ``lose`` where its run may go on."""
-        if lane.lanes is not None:
-            lane.lanes.remove(lane, lose=lose)
-        del self._lanes[lane]
-        self._release(lane)
+    def drop(self, run: RunState, *, lose: bool = False) -> None:
+        """Let a run's caches go; ``lose`` where it may go on."""
+        if run.group is not None:
+            run.group.remove(run, lose=lose)
+        del self._runs[run]
+        self._release(run)
 
     def disown(self, turn: Turn) -> None:
-        """Before a call that nothing tells the run of: its lane's caches are nobody's, after an unplanned step all."""
-        if turn.is_alike:
-            for lane in list(turn.lanes.at.values()):
-                if lane is turn.lane:
-                    turn.lanes.remove(lane, lose=True)
-                elif turn.step is None:
-                    self.drop(lane, lose=True)
+        """Before a call that nothing tells the run of: its caches are nobody's, after an unplanned step all are."""
+        for run in list(turn.group.at.values()):
+            if run is turn.run:
+                turn.group.remove(run, lose=True)
+            elif turn.step is None:
+                self.drop(run, lose=True)
 
-    def move(self, turn: Turn, lane: Lane, steps: int) -> None:
+    def move(self, turn: Turn, run: RunState, steps: int) -> None:
         """After a call: let its run, of ``steps`` steps, stand where it is now."""
-        stood = lane.expected or next(iter(turn.lanes.lost), 0)
-        if lane.lanes is not None:
-            lane.lanes.remove(lane)
+        group, step, (whose, *_, why) = turn.group, turn.step, turn.verdict
+        if whose is Whose.NEXT and group.is_held and group is run.group and step is not None and step + 1 < steps:
+            group.at[step + 1] = group.at.pop(step)  # as of nearly all calls
+            run.expected, run.goes_back, run.is_doubtful = step + 1, False, False
+            self._runs.move_to_end(run)
+            return
+        stood = run.expected or next(iter(group.lost), 0)
+        if run.group is not None:
+            run.group.remove(run)
         self._leave(turn, steps)
-        lane.is_doubtful = False
-        expected = stood if turn.step is None else turn.step + 1
-        is_over = turn.is_end or expected == steps
-        if is_over or (turn.is_alike and turn.why is not None):  # which alone would not have these caches
-            self.drop(lane)
-            if turn.step is not None and not is_over:
+        run.is_doubtful = False
+        expected = stood if step is None else step + 1
+        is_over = whose is Whose.ENDS or expected == steps
+        if is_over or (whose is Whose.ALIKE and why is not None):  # which alone would not have these caches
+            self.drop(run)
+            if step is not None and not is_over:
                 self._home(turn).lost[expected] += 1
             return
-        if turn.step is not None:
-            lane.goes_back = turn.step == lane.expected - 2 if lane.expected else turn.step > 0
-        self._lanes.move_to_end(lane)
-        if (before := self._home(turn).put(lane, expected)) is not None:
+        if step is not None:
+            run.goes_back = step == run.expected - 2 if run.expected else step > 0
+        self._runs.move_to_end(run)
+        if (before := self._home(turn).put(run, expected)) is not None:
             self.drop(before)
 
     def pass_by(self, turn: Turn, steps: int) -> None:
         """After a call that was answered without caches: its run may go on, without any."""
         if turn.step is None:
             return
-        if turn.is_only and turn.lane is not None:
-            self.drop(turn.lane)
+        if turn.verdict.is_only and turn.run is not None:
+            self.drop(turn.run)
         self._leave(turn, steps)
         if turn.step + 1 < steps:
             self._home(turn).lost[turn.step + 1] += 1
 
-    def _with(self, key: Key, given: Tensor) -> Lanes | None:
-        """The runs that these tensors are known to be of, none of them any more after the last."""
-        held, lanes = self._held.get((key, place_of(given)), (None, None))
-        return lanes if held is not None and held.is_alive else None
-
     def _leave(self, turn: Turn, steps: int) -> None:
         """Forget where the run of a call stood, if that is known; after its last step it may come back to that."""
-        lanes = turn.lanes
-        lanes.is_repeating |= turn.is_alike or turn.why == AGAIN
-        comes_back = steps in lanes.ends
-        if turn.is_only:
-            lanes.lost.clear()
-            lanes.ends.clear()
-        if lanes.is_repeating and not comes_back and turn.step == steps - 1:
+        group, verdict = turn.group, turn.verdict
+        group.is_repeating |= verdict.whose is Whose.ALIKE or verdict.why == AGAIN
+        comes_back = steps in group.ends
+        if verdict.is_only:
+            group.lost.clear()
+            group.ends.clear()
+        if group.is_repeating and not comes_back and turn.step == steps - 1:
             self._home(turn).ends.add(steps)
-        if self._anew.get(turn.key) is lanes and not (lanes.runs or lanes.ends):
+        if self._anew.get(turn.key) is group and group.is_empty and not group.ends:
             del self._anew[turn.key]
 
-    def _home(self, turn: Turn) -> Lanes:
+    def _home(self, turn: Turn) -> Group:
         """Where the run of a call is kept: among those of its tensors."""
-        place = turn.key, place_of(turn.given)
-        _, lanes = self._held.get(place, (None, None))
-        if lanes is None or not (lanes is turn.lanes or lanes.runs):
-            lanes = Lanes(is_made_anew=turn.step != 0, is_repeating=turn.lanes.is_repeating)
-            self._held[place] = Given(turn.given), lanes
-        return lanes
+        place = turn.key, location_of(turn.held)
+        _, group = self._held.get(place, (None, None))
+        if group is None or (group is not turn.group and group.is_empty):
+            group = Group(is_made_anew=turn.step != 0, is_repeating=turn.group.is_repeating)
+            self._held[place] = reference_to(turn.held), group
+        return group
 
     def _sort_out(self) -> None:
         """Runs whose tensors are gone are over, or may make them anew."""
-        for place, (given, lanes) in list(self._held.items()):
-            if given.is_alive:
+        for place, (reference, group) in list(self._held.items()):
+            if not reference.expired():  # type: ignore[no-untyped-call]
                 continue
             del self._held[place]
-            if lanes.is_held:
-                self._drop_all(lanes)
-            elif lanes.runs or lanes.ends:
-                self._pool(place[0], lanes)
+            if group.is_held:
+                self._drop_all(group)
+            elif not group.is_empty or group.ends:
+                self._pool(place[0], group)
         while len(self._anew) > self._limit:
-            _, lanes = self._anew.popitem(last=False)
-            lanes.lost.update(list(lanes.at))
-            self._forgotten.take(lanes)
-            self._drop_all(lanes)
+            _, group = self._anew.popitem(last=False)
+            group.lost.update(list(group.at))
+            self._forgotten.take(group)
+            self._drop_all(group)
 
-    def _pool(self, key: Key, lanes: Lanes) -> None:
-        pool = self._anew.setdefault(key, Lanes())
+    def _pool(self, key: Key, group: Group) -> None:
+        pool = self._anew.setdefault(key, Group())
         self._anew.move_to_end(key)
-        pool.take(lanes)
-        for lane in list(lanes.at.values()):
-            lanes.remove(lane)
+        pool.take(group)
+        for run in list(group.at.values()):
+            group.remove(run)
             # Loops hold prompts, and often make labels anew.
-            lane.is_doubtful = bool(key[-1]) and not lanes.is_made_anew
-            if (before := pool.put(lane, lane.expected)) is not None:
+            run.is_doubtful = bool(key[-1]) and not group.is_made_anew
+            if (before := pool.put(run, run.expected)) is not None:
                 self.drop(before)
 
-    def _drop_all(self, lanes: Lanes) -> None:
-        for lane in list(lanes.at.values()):
-            self.drop(lane)
-
-
-def _turn(key: Key, given: Tensor, step: int | None, lanes: Lanes, forgotten: Lanes, *, is_full: bool) -> Turn:
-    """What a call of this step is, among these runs and those that were forgotten."""
-    turn = Turn(key, given, step, lanes, None)
-    known = lanes.runs + forgotten.runs + (step is not None and step + 1 in lanes.ends | forgotten.ends)
-    only = next(iter(lanes.at.values()), None) if known == 1 else None
-    if step == 0:
-        is_end = only is not None and only.rises
-        return turn._replace(lane=only if is_end else lanes.at.get(0), is_only=is_end, is_end=is_end)
-    if step is not None and not forgotten.may_make(step) and (lane := lanes.next_of(step)):
-        return turn._replace(lane=lane)
-    if known > 1:
-        why = UNPLANNED if step is None else None if is_full else ALIKE
-        return turn._replace(lane=lanes.spare(step), why=why, is_alike=True)
-    turn = turn._replace(lane=only, is_only=True)
-    if step is None:
-        return turn._replace(why=UNPLANNED)
-    if only is None:
-        return turn._replace(why=GAVE_WAY if lanes.gave_way else FRESH)
-    if only.is_doubtful or not only.expected:
-        return turn._replace(why=FRESH)
-    return turn._replace(why=AGAIN if step < only.expected else LEFT_OUT)
+    def _drop_all(self, group: Group) -> None:
+        for run in list(group.at.values()):
+            self.drop(run)

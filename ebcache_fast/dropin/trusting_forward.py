@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from ebcache_fast.dropin.answerable import Answerable, DeclinedError
+from ebcache_fast.dropin.answerable import Answerable
 from ebcache_fast.dropin.cached_forward import CachedForward
-from ebcache_fast.dropin.lane import Lane
 from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.runs import Turn
+from ebcache_fast.dropin.runs import RunState, Turn
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.errors import TrajectoryError
 
@@ -22,43 +21,36 @@ class TrustingForward(CachedForward):
     model's own forward answers.
     """
 
-    _ending = Ending.PREDICT_GUARDED
+    _ending, _in_order = Ending.PREDICT_GUARDED, True
 
     def _step(self, answerable: Answerable) -> Tensor:
         self._choose(None)
         call, _, weights, numerics = answerable
-        turn = self._runs.trusted(self._kind_of(call), call.given)
-        if turn is None or turn.lane is None:
+        turn = self._runs.next_in_order(self._kind_of(call), call.given)
+        if turn is None or turn.run is None:
             return super()._step(answerable)
-        if (changed := turn.lane.why_over(weights, numerics)) is not None:
-            self._runs.drop(turn.lane)
+        if (changed := turn.run.stand(weights, numerics).changed) is not None:
+            self._runs.drop(turn.run)
             raise TrajectoryError(f"{changed}; begin it again")
-        return self._next(turn, turn.lane, call)
+        return self._next(turn, turn.run, call)
 
-    def _next(self, turn: Turn, lane: Lane, call: ModelCall) -> Tensor:
-        is_last = lane.expected == len(self.plan) - 1
+    def _next(self, turn: Turn, run: RunState, call: ModelCall) -> Tensor:
+        is_last = run.expected == len(self.plan) - 1
         try:
-            out = self._run(lane, turn, self.plan.timesteps[lane.expected], call)
+            out = self._run(run, turn, self.plan.timesteps[run.expected], call)
         except BaseException:
-            self._runs.drop(lane)  # whoever goes on after it begins a run again
+            self._runs.drop(run)  # whoever goes on after it begins a run again
             raise
-        if not lane.trajectory.is_broken(wait=is_last):
-            self._runs.move(turn, lane, len(self.plan))
+        if not run.trajectory.is_broken(wait=is_last):
+            self._runs.move(turn, run, len(self.plan))
             return out
-        self._runs.drop(lane, lose=True)  # if it is another's that came in between, it may go on
+        self._runs.drop(run, lose=True)  # if it is another's that came in between, it may go on
         raise TrajectoryError(
             "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
             f"order of the plan, {self.plan.timesteps[0]:g} first, and let each run have tensors of its own, or enable "
             "it without trust_order"
         )
 
-    def _depart(self, turn: Turn, why: str, t: float) -> None:
-        if turn.is_only and turn.lane is not None and turn.lane.is_doubtful:  # perhaps prompts are made anew
-            super()._depart(turn, why, t)
-            return
-        self._runs.pass_by(turn, len(self.plan))
-        raise DeclinedError(why)
-
-    def _run(self, lane: Lane, turn: Turn, t: float, call: ModelCall) -> Tensor:
-        lane.trajectory.give(call.t, call.y)
-        return super()._run(lane, turn, t, call)
+    def _run(self, run: RunState, turn: Turn, t: float, call: ModelCall) -> Tensor:
+        run.trajectory.give(call.t, call.y)
+        return super()._run(run, turn, t, call)
