@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast import enabled
-from ebcache_fast.dropin import answerable, cached_forward
+from ebcache_fast.dropin import cached_forward, eligibility
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.graphs import Graph
@@ -129,8 +129,8 @@ def calls(model: nn.Module, plan: Plan, watch: TimedWatch | KnowingWatch) -> Ite
 def dropped_in(watch: type[TimedWatch] | type[KnowingWatch], *, trust_order: bool) -> Iterator[Run]:
     """Runs of an enabled model of its own, looked at by ``watch``."""
     model, plan = make_model()
-    with patch.object(answerable, "Watch", watch), enabled(model, plan, trust_order=trust_order):
-        looking = vars(model)[cached_forward.ATTRIBUTE].gate._watch
+    with patch.object(eligibility, "Watch", watch), enabled(model, plan, trust_order=trust_order):
+        looking = vars(model)[cached_forward.ATTRIBUTE].eligibility._watch
 
         def run() -> Iterator[Step]:
             with patch.object(cached_forward, "Engine", EmptyEngine):

@@ -8,8 +8,8 @@ from torch import nn
 
 from ebcache_fast.dropin.cached_forward import ATTRIBUTE, CachedForward
 from ebcache_fast.dropin.courses import Course, choice_of
+from ebcache_fast.dropin.in_order import InOrderForward
 from ebcache_fast.dropin.other_caches import refuse_other_caches
-from ebcache_fast.dropin.trusting_forward import TrustingForward
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Stats
 from ebcache_fast.errors import InputError
@@ -91,10 +91,10 @@ def enable(
         max_cache_bytes=max_cache_bytes,
     )
     before = _cached_forward(module)
-    with before.own.asked() if before is not None else nullcontext():
+    with before.patch.asked() if before is not None else nullcontext():
         courses = [Course.of(model, module, plan) for plan in plans]
         choice = choice_of(model, courses, trust_order=trust_order)
-        cached = (TrustingForward if trust_order else CachedForward)(module, courses[0], options, choice)
+        cached = (InOrderForward if trust_order else CachedForward)(module, courses[0], options, choice)
     disable(module)
     cached.install()
     return model

@@ -13,9 +13,9 @@ from ebcache_fast import calibration
 from ebcache_fast.attach import module_of
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.calibration_voting import SEARCH_SAMPLES, Prompted, shown
-from ebcache_fast.dropin.diffusers_calls import calls_class
-from ebcache_fast.dropin.first_call import first_call
-from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.capture_call import capture_call
+from ebcache_fast.dropin.diffusers_signatures import signature_of
+from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.errors import EBCacheError, InputError, JobError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import sampler_of
@@ -122,14 +122,14 @@ def _prompted(pipe: Any, prompts: tuple[str, ...], run: Mapping[str, Any], first
     return Prompted(latents, lambda samples: encoded(batch(samples)).context, checksum, prompts)
 
 
-def _encoded(pipe: Any, prompts: tuple[str, ...], samples: tuple[int, ...], run: Mapping[str, Any]) -> ModelCall:
+def _encoded(pipe: Any, prompts: tuple[str, ...], samples: tuple[int, ...], run: Mapping[str, Any]) -> ForwardCall:
     """The call that the pipeline makes of its transformer for these prompts, the conditional rows first.
 
     InputError or JobError, naming the prompt, where a text can't be encoded or is not finite.
     """
     given = [prompts[k] for k in samples]
     try:
-        seen = first_call(pipe, prompt=given, **run)
+        seen = capture_call(pipe, prompt=given, **run)
     except EBCacheError:
         raise
     except Exception as error:
@@ -144,7 +144,7 @@ def _encoded(pipe: Any, prompts: tuple[str, ...], samples: tuple[int, ...], run:
             f"{run['guidance_scale']}; use 1 for no guidance or more than 1, and one picture a prompt"
         )
     order = torch.arange(len(seen.x), device=seen.x.device)
-    if copies == 2 and calls_class(pipe.transformer).unconditional_first:
+    if copies == 2 and signature_of(pipe.transformer).unconditional_first:
         order = order.roll(len(given))
     call = seen._replace(x=seen.x.new_empty(0, *seen.x.shape[1:]), context=cast(Any, seen.context).rows(order))
     if (row := call.row_not_finite()) is not None:

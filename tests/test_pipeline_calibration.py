@@ -20,7 +20,7 @@ from tiny import relative_error
 from torch import Tensor
 
 from ebcache_fast import algorithm1, calibrate, enable, pipeline_calibration, stats
-from ebcache_fast.dropin.first_call import first_call
+from ebcache_fast.dropin.capture_call import capture_call
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import trajectory_noise
@@ -124,9 +124,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def watched(pipe: Any, **arguments: Any) -> Any:
         seen.append(arguments["prompt"])
-        return first_call(pipe, **arguments)
+        return capture_call(pipe, **arguments)
 
-    monkeypatch.setattr(pipeline_calibration, "first_call", watched)
+    monkeypatch.setattr(pipeline_calibration, "capture_call", watched)
     return seen
 
 

@@ -131,7 +131,7 @@ def test_guesses_of_a_guided_method_raise_nothing() -> None:
     model = fresh_model()
     vars(model)["forward_with_cfg"] = lambda *_: 1 / 0
     enable(model, plan_of())
-    assert "forward_with_cfg" not in vars(model)["_cached_forward"].calls.methods
+    assert "forward_with_cfg" not in vars(model)["_cached_forward"].signature.methods
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [(SIGMA, 16), (COG_2B, 54)], ids=str)

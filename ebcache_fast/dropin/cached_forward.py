@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.dropin.advice import advice_on
-from ebcache_fast.dropin.answerable import OFF_SWITCH, Answerable, DeclinedError, Gate, UnfitError
 from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.decision import Answer, Whose, decide
-from ebcache_fast.dropin.diffusers_calls import calls_class
-from ebcache_fast.dropin.hooked import FORWARD, is_sent_away, what_hides
-from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.own_forward import Method, OwnForward
+from ebcache_fast.dropin.diffusers_signatures import signature_of
+from ebcache_fast.dropin.eligibility import OFF_SWITCH, Admitted, DeclinedError, Eligibility, UnfitError
+from ebcache_fast.dropin.forward_call import ForwardCall
+from ebcache_fast.dropin.other_caches import what_hides
+from ebcache_fast.dropin.patching import FORWARD, Method, MethodPatch, is_sent_away
 from ebcache_fast.dropin.prompt_ids import PromptIds
 from ebcache_fast.dropin.runs import Key, Runs, RunState, Turn
 from ebcache_fast.engine.buffers import Ending
@@ -50,16 +50,16 @@ class CachedForward:
 
     def __init__(self, model: nn.Module, course: Course, options: EngineOptions, choice: Choice | None = None) -> None:
         self.model, self.options, self.course, self.choice = model, options, course, choice
-        self.own = OwnForward(model)
-        self.gate = Gate(model, self.plan, options, self.own)
-        self.calls = calls_class(model)(self)
+        self.patch = MethodPatch(model)
+        self.eligibility = Eligibility(model, self.plan, options, self.patch)
+        self.signature = signature_of(model)(self)
         self._lock = RLock()
         self._forget_runs()
 
     def forget(self) -> None:
         """Drop all that is in progress, and the memory for it, once a call of another thread has its answer."""
         with self._lock:
-            self.gate.forget()
+            self.eligibility.forget()
             self._forget_runs()
 
     @property
@@ -96,22 +96,22 @@ class CachedForward:
 
     def install(self) -> None:
         """Put it in the place of the model's own forward."""
-        self.own.replace(self._methods)
+        self.patch.replace(self._methods)
         vars(self.model)[ATTRIBUTE] = self
 
     def remove(self) -> None:
         """Give the model its own forward back; whoever wrapped this one gets the model's own through it."""
-        self.own.restore(self._methods)
+        self.patch.restore(self._methods)
         del vars(self.model)[ATTRIBUTE]
 
     @property
     def _methods(self) -> dict[str, Method]:
-        return {**self.calls.methods, "_apply": self._moved, PIPELINE_ENDS: self._pipeline_ends}
+        return {**self.signature.methods, "_apply": self._moved, PIPELINE_ENDS: self._pipeline_ends}
 
     def _moved(self, *args: Any, **named: Any) -> Any:
         """``nn.Module._apply``, by which modules move: sent to another device, it leaves no memory where it was."""
         before = _device_of(self.model)
-        out = self.own.method("_apply")(*args, **named)
+        out = self.patch.method("_apply")(*args, **named)
         if _device_of(self.model) != before:
             self._let_go()
         return out
@@ -120,7 +120,7 @@ class CachedForward:
         """What diffusers calls for its own caches, and `_let_go` where memory is not kept between runs."""
         if self._keeps_nothing:
             self._let_go()
-        return self.own.method(PIPELINE_ENDS)(*args, **named) if hasattr(type(self.model), PIPELINE_ENDS) else None
+        return self.patch.method(PIPELINE_ENDS)(*args, **named) if hasattr(type(self.model), PIPELINE_ENDS) else None
 
     @property
     def _keeps_nothing(self) -> bool:
@@ -137,7 +137,7 @@ class CachedForward:
     @property
     def guided_channels(self) -> int:
         """How many of them ``forward_with_cfg`` guides; 0 where the model's own has to run."""
-        return self.gate.guided_channels
+        return self.eligibility.guided_channels
 
     @property
     def engine(self) -> Engine:
@@ -151,26 +151,26 @@ class CachedForward:
         """What was done since it was put in place."""
         with self._lock:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
-            hidden_by = what_hides(self.model, self.calls.methods[FORWARD])
+            hidden_by = what_hides(self.model, self.signature.methods[FORWARD])
             originals, refreshed = dict(self._originals), dict(self._refreshed)
             return replace(done, originals=originals, refreshed=refreshed, hidden_by=hidden_by)
 
-    def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
+    def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
         """What a method called with these arguments returns: ours, or what the model's own of that name does.
 
         ``call`` is None where the arguments mean something that the engine does not know.
         """
-        if self.own.is_asked:
-            return self.own.answer(name, *args, **named)
+        if self.patch.is_asked:
+            return self.patch.answer(name, *args, **named)
         with self._lock:
             try:
-                return self._step(self.gate.pass_on(call))
+                return self._step(self.eligibility.admit(call))
             except DeclinedError as declined:
                 why, unfit = str(declined), declined.__cause__ if isinstance(declined, UnfitError) else None
             if self.options.strict and why != OFF_SWITCH:
                 raise TrajectoryError(f"the plan can't be followed here: {why}; strict=False runs the model uncached")
         try:
-            out = self.own.answer(name, *args, **named)
+            out = self.patch.answer(name, *args, **named)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -181,8 +181,8 @@ class CachedForward:
             _count(self._originals, why, "the model's own forward answers, uncached")
         return out
 
-    def _step(self, answerable: Answerable) -> Tensor:
-        call, denoiser, weights, numerics = answerable
+    def _step(self, admitted: Admitted) -> Tensor:
+        call, denoiser, weights, numerics = admitted
         facts = call.read(denoiser)
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
@@ -191,7 +191,7 @@ class CachedForward:
         step = self._scheduler.step_at(t) if self.course.is_followed else None
         is_full = step is not None and not self.plan.steps[step].reused
         key = (facts.labels, *self._kind_of(call))
-        turn = self._runs.find(key, call.given, step, weights, numerics, is_full=is_full)
+        turn = self._runs.find(key, call.held, step, weights, numerics, is_full=is_full)
         if turn.verdict.why is not None:
             self._depart(turn, turn.verdict.why, t)
         if turn.verdict.whose is Whose.ALIKE:
@@ -219,12 +219,12 @@ class CachedForward:
         advice = advice_on(why, t, self.plan, self.options.max_trajectories)
         _count(self._refreshed, why, f"a step computes everything{near}", advice)
 
-    def _kind_of(self, call: ModelCall) -> Key:
+    def _kind_of(self, call: ForwardCall) -> Key:
         """What sets the runs apart that a call could be of, besides labels."""
         prompt = self._prompts.id_of(call.context, self._runs.prompts) if call.context else 0
         return id(self.plan), call.guided_channels, call.x.shape, prompt
 
-    def _begin(self, call: ModelCall, weights: Fingerprint, instead_of: RunState | None) -> RunState:
+    def _begin(self, call: ForwardCall, weights: Fingerprint, instead_of: RunState | None) -> RunState:
         """A run with caches of its own."""
         call.check_text()
         if instead_of is not None:
@@ -234,7 +234,7 @@ class CachedForward:
         self._runs.add(run)
         return run
 
-    def _trajectory_for(self, call: ModelCall) -> ForwardTrajectory:
+    def _trajectory_for(self, call: ForwardCall) -> ForwardTrajectory:
         try:
             return self.engine.forward_run(self.plan, call.batch.with_own_context(), self._ending)
         except InputError as error:  # too little memory: all else was checked
@@ -258,7 +258,7 @@ class CachedForward:
         if self._keeps_nothing:
             self.engine.let_go()
 
-    def _run(self, run: RunState, turn: Turn, t: float, call: ModelCall) -> Tensor:
+    def _run(self, run: RunState, turn: Turn, t: float, call: ForwardCall) -> Tensor:
         trajectory, step = run.trajectory, turn.step
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
@@ -275,7 +275,7 @@ class CachedForward:
         if run.weights.watched and run.expected > 0:
             run.trajectory.place.renew(len(self.plan) if step is None else step, t)
 
-    def _scaled(self, out: Tensor, call: ModelCall, t: float) -> Tensor:
+    def _scaled(self, out: Tensor, call: ForwardCall, t: float) -> Tensor:
         """What the engine could not scale, as it knows no schedule, in place."""
         if self.course.velocity is not None:
             self.course.velocity.apply(out, call.x, t)

@@ -1,13 +1,16 @@
-"""Caches of other libraries around a model or its pipeline, known by what they leave there."""
+"""Caches of other libraries around a model or its pipeline, known by what they leave there, and what hides ours."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.hooked import FORWARD, innermost
+from ebcache_fast.dropin.patching import FORWARD, HookChain, PatchedMethod
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.layers import has_another_forward, walk
 
@@ -33,7 +36,7 @@ def refuse_other_caches(target: Any, module: nn.Module) -> None:
 
 def has_foreign_forward(model: nn.Module) -> bool:
     """Whether the model's forward, below the hooks that are known, is another than its class came with."""
-    usual, held = type(model).forward, innermost(model, FORWARD).held
+    usual, held = type(model).forward, HookChain(model, FORWARD).innermost.held
     if held is not None and held != usual.__get__(model):
         return True
     return usual.__module__ not in {kind.__module__ for kind in type(model).__mro__}
@@ -64,6 +67,42 @@ def refuse_parts_that_keep(model: nn.Module, calls: Iterable[Callable[[], Any]])
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def what_hides(model: nn.Module, method: Any) -> str | None:
+    """What answers the model's calls in the place of ``method``, as far as can be seen; None where that is reached.
+
+    Whoever puts another forward around one holds it: as an argument or in a closure, as an attribute of the model, or
+    of a hook.
+    """
+    own = vars(model)
+    top = own.get(FORWARD, type(model).forward)
+    found, seen = [top], {id(top)}
+    for one in found:
+        if isinstance(one, MethodType | PatchedMethod) and one == method:
+            return None
+        for each in _held_by(one, own):
+            if id(each) not in seen and not isinstance(each, nn.Module):
+                seen.add(id(each))
+                found.append(each)
+    function = getattr(top, "func", top)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', None) or 'a'}.{name}".replace("<locals>.", "")
+
+
+def _held_by(one: Any, own: dict[str, Any]) -> Iterator[Any]:
+    """What a function may call, of what can be seen."""
+    if isinstance(one, partial):
+        yield from (one.func, *one.args, *one.keywords.values())
+    elif isinstance(one, MethodType):
+        yield from (one.__func__, one.__self__)
+    elif isinstance(one, FunctionType):
+        for cell in one.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                yield cell.cell_contents
+        yield from (own[name] for name in one.__code__.co_names if name in own and callable(own[name]))
+    else:
+        yield from filter(callable, getattr(one, "__dict__", {}).values())  # of whatever name
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.diffusers_calls import calls_class
-from ebcache_fast.dropin.hooked import bare
-from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.diffusers_signatures import signature_of
+from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.other_caches import has_foreign_forward, refuse_parts_that_keep
+from ebcache_fast.dropin.patching import bare
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
@@ -92,7 +92,7 @@ class _Probe:
         dtype = torch.int64 if isinstance(plan.timesteps[0], int) else torch.float32
         t = torch.tensor(plan.timesteps[0], dtype=dtype, device="cpu")
         latents, context = denoiser.example(rows, small=small)
-        self._call = ModelCall(
+        self._call = ForwardCall(
             x=torch.randn(rows, *latents, generator=generator, device="cpu").to(weight),
             t=t.repeat(rows).to(weight.device),
             y=torch.tensor((0, denoiser.num_classes - 1 + denoiser.has_null_label) * (rows // 2), device=weight.device),
@@ -113,7 +113,7 @@ class _Probe:
     def ask_again(self, by: float) -> None:
         """Call the model's own forward, with such latents."""
         self._go_away(by)
-        calls_class(self._model).ask(self._model, self._call)
+        signature_of(self._model).ask(self._model, self._call)
 
     def _go_away(self, by: float) -> None:
         x = self._call.x
@@ -127,7 +127,7 @@ class _Probe:
         """
         call = self._call._replace(guided_channels=guided_channels)
         try:
-            own = calls_class(self._model).ask(self._model, call)
+            own = signature_of(self._model).ask(self._model, call)
         except Exception as error:  # whatever a model, its hooks, or a method of another meaning may raise
             return error
         try:
@@ -147,7 +147,7 @@ class _Probe:
             return None
         return f"they differ by {distance:.1e} of the largest output, above {largest:g}"
 
-    def _predict(self, call: ModelCall) -> Tensor:
+    def _predict(self, call: ForwardCall) -> Tensor:
         run = self._engine.forward_run(self._plan, call.batch, Ending.PREDICT)
         run.guide(CFG_SCALE)
         ours = run.predict(0, call.x)

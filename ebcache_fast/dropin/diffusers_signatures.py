@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.calls import Answering, Calls, OriginalCalls
-from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.own_forward import Method
+from ebcache_fast.dropin.forward_call import ForwardCall
+from ebcache_fast.dropin.patching import Method
+from ebcache_fast.dropin.signatures import Answering, FacebookDiTSignature, Signature
 from ebcache_fast.models import (
     CogVideoXContext,
     CogVideoXDenoiser,
@@ -22,7 +22,7 @@ from ebcache_fast.models import (
 )
 
 
-class _DiffusersCalls:
+class _DiffusersSignature:
     """What they have in common: one method, and what it returns."""
 
     unconditional_first = True
@@ -35,7 +35,7 @@ class _DiffusersCalls:
     def methods(self) -> Mapping[str, Method]:
         return {"forward": self.forward}
 
-    def _answer(self, call: ModelCall | None, hidden_states: Tensor, return_dict: bool, **named: Any) -> Any:
+    def _answer(self, call: ForwardCall | None, hidden_states: Tensor, return_dict: bool, **named: Any) -> Any:
         """What a call with these arguments returns; the model's own gets them by name, as its decorators want them."""
         out = self._answering.answer(call, "forward", hidden_states, return_dict=return_dict, **named)
         if not isinstance(out, Tensor):  # the model's own
@@ -51,13 +51,13 @@ class _DiffusersCalls:
         return out
 
 
-class DiffusersDiTCalls(_DiffusersCalls):
+class DiffusersDiTSignature(_DiffusersSignature):
     """Of DiTTransformer2DModel."""
 
     unconditional_first = False
 
     @staticmethod
-    def ask(model: Any, call: ModelCall) -> Any:
+    def ask(model: Any, call: ForwardCall) -> Any:
         return model(call.x, call.t, call.y).sample
 
     def forward(
@@ -72,7 +72,7 @@ class DiffusersDiTCalls(_DiffusersCalls):
         """As the model's: latents (R, C, H, W), timesteps and labels (R,) -> Transformer2DModelOutput, or a tuple."""
         call = None
         if timestep is not None and class_labels is not None and not (cross_attention_kwargs or others):
-            call = ModelCall(hidden_states, timestep, class_labels)
+            call = ForwardCall(hidden_states, timestep, class_labels)
         return self._answer(
             call,
             hidden_states,
@@ -84,11 +84,11 @@ class DiffusersDiTCalls(_DiffusersCalls):
         )
 
 
-class PixArtCalls(_DiffusersCalls):
+class PixArtSignature(_DiffusersSignature):
     """Of PixArtTransformer2DModel."""
 
     @staticmethod
-    def ask(model: Any, call: ModelCall) -> Any:
+    def ask(model: Any, call: ForwardCall) -> Any:
         text, mask, resolution, aspect_ratio = call.context
         sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio}
         return model(call.x, text, call.t, sizes, encoder_attention_mask=mask).sample
@@ -105,7 +105,7 @@ class PixArtCalls(_DiffusersCalls):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As the model's: latents (R, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
+        """As the model's: latents (R, C, H, W), text (R, L, E), timesteps (R,) -> as above."""
         sizes = added_cond_kwargs or {}
         known = not (cross_attention_kwargs or others) and attention_mask is None
         known = known and sizes.keys() <= {"resolution", "aspect_ratio"}
@@ -131,11 +131,11 @@ class PixArtCalls(_DiffusersCalls):
         )
 
 
-class CogVideoXCalls(_DiffusersCalls):
+class CogVideoXSignature(_DiffusersSignature):
     """Of CogVideoXTransformer3DModel."""
 
     @staticmethod
-    def ask(model: Any, call: ModelCall) -> Any:
+    def ask(model: Any, call: ForwardCall) -> Any:
         text, cos, sin, ofs = call.context
         rotary = None if cos is None else (cos, sin)
         out = model(call.x.transpose(1, 2), text, call.t, ofs=ofs, image_rotary_emb=rotary, return_dict=False)
@@ -153,7 +153,7 @@ class CogVideoXCalls(_DiffusersCalls):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As the model's: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTCalls.forward`."""
+        """As the model's: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as above."""
         call = None
         if timestep_cond is None and not (attention_kwargs or others) and hidden_states.ndim == 5:
             cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
@@ -187,21 +187,21 @@ def _is_known_mask(context: PixArtContext) -> bool:
     return mask.shape == (rows, 1, *tokens) and mask.dtype == context.text.dtype  # of bools attention makes another
 
 
-def _of_label_0(x: Tensor, t: Tensor, context: Context) -> ModelCall:
+def _of_label_0(x: Tensor, t: Tensor, context: Context) -> ForwardCall:
     """The call of a model whose rows differ by their context alone."""
-    return ModelCall(x, t, torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), context=context)
+    return ForwardCall(x, t, torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), context=context)
 
 
-_CALLS: Final[Mapping[type, type[Calls]]] = MappingProxyType(
+_SIGNATURES: Final[Mapping[type, type[Signature]]] = MappingProxyType(
     {
-        DiTDenoiser: OriginalCalls,
-        DiffusersDiTDenoiser: DiffusersDiTCalls,
-        PixArtDenoiser: PixArtCalls,
-        CogVideoXDenoiser: CogVideoXCalls,
+        DiTDenoiser: FacebookDiTSignature,
+        DiffusersDiTDenoiser: DiffusersDiTSignature,
+        PixArtDenoiser: PixArtSignature,
+        CogVideoXDenoiser: CogVideoXSignature,
     }
 )
 
 
-def calls_class(model: nn.Module) -> type[Calls]:
+def signature_of(model: nn.Module) -> type[Signature]:
     """How models of this layout are called."""
-    return _CALLS[type(as_denoiser(model))]
+    return _SIGNATURES[type(as_denoiser(model))]

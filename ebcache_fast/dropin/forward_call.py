@@ -22,7 +22,7 @@ class Facts(NamedTuple):
     labels: tuple[int, ...]
 
 
-class ModelCall(NamedTuple):
+class ForwardCall(NamedTuple):
     """``forward(x, t, y)``, or with guided channels ``forward_with_cfg(x, t, y, cfg_scale)``."""
 
     x: Tensor  # (R, C, H, W), or of videos (R, C, F, H, W), in the model's dtype
@@ -43,13 +43,13 @@ class ModelCall(NamedTuple):
         return Batch(self.y.long(), self.samples, self.guided_channels, tuple(self.x.shape[1:]), self.context)
 
     @property
-    def given(self) -> Tensor:
+    def held(self) -> Tensor:
         """What its caller holds for the length of a run: prompts, or labels."""
         return next(one for one in (*self.context, self.y) if one is not None)
 
     def row_not_finite(self) -> int | None:
         """The first row whose text is not finite throughout; None without one. It waits for the device."""
-        finite = self.given.reshape(len(self.given), -1).isfinite().all(dim=1)
+        finite = self.held.reshape(len(self.held), -1).isfinite().all(dim=1)
         return None if finite.all() else int(finite.int().argmin())
 
     def check_text(self) -> None:

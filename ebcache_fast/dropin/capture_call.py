@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from ebcache_fast.dropin.diffusers_calls import calls_class
-from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.diffusers_signatures import signature_of
+from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.errors import InputError
 
 
 class _SeenError(Exception):
     """Ends a pipeline's run at its first call."""
 
-    def __init__(self, call: ModelCall | None) -> None:
+    def __init__(self, call: ForwardCall | None) -> None:
         super().__init__("the call that was waited for")
         self.call = call
 
@@ -20,17 +20,17 @@ class _Waiting:
 
     guided_channels = 0
 
-    def answer(self, call: ModelCall | None, name: str, *args: Any, **named: Any) -> Any:
+    def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
         """Raise what carries the call."""
         raise _SeenError(call)
 
 
-def first_call(pipe: Any, **arguments: Any) -> ModelCall:
+def capture_call(pipe: Any, **arguments: Any) -> ForwardCall:
     """The first call that ``pipe(**arguments)`` makes of its transformer, which does not run.
 
     InputError where the pipeline makes none, or one that the engine does not know.
     """
-    forward = calls_class(pipe.transformer)(_Waiting()).methods["forward"]
+    forward = signature_of(pipe.transformer)(_Waiting()).methods["forward"]
     own = vars(pipe.transformer)
     before = {name: own[name] for name in ("forward",) if name in own}
     own["forward"] = forward

@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from ebcache_fast.dropin.answerable import Answerable
 from ebcache_fast.dropin.cached_forward import CachedForward
-from ebcache_fast.dropin.model_call import ModelCall
+from ebcache_fast.dropin.eligibility import Admitted
+from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.runs import RunState, Turn
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.errors import TrajectoryError
 
 
-class TrustingForward(CachedForward):
+class InOrderForward(CachedForward):
     """Answers calls with the tensors of a run in the order of the plan, one a step, without a look at what they hold.
 
     The device compares timesteps and labels. Where they are not the step's, the output is NaN, and TrajectoryError
@@ -23,18 +23,18 @@ class TrustingForward(CachedForward):
 
     _ending, _in_order = Ending.PREDICT_GUARDED, True
 
-    def _step(self, answerable: Answerable) -> Tensor:
+    def _step(self, admitted: Admitted) -> Tensor:
         self._choose(None)
-        call, _, weights, numerics = answerable
-        turn = self._runs.next_in_order(self._kind_of(call), call.given)
+        call, _, weights, numerics = admitted
+        turn = self._runs.next_in_order(self._kind_of(call), call.held)
         if turn is None or turn.run is None:
-            return super()._step(answerable)
+            return super()._step(admitted)
         if (changed := turn.run.stand(weights, numerics).changed) is not None:
             self._runs.drop(turn.run)
             raise TrajectoryError(f"{changed}; begin it again")
         return self._next(turn, turn.run, call)
 
-    def _next(self, turn: Turn, run: RunState, call: ModelCall) -> Tensor:
+    def _next(self, turn: Turn, run: RunState, call: ForwardCall) -> Tensor:
         is_last = run.expected == len(self.plan) - 1
         try:
             out = self._run(run, turn, self.plan.timesteps[run.expected], call)
@@ -51,6 +51,6 @@ class TrustingForward(CachedForward):
             "it without trust_order"
         )
 
-    def _run(self, run: RunState, turn: Turn, t: float, call: ModelCall) -> Tensor:
+    def _run(self, run: RunState, turn: Turn, t: float, call: ForwardCall) -> Tensor:
         run.trajectory.give(call.t, call.y)
         return super()._run(run, turn, t, call)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ebcache_fast.dropin.model_call import ModelCall
-from ebcache_fast.dropin.own_forward import OwnForward
+from ebcache_fast.dropin.forward_call import ForwardCall
+from ebcache_fast.dropin.patching import MethodPatch
 from ebcache_fast.dropin.probe import probe
 from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.numerics import Functions, Numerics, functions_now
@@ -32,25 +32,25 @@ class UnfitError(DeclinedError):
     """The engine does not take such a call; the model's own forward may. Its cause is the error if that does not."""
 
 
-class Answerable(NamedTuple):
+class Admitted(NamedTuple):
     """A call that the engine can answer, and what it is to be answered with."""
 
-    call: ModelCall
+    call: ForwardCall
     denoiser: Denoiser
     weights: Fingerprint
     numerics: Numerics
 
 
-class Gate:
+class Eligibility:
     """Lets calls of one model through to the engine as long as that computes what the model's own forward would.
 
     Raises InputError where the model computes something else than its parts say, TableError where the plan is for
     another one.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, options: EngineOptions, own: OwnForward) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, options: EngineOptions, own: MethodPatch) -> None:
         options.check(as_denoiser(model))
-        self.model, self.plan, self.options, self.own = model, plan, options, own
+        self.model, self.plan, self.options, self.patch = model, plan, options, own
         if layer := in_training(model):
             raise InputError(f"{type(model).__name__}'s {layer} is in training mode; call model.eval()")
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
@@ -73,7 +73,7 @@ class Gate:
         self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
         self._misfit: str | None = None  # why the model can't be answered for as it is now
 
-    def pass_on(self, call: ModelCall | None) -> Answerable:
+    def admit(self, call: ForwardCall | None) -> Admitted:
         """The call, None being one whose arguments the engine does not know.
 
         Raises DeclinedError where the model's own forward has to answer, UnfitError where it has to try.
@@ -91,9 +91,9 @@ class Gate:
         if (form := (call.form, weights)) != self._checked:
             self._check(call)
             self._checked = form
-        return Answerable(call, self._denoiser, weights, numerics)
+        return Admitted(call, self._denoiser, weights, numerics)
 
-    def _check(self, call: ModelCall) -> None:
+    def _check(self, call: ForwardCall) -> None:
         try:
             call.check(self._denoiser)
         except InputError as error:
@@ -101,7 +101,7 @@ class Gate:
                 raise
             raise UnfitError(str(error)) from error
 
-    def _asks_for_nothing_else(self, call: ModelCall | None) -> ModelCall:
+    def _asks_for_nothing_else(self, call: ForwardCall | None) -> ForwardCall:
         if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
             raise DeclinedError(OFF_SWITCH)
         if call is None:
@@ -145,7 +145,7 @@ class Gate:
 
     def _probe_again(self) -> None:
         plan_for(self._denoiser, self.plan)
-        with self.own.asked():
+        with self.patch.asked():
             guided_channels = probe(self.model, self.plan)
         if guided_channels != self.guided_channels:
             raise InputError("its forward_with_cfg is another one; enable it again")
