@@ -15,7 +15,7 @@ from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.calibration_voting import SEARCH_SAMPLES, Prompted, shown
 from ebcache_fast.dropin.capture_call import capture_call
 from ebcache_fast.dropin.diffusers_signatures import signature_of
-from ebcache_fast.dropin.forward_call import ForwardCall
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.errors import EBCacheError, InputError, JobError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import sampler_of

@@ -8,7 +8,7 @@ import torch
 from diffusers_tiny import TEXT_LENGTH, tiny_cogvideox_2b, tiny_pixart_sigma
 
 from ebcache_fast import CacheTable, StepType, enable
-from ebcache_fast.dropin import forward_call
+from ebcache_fast.dropin import signatures
 from ebcache_fast.errors import InputError
 
 STEPS = 4
@@ -56,8 +56,8 @@ def test_the_text_is_blamed_and_the_next_run_is_answered(
 
 def test_it_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[object] = []
-    look = forward_call.ForwardCall.row_not_finite
-    monkeypatch.setattr(forward_call.ForwardCall, "row_not_finite", lambda call: looks.append(call) or look(call))
+    look = signatures.ForwardCall.row_not_finite
+    monkeypatch.setattr(signatures.ForwardCall, "row_not_finite", lambda call: looks.append(call) or look(call))
     pipe = enabled(tiny_pixart_sigma(), trust_order=False)
     for runs in (1, 2):
         draw(pipe, **PICTURE)

@@ -15,11 +15,11 @@ from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.decision import Answer, Whose, decide
 from ebcache_fast.dropin.diffusers_signatures import signature_of
 from ebcache_fast.dropin.eligibility import OFF_SWITCH, Admitted, DeclinedError, Eligibility, UnfitError
-from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.other_caches import what_hides
 from ebcache_fast.dropin.patching import FORWARD, Method, MethodPatch, is_sent_away
 from ebcache_fast.dropin.prompt_ids import PromptIds
 from ebcache_fast.dropin.runs import Key, Runs, RunState, Turn
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.fingerprint import Fingerprint
@@ -66,12 +66,6 @@ class CachedForward:
     def plan(self) -> Plan:
         """What calls go by now."""
         return self.course.plan
-
-    def _choose(self, t: float | None) -> None:
-        """Go by what is meant at timestep t."""
-        course = self.course if self.choice is None else self.choice.at(t)
-        if course is not self.course:
-            self.course, self._scheduler = course, StepScheduler(course.plan)
 
     def _forget_runs(self) -> None:
         self._scheduler = StepScheduler(self.plan)
@@ -187,9 +181,11 @@ class CachedForward:
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
         (t,) = facts.timesteps
-        self._choose(t)
-        step = self._scheduler.step_at(t) if self.course.is_followed else None
-        is_full = step is not None and not self.plan.steps[step].reused
+        if self.choice is not None:
+            self._take(self.choice.at(t))
+        course = self.course
+        step = self._scheduler.step_at(t) if course.is_followed else None
+        is_full = step is not None and not course.plan.steps[step].reused
         key = (facts.labels, *self._kind_of(call))
         turn = self._runs.find(key, call.held, step, weights, numerics, is_full=is_full)
         if turn.verdict.why is not None:
@@ -205,8 +201,13 @@ class CachedForward:
             if turn.verdict.why is not None or run.group is None:  # what its caches hold now, nobody knows
                 self._runs.drop(run, lose=True)
             raise
-        self._runs.move(turn, run, len(self.plan))
+        self._runs.move(turn, run, len(course.plan.steps))
         return out
+
+    def _take(self, course: Course) -> None:
+        """Go by this plan from now on."""
+        if course is not self.course:
+            self.course, self._scheduler = course, StepScheduler(course.plan)
 
     def _depart(self, turn: Turn, why: str, t: float) -> None:
         """Say that a step computes everything; TrajectoryError or DeclinedError where it is not to be answered so."""
@@ -222,7 +223,7 @@ class CachedForward:
     def _kind_of(self, call: ForwardCall) -> Key:
         """What sets the runs apart that a call could be of, besides labels."""
         prompt = self._prompts.id_of(call.context, self._runs.prompts) if call.context else 0
-        return id(self.plan), call.guided_channels, call.x.shape, prompt
+        return id(self.course.plan), call.guided_channels, call.x.shape, prompt
 
     def _begin(self, call: ForwardCall, weights: Fingerprint, instead_of: RunState | None) -> RunState:
         """A run with caches of its own."""
@@ -259,26 +260,20 @@ class CachedForward:
             self.engine.let_go()
 
     def _run(self, run: RunState, turn: Turn, t: float, call: ForwardCall) -> Tensor:
-        trajectory, step = run.trajectory, turn.step
+        trajectory, step, follows = run.trajectory, turn.step, turn.verdict.why is None
+        plan, velocity, _ = self.course
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
-        self._renew(run, t, step)
+        if run.weights.watched and run.expected > 0:  # hooks may say other things at this step than when the run began
+            trajectory.place.renew(len(plan.steps) if step is None else step, t)
         run.calls += 1
-        run.hits += step is not None and turn.verdict.why is None and bool(self.plan.steps[step].reused)
         if step is None:
-            return self._scaled(trajectory.refresh_at(t, call.x), call, t)
-        out = (trajectory.predict if turn.verdict.why is None else trajectory.refresh)(step, call.x)
-        return self._scaled(out, call, t)
-
-    def _renew(self, run: RunState, t: float, step: int | None) -> None:
-        """Let hooks say what they say at this step, of parts that otherwise are asked when a run begins."""
-        if run.weights.watched and run.expected > 0:
-            run.trajectory.place.renew(len(self.plan) if step is None else step, t)
-
-    def _scaled(self, out: Tensor, call: ForwardCall, t: float) -> Tensor:
-        """What the engine could not scale, as it knows no schedule, in place."""
-        if self.course.velocity is not None:
-            self.course.velocity.apply(out, call.x, t)
+            out = trajectory.refresh_at(t, call.x)
+        else:
+            run.hits += follows and bool(plan.steps[step].reused)
+            out = trajectory.predict(step, call.x, is_refresh=not follows)
+        if velocity is not None:  # which the engine can't scale, as it knows no schedule
+            velocity.apply(out, call.x, t)
         return out
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ebcache_fast.dropin.diffusers_signatures import signature_of
-from ebcache_fast.dropin.forward_call import ForwardCall
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.errors import InputError
 
 

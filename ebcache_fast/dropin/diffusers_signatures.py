@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.patching import Method
-from ebcache_fast.dropin.signatures import Answering, FacebookDiTSignature, Signature
+from ebcache_fast.dropin.signatures import Answering, FacebookDiTSignature, ForwardCall, Signature
 from ebcache_fast.models import (
     CogVideoXContext,
     CogVideoXDenoiser,

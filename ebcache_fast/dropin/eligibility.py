@@ -1,18 +1,17 @@
 """Whether the engine can answer a call: what the call asks for, and what the model is by now."""
 
 import os
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.patching import MethodPatch
 from ebcache_fast.dropin.probe import probe
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.fingerprint import Fingerprint, Watch
-from ebcache_fast.engine.numerics import Functions, Numerics, functions_now
+from ebcache_fast.engine.numerics import Functions, Numerics
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import Denoiser, as_denoiser
@@ -55,7 +54,7 @@ class Eligibility:
             raise InputError(f"{type(model).__name__}'s {layer} is in training mode; call model.eval()")
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
         self.forget()
-        self._probed: Probed = self._code(self._watch.look(), functions_now())
+        self._probed: Probed = self._code(self._watch.look(), Numerics.now(self._device).functions)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has another model to look at."""
@@ -68,9 +67,10 @@ class Eligibility:
     def forget(self) -> None:
         """Look at everything again when the next call comes."""
         self._watch = Watch(self.model)
+        self._device = torch.device("cpu")  # the model's, once it is looked at
         self._seen: object = None  # parts and functions as they were looked at last
         self._probed = ()
-        self._checked: Hashable = None  # the form of the call, and the weights, that were checked last
+        self._checked: object = None  # the form of the call, and the weights, that were checked last
         self._misfit: str | None = None  # why the model can't be answered for as it is now
 
     def admit(self, call: ForwardCall | None) -> Admitted:
@@ -78,17 +78,19 @@ class Eligibility:
 
         Raises DeclinedError where the model's own forward has to answer, UnfitError where it has to try.
         """
-        call = self._asks_for_nothing_else(call)
-        weights, functions = self._watch.look(), functions_now()  # while the device may be busy with the last call
-        if (seen := (weights.parts, functions)) != self._seen:
-            self._look_again(weights, functions)
+        call, tensors = self._asks_for_nothing_else(call)
+        weights, numerics = self._watch.look(), Numerics.now(self._device)  # while the device may be busy with a call
+        if (seen := (weights.parts, numerics.functions)) != self._seen:
+            self._look_again(weights, numerics.functions)
             self._seen = seen
+            numerics = Numerics.now(self._device)  # which may be another by now
         if self._misfit:
             raise DeclinedError(self._misfit)
-        numerics = Numerics.now(self._device, functions)
         if numerics.autocast:
             raise DeclinedError("autocast is on")
-        if (form := (call.form, weights)) != self._checked:
+        lacks = [one is None for one in call.context]
+        form = weights, call.guided_channels, lacks, [(one.shape, one.dtype, one.device) for one in tensors]
+        if form != self._checked:
             self._check(call)
             self._checked = form
         return Admitted(call, self._denoiser, weights, numerics)
@@ -101,22 +103,22 @@ class Eligibility:
                 raise
             raise UnfitError(str(error)) from error
 
-    def _asks_for_nothing_else(self, call: ForwardCall | None) -> ForwardCall:
+    def _asks_for_nothing_else(self, call: ForwardCall | None) -> tuple[ForwardCall, tuple[Tensor, ...]]:
         if os.environ.get(OFF_SWITCH, "0") not in ("", "0"):
             raise DeclinedError(OFF_SWITCH)
         if call is None:
             raise DeclinedError("arguments that the engine does not know")
-        if not PLAIN_TENSORS.issuperset(map(type, (call.y, *call.numbers))):
+        if not PLAIN_TENSORS.issuperset(map(type, tensors := call.tensors)):
             raise DeclinedError("arguments that are no plain tensors")
         if self.model.training:
             raise DeclinedError("the model is in training mode")
-        if torch.is_grad_enabled() and any(one.requires_grad for one in (*call.numbers, *parameters_of(self.model))):
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (*tensors, *parameters_of(self.model))):
             raise DeclinedError("gradients are recorded")
         if forward_ad._current_level >= 0:
             raise DeclinedError("gradients are carried forward")
-        if call.is_guided_by_row:
+        if isinstance(call.cfg_scale, Tensor) and call.cfg_scale.numel() != 1:
             raise DeclinedError("cfg_scale differs within the batch")
-        return call
+        return call, tensors
 
     def _look_again(self, weights: Fingerprint, functions: Functions) -> None:
         """Find out whether the model can still be answered for; hooks or modules may be others by now."""

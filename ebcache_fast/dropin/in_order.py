@@ -4,8 +4,8 @@ from torch import Tensor
 
 from ebcache_fast.dropin.cached_forward import CachedForward
 from ebcache_fast.dropin.eligibility import Admitted
-from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.runs import RunState, Turn
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.errors import TrajectoryError
 
@@ -24,7 +24,8 @@ class InOrderForward(CachedForward):
     _ending, _in_order = Ending.PREDICT_GUARDED, True
 
     def _step(self, admitted: Admitted) -> Tensor:
-        self._choose(None)
+        if self.choice is not None:
+            self._take(self.choice.at(None))
         call, _, weights, numerics = admitted
         turn = self._runs.next_in_order(self._kind_of(call), call.held)
         if turn is None or turn.run is None:
@@ -35,19 +36,20 @@ class InOrderForward(CachedForward):
         return self._next(turn, turn.run, call)
 
     def _next(self, turn: Turn, run: RunState, call: ForwardCall) -> Tensor:
-        is_last = run.expected == len(self.plan) - 1
+        timesteps = self.course.plan.timesteps
+        is_last = run.expected == len(timesteps) - 1
         try:
-            out = self._run(run, turn, self.plan.timesteps[run.expected], call)
+            out = self._run(run, turn, timesteps[run.expected], call)
         except BaseException:
             self._runs.drop(run)  # whoever goes on after it begins a run again
             raise
         if not run.trajectory.is_broken(wait=is_last):
-            self._runs.move(turn, run, len(self.plan))
+            self._runs.move(turn, run, len(timesteps))
             return out
         self._runs.drop(run, lose=True)  # if it is another's that came in between, it may go on
         raise TrajectoryError(
             "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
-            f"order of the plan, {self.plan.timesteps[0]:g} first, and let each run have tensors of its own, or enable "
+            f"order of the plan, {timesteps[0]:g} first, and let each run have tensors of its own, or enable "
             "it without trust_order"
         )
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.dropin.diffusers_signatures import signature_of
-from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.other_caches import has_foreign_forward, refuse_parts_that_keep
 from ebcache_fast.dropin.patching import bare
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs

@@ -1,12 +1,119 @@
-"""How models are called: the arguments of the methods that are replaced, and what they return."""
+"""Calls of a model's forward: how models are called, and what one call holds."""
 
+import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from ebcache_fast.dropin.forward_call import ForwardCall
 from ebcache_fast.dropin.patching import Method
+from ebcache_fast.engine.engine import Batch
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import Context, Denoiser
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Facts(NamedTuple):
+    """What a call's tensors hold, on the host."""
+
+    timesteps: frozenset[float]
+    labels: tuple[int, ...]
+
+
+class ForwardCall(NamedTuple):
+    """``forward(x, t, y)``, or with guided channels ``forward_with_cfg(x, t, y, cfg_scale)``."""
+
+    x: Tensor  # (R, C, H, W), or of videos (R, C, F, H, W), in the model's dtype
+    t: Tensor  # (R,) of any real dtype, or (1,) or () for all rows; on the model's device or the host
+    y: Tensor  # (R,) integers
+    cfg_scale: float | Tensor = 1.0  # one number
+    guided_channels: int = 0
+    context: Context = ()  # of R rows
+
+    @property
+    def samples(self) -> int:
+        """R, or half as many under guidance, where the second half repeats the latents of the first."""
+        return len(self.y) // 2 if self.guided_channels else len(self.y)
+
+    @property
+    def batch(self) -> Batch:
+        """The rows as the engine sees them."""
+        return Batch(self.y.long(), self.samples, self.guided_channels, tuple(self.x.shape[1:]), self.context)
+
+    @property
+    def held(self) -> Tensor:
+        """What its caller holds for the length of a run: prompts, or labels."""
+        return next(one for one in (*self.context, self.y) if one is not None)
+
+    def row_not_finite(self) -> int | None:
+        """The first row whose text is not finite throughout; None without one. It waits for the device."""
+        finite = self.held.reshape(len(self.held), -1).isfinite().all(dim=1)
+        return None if finite.all() else int(finite.int().argmin())
+
+    def check_text(self) -> None:
+        """InputError where a text is not finite: what comes of it would be blamed on the latents."""
+        if (row := self.row_not_finite()) is not None:
+            raise InputError(
+                f"the text of row {row} holds a number that is not finite, as prompts that a float16 encoder overflows "
+                "at; encode the prompt in bfloat16 or float32"
+            )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it has, in an order of their own."""
+        cfg_scale = (self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()
+        return self.x, self.t, self.y, *cfg_scale, *[one for one in self.context if one is not None]
+
+    def check(self, denoiser: Denoiser) -> None:
+        """InputError unless shapes, dtypes and devices are the model's; what the tensors hold is not looked at."""
+        x, t, y, weight = self.x, self.t, self.y, denoiser.weight()
+        if not x.ndim or not len(x):
+            raise InputError(f"x of shape {tuple(x.shape)} holds no row; pass one latent or more")
+        denoiser.sized(tuple(x.shape[1:]), self.context)
+        if x.dtype != weight.dtype:
+            raise InputError(f"x is {x.dtype}, but the model {weight.dtype}; convert one of them")
+        context = (("the context", one, ()) for one in self.context if one is not None)
+        for name, tensor, also in (("x", x, ()), ("y", y, ()), ("t", t, (torch.device("cpu"),)), *context):
+            if tensor.device not in (weight.device, *also):
+                raise InputError(f"{name} is on {tensor.device}, but the model on {weight.device}; move one of them")
+        if y.shape != x.shape[:1] or y.dtype not in INTEGERS:
+            raise InputError(f"y of shape {tuple(y.shape)} and {y.dtype} does not fit; it must be ({len(x)},) integers")
+        if t.shape not in ((), (1,), x.shape[:1]) or t.dtype.is_complex or t.dtype == torch.bool:
+            raise InputError(f"t of shape {tuple(t.shape)} and {t.dtype} does not fit; it must be ({len(x)},) numbers")
+        if self.guided_channels and len(x) % 2:
+            raise InputError(f"{len(x)} rows can't be halved; pass the conditional rows, then as many unconditional")
+
+    def read(self, denoiser: Denoiser) -> Facts:
+        """What its tensors hold: the one time that a call waits for the device.
+
+        InputError for a label that the model does not have, or latents that are not finite.
+        """
+        total = self.x.sum(dtype=torch.float64)  # not finite where any number is not
+        if total.is_cpu:  # and so is all else
+            y, x, t = self.y.tolist(), total.item(), self.t.tolist() if self.t.ndim else (self.t.item(),)
+        else:
+            y, (x,), t = numbers_of(self.y, total, self.t)
+        labels, timesteps = tuple(map(int, y)), frozenset(t)
+        highest = denoiser.num_classes - 1 + denoiser.has_null_label
+        if not 0 <= min(labels) <= max(labels) <= highest:
+            wrong = next(label for label in labels if not 0 <= label <= highest)
+            raise InputError(f"label {wrong} in y is outside [0, {highest}]; this model has no other")
+        if not math.isfinite(x):
+            self.check_text()
+            raise InputError("x holds a number that is not finite; begin again, from finite noise")
+        if strange := [t for t in timesteps if not math.isfinite(t)]:
+            raise InputError(f"t={strange[0]} is not finite; pass timesteps of the plan, in its order")
+        return Facts(timesteps, labels)
+
+
+def numbers_of(*tensors: Tensor) -> list[list[float]]:
+    """What tensors (n,) or () hold: of a GPU by one awaited copy of all, in float64, of the host as they are."""
+    away = [tensor.double().flatten() for tensor in tensors if not tensor.is_cpu]
+    copied = iter(torch.cat(away).tolist() if away else ())
+    return [tensor.flatten().tolist() if tensor.is_cpu else list(islice(copied, tensor.numel())) for tensor in tensors]
 
 
 class Answering(Protocol):
@@ -46,12 +153,12 @@ class FacebookDiTSignature:
     unconditional_first = False
 
     def __init__(self, answering: Answering) -> None:
-        self._answering = answering
+        self._answering, self._guided_channels = answering, answering.guided_channels
 
     @property
     def methods(self) -> Mapping[str, Method]:
         guided: dict[str, Method] = {"forward_with_cfg": self.forward_with_cfg}
-        return {"forward": self.forward} | (guided if self._answering.guided_channels else {})
+        return {"forward": self.forward} | (guided if self._guided_channels else {})
 
     @staticmethod
     def ask(model: Any, call: ForwardCall) -> Any:
@@ -67,6 +174,6 @@ class FacebookDiTSignature:
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """As the model's: the second half of the batch is unconditional, and takes the latents of the first."""
-        call = ForwardCall(x, t, y, cfg_scale, self._answering.guided_channels)
+        call = ForwardCall(x, t, y, cfg_scale, self._guided_channels)
         out: Tensor = self._answering.answer(call, "forward_with_cfg", x, t, y, cfg_scale)
         return out

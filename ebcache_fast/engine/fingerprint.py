@@ -111,7 +111,7 @@ def _look_at(tree: _Tree) -> Fingerprint | None:
     """The fingerprint of modules and their attributes, the whole model's first; None where one has fewer by now."""
     insides = tree.insides
     children, parameters, buffers, hooks, pre_hooks = (list(map(get, insides)) for get in INSIDE)
-    tensors = [one for one in chain(_values(parameters), _values(buffers)) if one is not None]
+    tensors = [one for one in _values(chain(parameters, buffers)) if one is not None]
     # The model's own hooks run around a graph, and its own forward may be the one that asks.
     forwards = list(map(dict.get, insides[1:], repeat("forward")))
     hooked = any(hooks[1:]), any(pre_hooks[1:])
@@ -130,8 +130,10 @@ def _look_at(tree: _Tree) -> Fingerprint | None:
     kinds = map(type, tree.modules), processors, functions, modes if len({*modes}) > 1 else ()
     columns = numbers, *kinds, classes, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
+    switches = list(map(dict.get, insides, repeat("_disable_adapters")))
+    adapters = [] if switches.count(None) == len(switches) else _adapters(insides)  # most models have none
     with torch._C.DisableTorchFunctionSubclass():  # a class may refuse to be asked
-        versions = [*_versions(tensors), *_adapters(insides)]
+        versions = [*_versions(tensors), *adapters]
     return Fingerprint(parts, versions, others or any(hooked))
 
 
@@ -141,10 +143,7 @@ def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 def _adapters(insides: Sequence[dict[str, Any]]) -> list[Any]:
     """Whether and how much each of peft's adapters counts, which are plain numbers beside its weights."""
-    switches = list(map(dict.get, insides, repeat("_disable_adapters")))
-    if switches.count(None) == len(switches):  # as most models are: no look at each
-        return []
-    layers = [inside for inside, switch in zip(insides, switches, strict=True) if switch is not None]
+    layers = [inside for inside in insides if inside.get("_disable_adapters") is not None]
     return [(one["_disable_adapters"], str(one.get("_active_adapter")), str(one.get("scaling"))) for one in layers]
 
 

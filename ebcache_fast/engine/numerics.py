@@ -44,6 +44,8 @@ OF_TORCH = attrgetter(
     *("matmul", "meshgrid", "mm", "mul", "outer", "rsqrt", "sin", "softmax", "split", "stack"),
     *("_addmm_activation", "_scaled_mm"),
 )
+DISPATCH, EMBEDDINGS = "diffusers.models.attention_dispatch", "diffusers.models.embeddings"
+DIFFUSERS = frozenset({DISPATCH, EMBEDDINGS})
 
 
 class Numerics(NamedTuple):
@@ -52,29 +54,26 @@ class Numerics(NamedTuple):
     autocast: tuple[object, ...]  # nothing where it is off
     settings: tuple[object, ...]
     attention_order: tuple[int, ...]  # which of its ways is tried first
-    functions: Functions
+    functions: Functions  # that layers find, in whose place others may be put, and hooks on all modules
 
     @classmethod
-    def now(cls, device: torch.device, functions: Functions | None = None) -> Self:
-        """As it is set for this device; ``functions`` where they were looked up already."""
+    def now(cls, device: torch.device) -> Self:
+        """As it is set for this device."""
         kind = device.type
         casts = torch.is_autocast_enabled(kind)
         autocast = (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if casts else ()
         order = tuple(torch._C._get_sdp_priority_order())
-        return cls(autocast, tuple(map(call, SETTINGS)), order, functions_now() if functions is None else functions)
-
-
-def functions_now() -> Functions:
-    """Functions that layers find when they are called, in whose place others may be put, and hooks on all modules."""
-    hooks = (*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values())
-    return *OF_FUNCTIONAL(functional), *OF_TORCH(torch), *_of_diffusers(), *hooks
+        of_diffusers = () if DIFFUSERS.isdisjoint(sys.modules) else _of_diffusers()
+        hooks = (*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values())
+        functions = (*OF_FUNCTIONAL(functional), *OF_TORCH(torch), *of_diffusers, *hooks)
+        return cls(autocast, tuple(map(call, SETTINGS)), order, functions)
 
 
 def _of_diffusers() -> Functions:
     """What attention processors of diffusers find: the backend that is active, and how it is called."""
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    dispatch = sys.modules.get(DISPATCH)
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)
-    rotary = getattr(sys.modules.get("diffusers.models.embeddings"), "apply_rotary_emb", None)
+    rotary = getattr(sys.modules.get(EMBEDDINGS), "apply_rotary_emb", None)
     backends = getattr(registry, "_backends", {})
     return active, backends.get(active), getattr(dispatch, "dispatch_attention_fn", None), rotary

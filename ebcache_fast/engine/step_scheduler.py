@@ -1,5 +1,6 @@
 """Which step runs now: by its place in our own loop, by its timestep in anybody else's."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ebcache_fast.engine.step import LONGEST_RUN
@@ -21,10 +22,8 @@ class StepScheduler:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._step_at: dict[float, int] = {t: i for i, t in enumerate(plan.timesteps)}
-
-    def step_at(self, t: float) -> int | None:
-        """The place of timestep ``t`` in the plan; None where it is not in it."""
-        return self._step_at.get(t)
+        # The place of a timestep in the plan; None where it is not in it.
+        self.step_at: Callable[[float], int | None] = self._step_at.get
 
     def near_miss(self, t: float) -> str:
         """What to add where ``t`` is none of the plan's and all but one of them, as half precision makes it; else "".

@@ -68,13 +68,21 @@ class ForwardTrajectory:
         with torch.inference_mode(mode=False):  # else only that mode could write to it
             self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=place.buffers.x.is_cuda)
 
-    def predict(self, step: int, x: Tensor) -> Tensor:
-        """The planned step for latents x (N, C, H, W) -> (R, Cout, H, W) in x's dtype, the caller's to keep."""
-        return self._run(self._ready[step], step, x)
+    def predict(self, step: int, x: Tensor, *, is_refresh: bool = False) -> Tensor:
+        """The planned step for latents x (N, C, H, W) -> (R, Cout, H, W) in x's dtype, the caller's to keep.
+
+        ``is_refresh``: everything is computed and stored, whatever was planned.
+        """
+        self.place.join()
+        buffers = self.place.buffers
+        buffers.x.copy_(x[: len(buffers.x)])
+        self.place.run(self._ready[0 if is_refresh else step], step)  # the first of every plan computes everything
+        out = buffers.out
+        return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
 
     def refresh(self, step: int, x: Tensor) -> Tensor:
-        """The same with everything computed and stored, whatever was planned."""
-        return self._run(self._ready[0], step, x)  # the first step of every plan computes everything
+        """`predict` with everything computed and stored."""
+        return self.predict(step, x, is_refresh=True)
 
     @torch.no_grad()
     def refresh_at(self, t: float, x: Tensor) -> Tensor:
@@ -103,13 +111,6 @@ class ForwardTrajectory:
         seen = bool(self._broken)
         self._broken.copy_(broken, non_blocking=True)
         return seen
-
-    def _run(self, ready: Ready, step: int, x: Tensor) -> Tensor:
-        buffers = self._joined()
-        buffers.x.copy_(x[: len(buffers.x)])
-        self.place.run(ready, step)
-        out = buffers.out
-        return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
 
     def _joined(self) -> Buffers:
         """The memory, for the caller's stream of now: it may call on another one than last time."""
