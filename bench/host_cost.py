@@ -36,7 +36,7 @@ from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.graphs import Graph
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.report import machine
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
@@ -100,7 +100,7 @@ def make_model() -> tuple[nn.Module, Plan]:
     model = DiT(hidden_size=16, depth=LAYERS, num_heads=2, **sizes).eval().requires_grad_(False)
     types = [TURN[i % len(TURN)] for i in range(STEPS)]
     timesteps = make_sampler("ddpm", STEPS).timesteps
-    return model, Plan.from_types(types, timesteps, LAYERS, (Branch.SELF_ATTN, Branch.MLP))
+    return model, Plan.from_types(types, timesteps, layered(LAYERS, (Branch.SELF_ATTN, Branch.MLP)))
 
 
 def own_loop(engine: Engine, plan: Plan) -> Iterator[Step]:

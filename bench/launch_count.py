@@ -96,8 +96,7 @@ def count_trajectory(
     denoiser = as_denoiser(model)
     device = denoiser.weight().device
     stepper = make_sampler(sampler, len(types))
-    branches = tuple(cost.branch for cost in denoiser.shape.branches)
-    plan = Plan.from_types(types, stepper.timesteps, denoiser.shape.depth, branches)
+    plan = Plan.from_types(types, stepper.timesteps, denoiser.shape.sites)
     noise = trajectory_noise(0, range(1), len(types) if stepper.draws_noise else 0, denoiser.latent_shape)
     engine = Engine(model, options, operations(device), no_graphs)
     labels, rows = torch.tensor([1], device=device), torch.tensor(stepper.rows)

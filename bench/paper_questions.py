@@ -25,15 +25,15 @@ from bench.default_model.calibrate_tables import SCHEDULES, all_tables
 from ebcache_fast import ops, sample
 from ebcache_fast.cache_table import CacheTable
 from ebcache_fast.compare import Method, equal_cost_methods
-from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.feature_cache import FeatureCache, every_output
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
-from ebcache_fast.engine.step import StepRunner
+from ebcache_fast.engine.runner import Runner
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
-from ebcache_fast.plan import Branch, Plan
+from ebcache_fast.plan import Plan, lower
 from ebcache_fast.policies import fora
 from ebcache_fast.presets import Preset, labels_in_turn, load_letters
 from ebcache_fast.quality import paired_error, score
@@ -152,7 +152,7 @@ def real_norm(setting: dict[str, Any], seed: int, samples: int) -> dict[str, Any
         x = alpha_bar[i] ** 0.5 * real + (1 - alpha_bar[i]) ** 0.5 * noise
         total = 0.0
         for rows in torch.arange(samples).split(BATCH):
-            plan = Plan.uncached(timesteps[i : i + 1], denoiser.shape.depth, (Branch.SELF_ATTN, Branch.MLP))
+            plan = Plan.uncached(timesteps[i : i + 1], denoiser.shape.sites)
             run = Guided(plan, labels[rows])
             eps = run.predict(0, x[rows], fresh_cache(2 * len(rows))).eps
             total += float(eps.square().mean(dim=(1, 2, 3)).sqrt().sum())
@@ -166,8 +166,8 @@ def similarity(setting: dict[str, Any], seed: int, samples: int) -> dict[str, An
     denoiser = as_denoiser(preset.model)
     shape = denoiser.shape
     timesteps = respaced_timesteps(1000, 50)
-    plan = Plan.uncached(timesteps, shape.depth, (Branch.SELF_ATTN, Branch.MLP))
-    totals = {branch: torch.zeros(49, shape.depth) for branch in plan.branches}
+    plan = Plan.uncached(timesteps, shape.sites)
+    totals = {branch: torch.zeros(49, shape.depth) for branch in shape.branches}
     for part in torch.arange(samples).split(BATCH):
         labels = part % 26
         caches = [fresh_cache(2 * len(part)) for _ in range(2)]
@@ -176,7 +176,10 @@ def similarity(setting: dict[str, Any], seed: int, samples: int) -> dict[str, An
                 continue
             for branch, total in totals.items():
                 for layer in range(shape.depth):
-                    now, before = (caches[(i - k) % 2].slot(layer, branch).flatten(1).float() for k in (0, 1))
+                    now, before = (
+                        caches[(i - k) % 2].output(shape.sites.index((layer, branch))).flatten(1).float()
+                        for k in (0, 1)
+                    )
                     cosine = torch.cosine_similarity(now, before, dim=1)
                     total[i - 1, layer] += float(cosine.mean()) * len(part)
     return {branch.value: (total / samples).tolist() for branch, total in totals.items()}
@@ -206,18 +209,20 @@ class Guided:
     def __init__(self, plan: Plan, labels: Tensor) -> None:
         denoiser, guidance = as_denoiser(letters().model), Guidance(1.5)
         rows = guidance.row_labels(denoiser, labels)
-        self._plan, self._out_channels, self._rows = plan, denoiser.out_channels, len(rows)
+        self._out_channels, self._rows = denoiser.out_channels, len(rows)
+        shape, memory = denoiser.shape, every_output(denoiser.shape)
+        self._programs = [lower(step, shape.site_shapes, memory, samples=False) for step in plan.steps]
         self.modulation = ModulationTable.of(denoiser, plan.timesteps, rows)
         guide = guidance.guide(denoiser, plan.eps_scale, torch.float32)
         workspace = Workspace(torch.bfloat16, torch.device("cpu"))
-        self._runner = StepRunner(denoiser, ops.TORCH, self.modulation, guide, workspace, constants=workspace)
+        self._runner = Runner(denoiser, ops.TORCH, self.modulation, guide, workspace, constants=workspace)
 
     @torch.no_grad()
     def predict(self, i: int, x: Tensor, cache: FeatureCache) -> Prediction:
         """eps and variance of step ``i`` for latents x (N, C, H, W)."""
         out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
         self._runner.clock.set(i)
-        self._runner.predict(x, self._plan.steps[i], cache, out)
+        self._runner.predict(self._programs[i], x, cache, out)
         return split(out, len(x), x.shape[1])
 
 
@@ -230,7 +235,7 @@ def walk(
         seed, range(first, first + len(labels)), len(plan), as_denoiser(letters().model).latent_shape
     )
     run = Guided(plan, labels)
-    gates = run.modulation.layers[:, :, :, 2]  # (S, L, branches, U, D)
+    gates = run.modulation.sites[:, :, 2]  # (S, K, U, D)
     x, stored = noise[0], 0
     for i, step_plan in enumerate(plan.steps):
         if not step_plan.reused:

@@ -75,8 +75,7 @@ def plan_of(table: str, shape: ModelShape) -> Plan:
 
 def plan_from(types: Sequence[StepType], shape: ModelShape, sampler: str = "ddpm") -> Plan:
     """Steps of these types, over as many of a sampler's timesteps."""
-    branches = tuple(cost.branch for cost in shape.branches)
-    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.depth, branches)
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.sites)
 
 
 def kind_of(dispatch: Dispatch) -> str:

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from ebcache_fast import ops
 from ebcache_fast.engine.buffers import latent_dtype
-from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.feature_cache import FeatureCache, every_output
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
-from ebcache_fast.engine.step import StepRunner
+from ebcache_fast.engine.runner import Runner
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.fallback import Fallback
 from ebcache_fast.models import Context, Denoiser
 from ebcache_fast.models.float8 import Float8Branches
-from ebcache_fast.plan import StepPlan, StepType
+from ebcache_fast.plan import StepPlan, StepType, lower
 from ebcache_fast.sampler_step import remember, sampler_update
 from ebcache_fast.samplers import Sampler
 
@@ -207,7 +207,7 @@ class _Search:
         float8 = None if float8_of is None else Float8Branches(float8_of, constants)
         if float8 is not None:
             float8.prepare()
-        self._runner = StepRunner(
+        self._runner = Runner(
             denoiser,
             Fallback(ops.select(weight.device, weight.dtype)).operations,
             ModulationTable.of(denoiser, timesteps, row_labels, context),
@@ -221,8 +221,14 @@ class _Search:
         self._kept, self._fresh, self._trial = (
             FeatureCache.full(shape, len(row_labels), weight.dtype, weight.device) for _ in range(3)
         )
-        branches = tuple(cost.branch for cost in shape.branches)
-        self._plans = {kind: StepPlan.uniform(kind, shape.depth, branches) for kind in CANDIDATES}
+        float8_sites = frozenset[int]() if float8 is None else float8.sites
+        memory = every_output(shape)
+        self._programs = {
+            kind: lower(
+                StepPlan.uniform(kind, shape.sites), shape.site_shapes, memory, samples=False, float8=float8_sites
+            )
+            for kind in CANDIDATES
+        }
 
     def full(self, x: Tensor, step: int) -> Prediction:
         """The original output; what it computes waits in ``_fresh``."""
@@ -231,7 +237,7 @@ class _Search:
     def attention(self, x: Tensor, step: int) -> Prediction:
         """The output with kept attention; what it computes waits in ``_trial``."""
         everywhere = torch.ones(self._rows, dtype=torch.bool, device=x.device)
-        self._trial.copy_rows(self._kept, self._plans[StepType.ATTENTION].reused, everywhere)
+        self._trial.copy_rows(self._kept, self._programs[StepType.ATTENTION].reads, everywhere)
         return self._run(x, step, StepType.ATTENTION, self._trial)
 
     def attn_mlp(self, x: Tensor, step: int) -> Prediction:
@@ -242,14 +248,14 @@ class _Search:
         """Refresh each sample's cache with what its chosen step, choice (N,), computed."""
         for column, source in ((0, self._fresh), (1, self._trial)):
             rows = (choice == column).repeat(self._copies)
-            self._kept.copy_rows(source, self._plans[CANDIDATES[column]].computed, rows)
+            self._kept.copy_rows(source, self._programs[CANDIDATES[column]].writes, rows)
 
     def _run(self, x: Tensor, step: int, kind: StepType, cache: FeatureCache) -> Prediction:
         out = x.new_empty(self._rows, self._out_channels, *x.shape[2:])
         where = f"at step {step} ({kind.name})"
         try:
             self._runner.clock.set(step)
-            self._runner.predict(x, self._plans[kind], cache, out)
+            self._runner.predict(self._programs[kind], x, cache, out)
         except EBCacheError:
             raise
         except Exception as error:

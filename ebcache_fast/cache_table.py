@@ -173,12 +173,11 @@ class CacheTable:
     def plan(self, shape: ModelShape) -> Plan:
         """The plan of a run on a model of this ``shape``; TableError where the table is for another one."""
         self._check_model(shape)
-        branches = tuple(cost.branch for cost in shape.branches)
-        return Plan.from_types(self.step_types, self.timesteps, shape.depth, branches, self.eps_scale)
+        return Plan.from_types(self.step_types, self.timesteps, shape.sites, self.eps_scale)
 
     def _check_model(self, shape: ModelShape) -> None:
         check_sizes(self.model, shape)
-        check_origin(self.made, self.step_types, tuple(cost.branch for cost in shape.branches))
+        check_origin(self.made, self.step_types, shape.branches)
 
     def _check_steps(self) -> None:
         lengths = {"step_types": len(self.step_types)}

@@ -18,8 +18,7 @@ Costs = Mapping[StepType, int]  # MACs of a step of each type
 
 def step_costs(shape: ModelShape) -> Costs:
     """What a step of each candidate costs on a model, in MACs of one guidance branch."""
-    branches = tuple(cost.branch for cost in shape.branches)
-    plan = Plan.from_types(CANDIDATES, range(len(CANDIDATES))[::-1], shape.depth, branches)
+    plan = Plan.from_types(CANDIDATES, range(len(CANDIDATES))[::-1], shape.sites)
     return dict(zip(CANDIDATES, plan.step_macs(shape), strict=True))
 
 

@@ -74,12 +74,11 @@ class Result:
 def equal_cost_methods(shape: ModelShape, cached: Sequence[tuple[str, Plan]], sampler: str = "ddpm") -> list[Method]:
     """No caching first, then each named plan followed by FORA, and by fewer steps, at its cost."""
     timesteps = cached[0][1].timesteps
-    branches = cached[0][1].branches
-    uncached = Plan.uncached(timesteps, shape.depth, branches)
+    uncached = Plan.uncached(timesteps, shape.sites)
     methods = [Method(f"No cache, {len(timesteps)} steps", uncached, sampler)]
     for name, plan in cached:
         steps = max(1, round(len(timesteps) / plan.mac_limit(shape)))
-        fewer = Plan.uncached(make_sampler(sampler, steps).timesteps, shape.depth, branches)
+        fewer = Plan.uncached(make_sampler(sampler, steps).timesteps, shape.sites)
         methods += [
             Method(name, plan, sampler),
             Method("FORA at its cost", fora_at_cost(timesteps, plan.macs(shape), shape), sampler),

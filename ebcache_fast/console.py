@@ -162,7 +162,7 @@ def print_costs(plan: Plan, shape: ModelShape) -> None:
     print(f"fits: {len(plan)} steps, {counts}")
     print(f"{plan.macs(shape) / 1e12:.3f} T multiply-accumulates a sample (one guidance branch; FLOPs are twice that)")
     print(f"speed-up that this allows over no caching: {plan.mac_limit(shape):.2f}x")
-    print(f"cache for one guided sample in bfloat16: {gibibytes:.3f} GiB in {len(plan.live_slots)} live slots")
+    print(f"cache for one guided sample in bfloat16: {gibibytes:.3f} GiB in {len(plan.memory.live)} live slots")
 
 
 def print_timeline(timeline: Timeline) -> None:

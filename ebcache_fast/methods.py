@@ -36,8 +36,7 @@ class Setting:
 
     def uncached(self, steps: int) -> Plan:
         """Every step computes everything, ``steps`` of them."""
-        branches = tuple(cost.branch for cost in self.shape.branches)
-        return Plan.uncached(make_sampler(self.sampler, steps).timesteps, self.shape.depth, branches)
+        return Plan.uncached(make_sampler(self.sampler, steps).timesteps, self.shape.sites)
 
 
 def parse_method(text: str, setting: Setting) -> Method:

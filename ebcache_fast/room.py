@@ -54,7 +54,7 @@ def check_votes(denoiser: Denoiser, samples: int, batch: int, steps: int, cfg_sc
     """Raise InputError where a calibration would hold more than there is: labels, and of a batch three caches."""
     check_room("samples", samples, OF_A_LABEL, "the paper uses 1000")
     shape, weight, rows = denoiser.shape, denoiser.weight(), 1 if cfg_scale == 1 else 2
-    caches = 3 * rows * shape.depth * len(shape.branches) * shape.slot_elements * weight.element_size()
+    caches = 3 * rows * len(shape.sites) * shape.slot_elements * weight.element_size()
     each = caches + (1 + min(steps, TRAIN_STEPS)) * _latent_bytes(denoiser)
     check_room("batch size", min(batch, samples), each, "batches run one by one", weight.device)
 

@@ -160,8 +160,7 @@ def check_labels(denoiser: Denoiser, labels: Sequence[int] | Tensor) -> Tensor:
 
 
 def _uncached(denoiser: Denoiser, stepper: Sampler) -> Plan:
-    branches = tuple(cost.branch for cost in denoiser.shape.branches)
-    return Plan.uncached(stepper.timesteps, denoiser.shape.depth, branches)
+    return Plan.uncached(stepper.timesteps, denoiser.shape.sites)
 
 
 def _plan_of(denoiser: Denoiser, table: CacheTable | Plan | None, steps: int | None, stepper: Sampler) -> Plan:

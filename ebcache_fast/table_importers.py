@@ -16,11 +16,11 @@ import numpy as np
 
 from ebcache_fast.cache_table import CacheTable, Provenance
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType, branch_names
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, Rule, StepPlan, StepType, branch_names
 from ebcache_fast.table_file import naming, read_bytes, read_json
 from ebcache_fast.table_fit import LISTS, SMOOTHCACHE
 
-_ACTIONS = {1: Action.COMPUTE, 0: Action.REUSE}
+_RULES: dict[int, Rule] = {1: COMPUTE, 0: REUSE}
 _BRANCHES = {
     "attn": Branch.SELF_ATTN,
     "mlp": Branch.MLP,
@@ -30,7 +30,7 @@ _BRANCHES = {
 }
 _ROW_NAME = re.compile(r"(?P<branch>[a-z0-9]+)(-(?P<layer>[0-9]{1,4}))?")
 
-Row = tuple[Action, ...]  # what one branch does, step by step
+Row = tuple[Rule, ...]  # what one branch does, step by step
 RowKey = tuple[int | None, Branch]  # the layer it is for, None for all
 
 
@@ -81,8 +81,7 @@ def from_smoothcache(
             raise TableError("it has lists for single layers, a CacheTable treats all alike; use smoothcache_plan")
         types = {step_type.reuses: step_type for step_type in StepType}
         reused = (
-            frozenset(branch for (_, branch), row in rows.items() if row[i] is Action.REUSE)
-            for i in range(len(timesteps))
+            frozenset(branch for (_, branch), row in rows.items() if row[i] is REUSE) for i in range(len(timesteps))
         )
         lists = branch_names(branch for _, branch in rows)
         made = Provenance(by=SMOOTHCACHE, source=Path(path).name, options={LISTS: lists})
@@ -114,10 +113,10 @@ def smoothcache_plan(
                     f"{branch.name}: expected lists for {branch_names(branches)} of layers 0 to {depth - 1}, got one "
                     f"for {where}; give the depth and branches of the file's model"
                 )
-        computed = (Action.COMPUTE,) * len(timesteps)
+        computed: Row = (COMPUTE,) * len(timesteps)
         slots = [[rows.get((n, b)) or rows.get((None, b), computed) for b in branches] for n in range(depth)]
         steps = (tuple(tuple(row[i] for row in layer) for layer in slots) for i in range(len(timesteps)))
-        return Plan(tuple(StepPlan(branches, actions) for actions in steps), timesteps, eps_scale)
+        return Plan(tuple(StepPlan.by_layer(branches, rules) for rules in steps), timesteps, eps_scale)
 
 
 def eps_scale_from_adm(lam: float) -> float:
@@ -172,11 +171,11 @@ def _row_key(name: str) -> RowKey:
 
 
 def _row(name: str, flags: object, steps: int) -> Row:
-    if not isinstance(flags, list) or any(type(flag) is not int or flag not in _ACTIONS for flag in flags):
+    if not isinstance(flags, list) or any(type(flag) is not int or flag not in _RULES for flag in flags):
         raise TableError(f"{name}: expected a list of 1 (compute) and 0 (reuse), got {reprlib.repr(flags)}")
     if len(flags) != steps:
         raise TableError(f"{name}: expected {steps}, one per timestep, got {len(flags)}")
-    return (Action.COMPUTE, *(_ACTIONS[flag] for flag in flags[1:]))  # at first there is nothing to reuse
+    return (COMPUTE, *(_RULES[flag] for flag in flags[1:]))  # at first there is nothing to reuse
 
 
 def eps_scale_of(eps_scale: float | None, adm_lambda: float | None = None, eb_delta: float | None = None) -> float:

@@ -7,7 +7,7 @@ from tiny import CLASSES, RELATIVE, LayerReuse, empty_cache, naive_forward, rela
 from torch import Tensor, nn
 
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 DEPTH = 2
@@ -19,7 +19,7 @@ LABELS = torch.tensor([1, 4, 1])
 
 def plan_of(types: Sequence[StepType] = TYPES, eps_scale: float = 0.9, depth: int = DEPTH) -> Plan:
     """A plan of these step types at the first of ``TIMESTEPS``."""
-    return Plan.from_types(types, TIMESTEPS[: len(types)], depth, BRANCHES, eps_scale)
+    return Plan.from_types(types, TIMESTEPS[: len(types)], layered(depth, BRANCHES), eps_scale)
 
 
 def reuse_of(step_type: StepType, depth: int = DEPTH) -> list[LayerReuse]:

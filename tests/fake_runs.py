@@ -20,7 +20,7 @@ from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.models import DiT, as_denoiser
 from ebcache_fast.noise_schedule import NoiseSchedule
 from ebcache_fast.ops import Operations
-from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
 from ebcache_fast.samplers import Sampler, sampler_over, trajectory_noise
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
@@ -38,14 +38,14 @@ def over(graphs: FakeGraphs) -> MakeGraphs:
 
 def plan_of(types: Sequence[StepType] = TYPES, depth: int = 2, eps_scale: float = 0.9) -> Plan:
     """These steps, over timesteps spread evenly."""
-    return Plan.from_types(types, naive_timesteps(len(types)), depth, BRANCHES, eps_scale)
+    return Plan.from_types(types, naive_timesteps(len(types)), layered(depth, BRANCHES), eps_scale)
 
 
 def mixed_plan(rows: Sequence[str], eps_scale: float = 0.9) -> Plan:
     """A plan layer by layer: of each step "CR CC", say, with C for a branch that computes and R for one that reuses."""
-    action = {"C": Action.COMPUTE, "R": Action.REUSE}
-    steps = (StepPlan(BRANCHES, tuple(tuple(action[c] for c in layer) for layer in row.split())) for row in rows)
-    return Plan(tuple(steps), tuple(naive_timesteps(len(rows))), eps_scale)
+    action = {"C": COMPUTE, "R": REUSE}
+    layers = (tuple(tuple(action[c] for c in layer) for layer in row.split()) for row in rows)
+    return Plan(tuple(StepPlan.by_layer(BRANCHES, one) for one in layers), tuple(naive_timesteps(len(rows))), eps_scale)
 
 
 @dataclass(frozen=True)

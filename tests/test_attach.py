@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ebcache_fast import CacheTable, disable, enable, enabled, stats
 from ebcache_fast.errors import EBCacheError, InputError, TableError
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.plan import Plan
+from ebcache_fast.plan import Plan, layered
 
 TABLE = CacheTable(TIMESTEPS, TYPES, 0.8)
 
@@ -110,7 +110,7 @@ def test_the_tables_b_unless_told_otherwise(model: DiT) -> None:
 
 def test_enabling_again_gives_the_new_table(model: DiT) -> None:
     before, kept = answers(model), attributes(model)
-    enable(enable(model, TABLE), Plan.uncached(TIMESTEPS, DEPTH, BRANCHES), trust_order=True)
+    enable(enable(model, TABLE), Plan.uncached(TIMESTEPS, layered(DEPTH, BRANCHES)), trust_order=True)
     assert_close(answers(model), before)
     assert attributes(disable(model)) == kept
     assert_bitwise(answers(model), before)

@@ -20,7 +20,7 @@ from bench.rivals.case import Case
 from bench.rivals.rival import Rival
 from bench.rivals.roster import OURS, TEXT_RIVALS
 from bench.step_cases import EVERY_KIND
-from ebcache_fast.plan import StepType
+from ebcache_fast.plan import Branch, StepType
 
 pytest.importorskip("diffusers")
 
@@ -68,7 +68,9 @@ def test_the_method_reuses_what_the_step_types_say(case: Case, monkeypatch: pyte
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
     cached = layouts.method(case)().latents
-    assert len(attended) == EVERY_KIND.count(StepType.NO_CACHE) * case.plan.depth * (len(case.plan.branches) - 1)
+    assert len(attended) == EVERY_KIND.count(StepType.NO_CACHE) * sum(
+        site.branch is not Branch.MLP for site in case.plan.sites
+    )
     assert relative_error(cached, layouts.method(case.uncached())().latents) > 1e-3
 
 

@@ -19,16 +19,15 @@ from hypothesis import strategies as st
 from ebcache_fast import cache_table, table_file
 from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec, named_tables
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Branch, BranchShape, ModelShape, Plan, StepPlan, StepType
+from ebcache_fast.plan import Branch, ModelShape, Plan, SiteShape, StepPlan, StepType, layered, repeated
 from ebcache_fast.table_schema import StepName
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 
 SHAPE = ModelShape(
-    depth=2,
     width=8,
     tokens=4,
-    branches=(BranchShape(Branch.SELF_ATTN, 10, 10), BranchShape(Branch.MLP, 20, 20)),
+    site_shapes=repeated(2, (SiteShape(0, Branch.SELF_ATTN, 10, 10), SiteShape(0, Branch.MLP, 20, 20))),
     fixed_macs=1,
     fixed_weights=1,
     fingerprint=(("depth", 2), ("width", 8)),
@@ -127,7 +126,7 @@ def test_whole_timesteps_become_ints_and_others_stay_as_they_are(timesteps: Any)
     table = CacheTable(timesteps, [0, 1, 2])
     assert [type(t) for t in table.timesteps] == [int, float, int]
     assert table.timesteps == tuple(float(t) for t in timesteps)
-    plan = Plan.uncached(timesteps, 1, (Branch.MLP,))
+    plan = Plan.uncached(timesteps, layered(1, (Branch.MLP,)))
     assert repr(plan.timesteps) == repr(table.timesteps)
 
 
@@ -264,7 +263,7 @@ def test_retime_keeps_all_but_the_sampler() -> None:
 def test_plan_follows_the_table() -> None:
     plan = FULL.plan(SHAPE)
     branches = (Branch.SELF_ATTN, Branch.MLP)
-    assert plan.steps == tuple(StepPlan.uniform(t, 2, branches) for t in FULL.step_types)
+    assert plan.steps == tuple(StepPlan.uniform(t, layered(2, branches)) for t in FULL.step_types)
     assert (plan.timesteps, plan.eps_scale) == (FULL.timesteps, 0.955)
 
 

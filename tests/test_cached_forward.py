@@ -8,6 +8,7 @@ import torch
 from dropin import (
     ATTENTION,
     ATTN_MLP,
+    BRANCHES,
     LABELS,
     MLP,
     NO_CACHE,
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from ebcache_fast import enable, enabled, stats
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Plan, StepType
+from ebcache_fast.plan import Plan, StepType, layered
 
 SIZES: list[dict[str, object]] = [{}, {"learn_sigma": False, "in_channels": 3, "patch_size": 2, "depth": 3}]
 MODELS = {
@@ -89,7 +90,7 @@ def test_every_order_of_steps_equals_the_plain_loop(
     types = [NO_CACHE, *(step_type for step_type, _ in steps)]
     timesteps = [999 - sum(gap for _, gap in steps[:i]) for i in range(len(types))]
     xs = latents(model, len(y), len(types))
-    with enabled(model, Plan.from_types(types, timesteps, depth, plan_of().branches), eps_scale=eps_scale, strict=True):
+    with enabled(model, Plan.from_types(types, timesteps, layered(depth, BRANCHES)), eps_scale=eps_scale, strict=True):
         ours = [call(model, x, t, y) for x, t in zip(xs, timesteps, strict=True)]
     kept, theirs = empty_cache(model), []
     with torch.no_grad():

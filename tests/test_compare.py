@@ -19,7 +19,7 @@ from ebcache_fast.compare import Method, Run, equal_cost_methods, judge_runs, ru
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.noise_schedule import respaced_timesteps
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.quality import Features, Judge, Reference, paired_error, recognition, score
 from ebcache_fast.sampling import sample
 
@@ -30,7 +30,7 @@ SHAPE = as_denoiser(MODEL).shape
 
 
 def plan(*step_types: StepType) -> Plan:
-    return Plan.from_types(step_types, respaced_timesteps(1000, len(step_types)), SHAPE.depth, BRANCHES)
+    return Plan.from_types(step_types, respaced_timesteps(1000, len(step_types)), layered(SHAPE.depth, BRANCHES))
 
 
 UNCACHED = plan(NO_CACHE, NO_CACHE, NO_CACHE)
@@ -239,7 +239,7 @@ def test_spread_is_the_jackknife_over_groups() -> None:
 
 
 def test_a_mixed_step_has_a_name() -> None:
-    mixed = dataclasses.replace(CACHED.steps[1], actions=(CACHED.steps[1].actions[0], CACHED.steps[0].actions[1]))
+    mixed = dataclasses.replace(CACHED.steps[1], rules=(*CACHED.steps[1].rules[:2], *CACHED.steps[0].rules[2:]))
     odd = Plan((CACHED.steps[0], mixed, CACHED.steps[0]), CACHED.timesteps)
     (result,) = judge_runs(MODEL, [Method("odd", odd)], RUNS[:1], LABELS)
     assert result.step_types == ("NO_CACHE", "MIXED", "NO_CACHE")

@@ -22,7 +22,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import CaptureError
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +47,8 @@ def model_in(dtype: torch.dtype) -> DiT:
 
 
 def plan_of(types: list[StepType]) -> Plan:
-    return Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, 2, (Branch.SELF_ATTN, Branch.MLP), 0.97)
+    sites = layered(2, (Branch.SELF_ATTN, Branch.MLP))
+    return Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, sites, 0.97)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiffusersDiTDenoiser, DiTDenoiser, as_denoiser
 from ebcache_fast.models.layers import linear_into
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 
 pytest.importorskip("diffusers")
 
@@ -41,7 +41,7 @@ def run(model: Any, operations: ops.Operations | None = None) -> Tensor:
     """One uncached step of the engine, without guidance."""
     x, t, y = inputs(model)
     engine = Engine(model, operations=operations, make_graphs=no_graphs)
-    plan = Plan.uncached([int(t[0])], engine.denoiser.shape.depth, BRANCHES)
+    plan = Plan.uncached([int(t[0])], layered(engine.denoiser.shape.sites))
     return engine.forward_run(plan, Batch(y, len(y), 0, tuple(x.shape[1:])), Ending.PREDICT).predict(0, x)
 
 
@@ -168,7 +168,7 @@ def test_a_product_lands_in_its_part_of_the_columns(part: int) -> None:
 def test_with_the_originals_weights_it_is_the_original() -> None:
     original = tiny_dit().requires_grad_(False)
     types = [StepType.NO_CACHE, StepType.ATTN_MLP, StepType.ATTENTION, StepType.NO_CACHE]
-    plan = Plan.from_types(types, (900, 600, 300, 0), 2, BRANCHES, 0.9)
+    plan = Plan.from_types(types, (900, 600, 300, 0), layered(2, BRANCHES), 0.9)
     model = transformer(Case(original, plan, 1))
     ours, theirs = (sample(one, [1, 3], table=plan, engine=Engine(one)) for one in (model, original))
     assert relative_error(ours, theirs) < 1e-5  # diffusers computes frequencies in float32

@@ -152,13 +152,13 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     denoiser = DiTDenoiser(model)
     rows = torch.arange(len(x))
     table = ModulationTable(denoiser, len(t), len(y), rows=1)
-    modulation = Modulation(table.layers, table.head)
+    modulation = Modulation(table.sites, table.head)
     denoiser.modulation(t, y, (), modulation)
-    layers = modulation.layers[rows, :, :, :, rows]  # (N, L, branches, 3, D)
+    sites = modulation.sites[rows, :, :, rows]  # (N, K, 3, D)
     h = denoiser.embed(x, means(x).constants)
     for layer in range(denoiser.shape.depth):
         for b, branch in enumerate((Branch.SELF_ATTN, Branch.MLP)):
-            shift, scale, gate = layers[:, layer, b].unbind(1)
+            shift, scale, gate = sites[:, 2 * layer + b].unbind(1)
             u = normed(h, shift, scale, denoiser.norm(layer, branch))
             out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
             denoiser.run_branch(layer, branch, u, out, means(h))
@@ -250,14 +250,14 @@ def test_modulation_is_of_every_pair_of_timestep_and_label() -> None:
     t, y = torch.tensor([7, 900]), torch.tensor([0, 3, 5])
     with torch.no_grad():
         table = ModulationTable(DiTDenoiser(model), len(t), len(y), rows=1)
-        layers, head = table.layers, table.head
-        DiTDenoiser(model).modulation(t, y, (), Modulation(layers, head))
+        sites, head = table.sites, table.head
+        DiTDenoiser(model).modulation(t, y, (), Modulation(sites, head))
         c = model.t_embedder(t[1:]) + model.y_embedder(y[2:])
         vectors = model.blocks[1].adaLN_modulation(c).view(2, 3, WIDTH)
         ends = model.final_layer.adaLN_modulation(c).view(2, WIDTH)
-    assert layers.shape == (2, 2, 2, 3, 3, WIDTH)
+    assert sites.shape == (2, 4, 3, 3, WIDTH)
     assert head.shape == (2, 2, 3, WIDTH)
-    torch.testing.assert_close(layers[1, 1, :, :, 2], vectors)
+    torch.testing.assert_close(sites[1, 2:, :, 2], vectors)
     torch.testing.assert_close(head[1, :, 2], ends)
 
 
@@ -459,7 +459,7 @@ def test_macs_of_xl2(xl2: Callable[[int], DiTDenoiser]) -> None:
     """The paper's figures, of one row: 118.62 G a step at 256 pixels, 4.04 T with the released table."""
     denoiser = xl2(32)
     shape = denoiser.shape
-    attention, mlp = (shape.depth * cost.macs / 1e9 for cost in shape.branches)
+    attention, mlp = (shape.depth * site.macs / 1e9 for site in shape.site_shapes[:2])
     assert (round(attention, 2), round(mlp, 2)) == (42.28, 76.10)
     assert round((attention + mlp + shape.fixed_macs / 1e9), 2) == 118.62
     plan = CacheTable.named("eb-cache-released-50").plan(shape)
@@ -470,7 +470,7 @@ def test_macs_of_xl2(xl2: Callable[[int], DiTDenoiser]) -> None:
 
 def test_macs_of_xl2_at_512_pixels(xl2: Callable[[int], DiTDenoiser]) -> None:
     shape = xl2(64).shape
-    total = shape.depth * sum(cost.macs for cost in shape.branches) + shape.fixed_macs
+    total = sum(site.macs for site in shape.site_shapes) + shape.fixed_macs
     assert round(total / 1e9, 2) == 524.54
 
 
@@ -479,7 +479,7 @@ def test_weights_are_the_models() -> None:
     model = native()
     shape = DiTDenoiser(model).shape
     matrices = [p.numel() for name, p in model.named_parameters() if p.ndim in (2, 4) and "table" not in name]
-    counted = shape.depth * sum(cost.weights for cost in shape.branches) + shape.fixed_weights
+    counted = sum(site.weights for site in shape.site_shapes) + shape.fixed_weights
     assert counted == sum(matrices)
 
 

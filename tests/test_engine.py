@@ -21,14 +21,14 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.plan import Action, Branch, Plan, Slot, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, Memory, Plan, Slot, StepPlan, StepType, layered
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 DEPTH = 3
 TIMESTEPS = (930, 700, 420, 260, 111, 3)
 TYPES = [StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP, StepType.MLP, StepType.ATTN_MLP, StepType.NO_CACHE]
 LABELS = torch.tensor([1, 4, 1])
-EVERY_SLOT: list[Slot] = [(layer, branch) for layer in range(DEPTH) for branch in BRANCHES]
+EVERY_SLOT = [Slot.of(site) for site in range(DEPTH * len(BRANCHES))]
 
 MODEL = tiny_dit(3, depth=DEPTH)
 SHAPE = DiTDenoiser(MODEL).shape
@@ -40,7 +40,7 @@ def latents(steps: int = len(TIMESTEPS), seed: int = 0) -> Tensor:
 
 
 def plan_of(types: list[StepType], eps_scale: float = 1.0) -> Plan:
-    return Plan.from_types(types, TIMESTEPS[: len(types)], DEPTH, BRANCHES, eps_scale)
+    return Plan.from_types(types, TIMESTEPS[: len(types)], layered(DEPTH, BRANCHES), eps_scale)
 
 
 class Run:
@@ -93,8 +93,8 @@ def assert_bitwise(ours: list[Prediction], theirs: list[Prediction]) -> None:
 def plan_and_reuse(actions: list[list[LayerReuse]]) -> tuple[Plan, list[list[LayerReuse]]]:
     """A plan in which the first step computes everything and the others what ``actions`` say."""
     reuse = [[(False, False)] * DEPTH, *actions]
-    action = {False: Action.COMPUTE, True: Action.REUSE}
-    steps = (StepPlan(BRANCHES, tuple((action[a], action[m]) for a, m in layers)) for layers in reuse)
+    action = {False: COMPUTE, True: REUSE}
+    steps = (StepPlan.by_layer(BRANCHES, tuple((action[a], action[m]) for a, m in layers)) for layers in reuse)
     return Plan(tuple(steps), TIMESTEPS[: len(reuse)], 0.93), reuse
 
 
@@ -142,37 +142,37 @@ def test_a_step_leaves_its_latents_alone() -> None:
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_memory_is_what_the_plan_announced(types: list[StepType], cfg_scale: float) -> None:
     plan, rows = plan_of(types), len(LABELS) * (1 + (cfg_scale != 1.0))
-    cache = FeatureCache(SHAPE, plan.live_slots, rows, torch.float64, torch.device("cpu"))
+    cache = FeatureCache(SHAPE, plan.memory, rows, torch.float64, torch.device("cpu"))
     assert cache.nbytes == plan.cache_bytes(SHAPE, rows, itemsize=8)
     assert start(plan, cfg_scale=cfg_scale).nbytes > cache.nbytes
 
 
 @given(live=st.sets(st.sampled_from(EVERY_SLOT)))
 def test_only_live_slots_have_memory_of_their_own(live: set[Slot]) -> None:
-    cache = FeatureCache(SHAPE, live, 2, torch.float64, torch.device("cpu"))
-    addresses = {slot: cache.slot(*slot).data_ptr() for slot in EVERY_SLOT}
+    cache = FeatureCache(SHAPE, Memory(live=tuple(sorted(live))), 2, torch.float64, torch.device("cpu"))
+    addresses = {slot: cache.slot(slot).data_ptr() for slot in EVERY_SLOT}
     shared = {addresses[slot] for slot in EVERY_SLOT if slot not in live}
     assert len({addresses[slot] for slot in live} - shared) == len(live)
     assert len(shared) == (len(live) < len(EVERY_SLOT))
-    assert cache.slot(0, Branch.MLP).shape == (2, SHAPE.tokens, SHAPE.width)
+    assert cache.output(1).shape == (2, SHAPE.tokens, SHAPE.width)
 
 
 def test_every_slot_is_there_in_the_order_of_execution() -> None:
     cache = FeatureCache.full(SHAPE, 1, torch.float64, torch.device("cpu"))
     for k, slot in enumerate(EVERY_SLOT):
-        cache.slot(*slot).fill_(k)
-    assert cache.every_slot()[:, 0, 0, 0].tolist() == list(range(len(EVERY_SLOT)))
+        cache.slot(slot).fill_(k)
+    assert cache.slots(EVERY_SLOT[0], len(EVERY_SLOT))[:, 0, 0, 0].tolist() == list(range(len(EVERY_SLOT)))
 
 
 def test_rows_are_copied_where_asked_and_nowhere_else() -> None:
     ours, theirs = (FeatureCache.full(SHAPE, 4, torch.float64, torch.device("cpu")) for _ in range(2))
     for slot in EVERY_SLOT:
-        ours.slot(*slot).zero_()
-        theirs.slot(*slot).fill_(1.0)
-    ours.copy_rows(theirs, [(1, Branch.MLP)], torch.tensor([True, False, False, True]))
+        ours.slot(slot).zero_()
+        theirs.slot(slot).fill_(1.0)
+    ours.copy_rows(theirs, [Slot.of(3)], torch.tensor([True, False, False, True]))
     for slot in EVERY_SLOT:
-        copied = [1.0, 0.0, 0.0, 1.0] if slot == (1, Branch.MLP) else [0.0] * 4
-        assert ours.slot(*slot)[:, 0, 0].tolist() == copied
+        copied = [1.0, 0.0, 0.0, 1.0] if slot == Slot.of(3) else [0.0] * 4
+        assert ours.slot(slot)[:, 0, 0].tolist() == copied
 
 
 # -------------------------------------------------------------------------------------- modulation and guidance
@@ -186,11 +186,13 @@ def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
             c = MODEL.t_embedder(torch.tensor([t])) + MODEL.y_embedder(torch.tensor([label]))
             here = i, int(table.row_of[row])
             for layer, block in enumerate(MODEL.blocks):
-                norms = [table.norm(layer, b, nn.LayerNorm(16)) for b in (0, 1)]
-                vectors = [v for b in (0, 1) for v in (norms[b].shift, norms[b].scale, table.gate(layer, b))]
+                sites = 2 * layer, 2 * layer + 1
+                norms = [table.norm(site, nn.LayerNorm(16)) for site in sites]
+                gates = [table.gate((False, site)) for site in sites]
+                vectors = [v for norm, gate in zip(norms, gates, strict=True) for v in (norm.shift, norm.scale, gate)]
                 ours = torch.cat([vector[here] for vector in vectors])
                 assert relative_error(ours, block.adaLN_modulation(c)[0]) <= 1e-12
-                assert torch.equal(table.gates()[here[0], 2 * layer + 1, here[1]], vectors[5][here])
+                assert torch.equal(table.gates((False, 0), 6)[here[0], sites[1], here[1]], vectors[5][here])
             head = table.head_norm(nn.LayerNorm(16))
             ours = torch.cat([head.shift[here], head.scale[here]])
             assert relative_error(ours, MODEL.final_layer.adaLN_modulation(c)[0]) <= 1e-12
@@ -199,8 +201,8 @@ def test_modulation_of_a_row_is_that_of_its_label_and_timestep() -> None:
 @torch.no_grad()
 def test_equal_labels_are_stored_once() -> None:
     one, many = (ModulationTable.of(DiTDenoiser(MODEL), TIMESTEPS, torch.tensor(labels)) for labels in ([2], [2] * 9))
-    assert one.layers.shape == many.layers.shape
-    assert torch.equal(one.layers, many.layers)
+    assert one.sites.shape == many.sites.shape
+    assert torch.equal(one.sites, many.sites)
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def test_a_row_for_a_timestep_that_is_not_planned() -> None:
     table = ModulationTable(DiTDenoiser(MODEL), 3, 3, 2)
     table.load(TIMESTEPS[:2], labels)
     table.load_row(2, 77.0)
-    assert relative_error(table.layers[..., :2, :], whole.layers) <= 1e-12
+    assert relative_error(table.sites[..., :2, :], whole.sites) <= 1e-12
     assert relative_error(table.head[..., :2, :], whole.head) <= 1e-12
 
 

@@ -27,7 +27,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import Context, as_denoiser
-from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 pytest.importorskip("diffusers")
@@ -64,8 +64,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan_of(model: nn.Module, types: list[StepType], sampler: str = "ddim") -> Plan:
     shape = as_denoiser(model).shape
-    branches = tuple(cost.branch for cost in shape.branches)
-    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.depth, branches, 0.97)
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.sites, 0.97)
 
 
 def in_dtype(context: Context, dtype: torch.dtype) -> Any:
@@ -102,13 +101,11 @@ def test_every_step_type_over_the_kernels(model: nn.Module, scale: float) -> Non
 def test_plans_that_reuse_layer_by_layer(model: nn.Module) -> None:
     """A branch that takes the stream as it is comes first, after one, and after more than one operation can add."""
     shape = as_denoiser(model).shape
-    branches = tuple(cost.branch for cost in shape.branches)
-    pattern = [Action.REUSE, Action.COMPUTE, Action.REUSE, Action.REUSE, Action.COMPUTE, Action.COMPUTE]
-    steps = [StepPlan.uniform(NO, shape.depth, branches)]
+    pattern = [REUSE, COMPUTE, REUSE, REUSE, COMPUTE, COMPUTE]
+    steps = [StepPlan.uniform(NO, shape.sites)]
     for start in range(len(pattern)):
-        cells = [pattern[(start + i) % len(pattern)] for i in range(shape.depth * len(branches))]
-        rows = [tuple(cells[i : i + len(branches)]) for i in range(0, len(cells), len(branches))]
-        steps.append(StepPlan(branches, tuple(rows)))
+        rules = (pattern[(start + i) % len(pattern)] for i in range(len(shape.sites)))
+        steps.append(StepPlan(shape.sites, tuple(rules)))
     plan = Plan(tuple(steps), make_sampler("ddim", len(steps)).timesteps)
     exact = run(model, plan, operations=ops.TORCH)
     assert relative_error(run(model.float(), plan, operations=TRITON), exact) <= 1e-5
@@ -194,12 +191,11 @@ def test_memory_is_said_before_it_is_taken() -> None:
     with torch.device("meta"):
         denoiser = as_denoiser(diffusers.CogVideoXTransformer3DModel().bfloat16())
     shape, rows = denoiser.shape, 2
-    branches = tuple(cost.branch for cost in shape.branches)
-    plan = Plan.from_types([NO, ATTN_MLP], (999, 0), shape.depth, branches)
-    cache = FeatureCache(shape, plan.live_slots, rows, torch.bfloat16, torch.device("meta"))
+    plan = Plan.from_types([NO, ATTN_MLP], (999, 0), shape.sites)
+    cache = FeatureCache(shape, plan.memory, rows, torch.bfloat16, torch.device("meta"))
     assert plan.cache_bytes(shape, rows, itemsize=2) == cache.nbytes == 2 * 30 * rows * 17776 * 1920 * 2
     spec = BufferSpec(
-        Ending.PREDICT, rows, 1, 0, 2, len(plan), plan.live_slots, Numerics.now(CPU), denoiser.latent_shape, ()
+        Ending.PREDICT, rows, 1, 0, 2, len(plan), plan.memory, Numerics.now(CPU), denoiser.latent_shape, ()
     )
     with no_memory(1), pytest.raises(InputError, match=f"of 2 rows needs {cache.nbytes / 2**30:.2f} GiB of cache"):
         allocate(spec, denoiser)

@@ -25,7 +25,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.models.float8 import check_float8
 from ebcache_fast.operands import Quantised
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import trajectory_noise
 
 FP8 = EngineOptions(fp8=True)
@@ -85,7 +85,7 @@ def predicted(model: DiT, x: Tensor, y: Tensor, operations: ops.Operations | Non
     model = model.to(DEVICE) if operations is KERNELS else model
     engine = Engine(model, options, operations)
     device = engine.denoiser.weight().device
-    plan = Plan.from_types([StepType.NO_CACHE], [500], len(model.blocks), BRANCHES)
+    plan = Plan.from_types([StepType.NO_CACHE], [500], layered(len(model.blocks), BRANCHES))
     run = engine.forward_run(plan, Batch(y.to(device), len(y), 3, engine.denoiser.latent_shape), Ending.PREDICT)
     return run.predict(0, x.to(device)).cpu().double()
 

@@ -16,7 +16,7 @@ from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
@@ -43,7 +43,7 @@ def model_in(dtype: torch.dtype, **sizes: object) -> DiT:
 
 
 def plan_of(types: list[StepType], sampler: str = "ddpm", eps_scale: float = 1.0) -> Plan:
-    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, DEPTH, BRANCHES, eps_scale)
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, layered(DEPTH, BRANCHES), eps_scale)
 
 
 @torch.no_grad()
@@ -104,12 +104,10 @@ def test_a_sampler_with_a_memory() -> None:
 
 def test_plans_that_reuse_layer_by_layer() -> None:
     """More than two pending branches, at the start of a step, amidst it and at its end."""
-    row = {
-        c: tuple(Action.COMPUTE if letter == "C" else Action.REUSE for letter in c) for c in ("CC", "CR", "RC", "RR")
-    }
+    row = {c: tuple(COMPUTE if letter == "C" else REUSE for letter in c) for c in ("CC", "CR", "RC", "RR")}
     steps = [["CC"] * 4, ["RR", "RC", "RR", "CR"], ["RR", "RR", "CC", "RR"], ["CR", "RR", "RR", "RR"], ["CC"] * 4]
     timesteps = make_sampler("ddpm", len(steps)).timesteps
-    plan = Plan(tuple(StepPlan(BRANCHES, tuple(row[c] for c in rows)) for rows in steps), timesteps, 1.0)
+    plan = Plan(tuple(StepPlan.by_layer(BRANCHES, tuple(row[c] for c in rows)) for rows in steps), timesteps, 1.0)
     models = [tiny_dit(5, dtype, depth=4) for dtype in (torch.float64, torch.float32)]
     exact, ours = run(models[0], plan, ops.TORCH, CPU), run(models[1], plan, TRITON, DEVICE)
     assert relative_error(ours, exact) <= 1e-5

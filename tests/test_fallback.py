@@ -63,7 +63,7 @@ def sampled(
     model, stepper = tiny_dit(5, torch.float32, depth=2), make_sampler("ddpm", len(TYPES))
     engine = Engine(model, options, make_graphs=lambda device: graphs)
     noise = trajectory_noise(7, range(2), len(TYPES), engine.denoiser.latent_shape)
-    plan = Plan.from_types(TYPES, stepper.timesteps, 2, tuple(c.branch for c in engine.denoiser.shape.branches), 0.98)
+    plan = Plan.from_types(TYPES, stepper.timesteps, engine.denoiser.shape.sites, 0.98)
     with engine.sampling(plan, LABELS, Guidance(1.5), torch.tensor(stepper.rows), noise) as run:
         while run.advance():
             pass

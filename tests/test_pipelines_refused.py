@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ebcache_fast import CacheTable, disable, enable, stats
 from ebcache_fast.errors import EBCacheError, InputError, TableError, TrajectoryError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.plan import Branch, Plan
+from ebcache_fast.plan import Branch, Plan, layered
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -349,7 +349,7 @@ def test_a_table_of_another_model(kind: Kind, pipe: Any) -> None:
     others = (2, (Branch.MLP,))
     for depth, branches in (deeper, others):
         with pytest.raises(TableError):
-            enable(pipe, Plan.from_types(TYPES, ts, depth, branches))
+            enable(pipe, Plan.from_types(TYPES, ts, layered(depth, branches)))
     assert "_cached_forward" not in vars(pipe.transformer)
     replayed = kind.draw(replaying(pipe))
     enable(pipe, CacheTable(ts, TYPES, model=own))
@@ -358,7 +358,7 @@ def test_a_table_of_another_model(kind: Kind, pipe: Any) -> None:
 
 def test_the_text_has_a_branch_of_its_own() -> None:
     pipe = SIGMA.pipeline()
-    without = Plan.from_types(TYPES, timesteps(pipe), 2, (Branch.SELF_ATTN, Branch.MLP))
+    without = Plan.from_types(TYPES, timesteps(pipe), layered(2, (Branch.SELF_ATTN, Branch.MLP)))
     with pytest.raises(TableError, match=r"SELF_ATTN [+] CROSS_ATTN [+] MLP"):
         enable(pipe, without)
 

@@ -8,21 +8,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Action, Branch, BranchShape, ModelShape, Plan, StepPlan, StepType
+from ebcache_fast.plan import (
+    COMPUTE,
+    REUSE,
+    Branch,
+    ModelShape,
+    Plan,
+    Rule,
+    Site,
+    SiteShape,
+    Slot,
+    StepPlan,
+    StepType,
+    layered,
+    repeated,
+)
 
 DIT = (Branch.SELF_ATTN, Branch.MLP)
 CROSS_DIT = (Branch.SELF_ATTN, Branch.CROSS_ATTN, Branch.MLP)
-C, R = Action.COMPUTE, Action.REUSE
+C, R = COMPUTE, REUSE
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, SELF, CROSS, SELF_MLP, CROSS_MLP = StepType
 
 # Two layers, costs that are powers of ten, so that a sum shows what went into it.
 TINY = ModelShape(
-    depth=2,
     width=5,
     tokens=3,
-    branches=(
-        BranchShape(Branch.SELF_ATTN, macs=10, weights=7),
-        BranchShape(Branch.MLP, macs=1000, weights=70),
+    site_shapes=repeated(
+        2,
+        (SiteShape(0, Branch.SELF_ATTN, macs=10, weights=7), SiteShape(0, Branch.MLP, macs=1000, weights=70)),
     ),
     fixed_macs=1,
     fixed_weights=700,
@@ -36,12 +49,14 @@ def dit_xl2(tokens: int) -> ModelShape:
     embedding = N * 16 * D + 256 * D + D * D
     modulation = depth * 6 * D * D + 2 * D * D
     return ModelShape(
-        depth=depth,
         width=D,
         tokens=N,
-        branches=(
-            BranchShape(Branch.SELF_ATTN, macs=4 * D * D * N + 2 * N * N * D, weights=4 * D * D + 4 * D),
-            BranchShape(Branch.MLP, macs=8 * D * D * N, weights=8 * D * D + 5 * D),
+        site_shapes=repeated(
+            depth,
+            (
+                SiteShape(0, Branch.SELF_ATTN, macs=4 * D * D * N + 2 * N * N * D, weights=4 * D * D + 4 * D),
+                SiteShape(0, Branch.MLP, macs=8 * D * D * N, weights=8 * D * D + 5 * D),
+            ),
         ),
         fixed_macs=embedding + modulation + N * D * 32,
         fixed_weights=modulation,
@@ -50,7 +65,7 @@ def dit_xl2(tokens: int) -> ModelShape:
 
 
 def plan_of(*step_types: StepType, depth: int = 2, branches: tuple[Branch, ...] = DIT) -> Plan:
-    return Plan.from_types(step_types, range(len(step_types) - 1, -1, -1), depth, branches)
+    return Plan.from_types(step_types, range(len(step_types) - 1, -1, -1), layered(depth, branches))
 
 
 def released_types(T: int = 50) -> list[StepType]:
@@ -74,11 +89,10 @@ def fora_types(interval: int, T: int = 50) -> list[StepType]:
     ("step_type", "row"),
     [(NO_CACHE, (C, C, C)), (ATTENTION, (R, R, C)), (ATTN_MLP, (R, R, R)), (MLP, (C, C, R))],
 )
-def test_uniform_steps(step_type: StepType, row: tuple[Action, ...]) -> None:
-    step = StepPlan.uniform(step_type, 2, CROSS_DIT)
-    assert step.actions == (row, row)
+def test_uniform_steps(step_type: StepType, row: tuple[Rule, ...]) -> None:
+    step = StepPlan.uniform(step_type, layered(2, CROSS_DIT))
+    assert step.rules == (*row, *row)
     assert step.step_type is step_type
-    assert step.depth == 2
 
 
 def test_step_types_keep_the_codes_of_the_released_tables() -> None:
@@ -89,64 +103,64 @@ def test_every_set_of_branches_has_one_step_type() -> None:
     subsets = {frozenset(chosen) for n in range(4) for chosen in combinations(CROSS_DIT, n)}
     assert {step_type.reuses for step_type in StepType} == subsets
     for step_type in StepType:
-        step = StepPlan.uniform(step_type, 2, CROSS_DIT)
+        step = StepPlan.uniform(step_type, layered(2, CROSS_DIT))
         assert (step.step_type, step.type_name) == (step_type, step_type.name)
         assert {branch for _, branch in step.reused} == step_type.reuses
 
 
 def test_types_of_one_attention_are_the_first_where_a_model_has_no_other() -> None:
     for finer, usual in ((SELF, ATTENTION), (SELF_MLP, ATTN_MLP)):
-        assert StepPlan.uniform(finer, 2, DIT) == StepPlan.uniform(usual, 2, DIT)
-        assert StepPlan.uniform(finer, 2, DIT).step_type is usual
+        assert StepPlan.uniform(finer, layered(2, DIT)) == StepPlan.uniform(usual, layered(2, DIT))
+        assert StepPlan.uniform(finer, layered(2, DIT)).step_type is usual
 
 
 @pytest.mark.parametrize("step_type", [CROSS, CROSS_MLP])
 def test_a_type_of_a_branch_that_layers_lack_is_refused(step_type: StepType) -> None:
     problem = rf"^step type {step_type.name}: expected layers with CROSS_ATTN.*, got layers of SELF_ATTN \+ MLP; use "
-    for ask in (lambda: StepPlan.uniform(step_type, 2, DIT), lambda: plan_of(NO_CACHE, step_type)):
+    for ask in (lambda: StepPlan.uniform(step_type, layered(2, DIT)), lambda: plan_of(NO_CACHE, step_type)):
         with pytest.raises(TableError, match=problem):
             ask()
 
 
 def test_mixed_step_lists_its_slots_in_order_of_execution() -> None:
-    step = StepPlan(DIT, ((C, R), (R, R), (R, C)))
+    step = StepPlan.by_layer(DIT, ((C, R), (R, R), (R, C)))
     assert step.computed == ((0, Branch.SELF_ATTN), (2, Branch.MLP))
     assert step.reused == ((0, Branch.MLP), (1, Branch.SELF_ATTN), (1, Branch.MLP), (2, Branch.SELF_ATTN))
-    assert step.action(2, Branch.MLP) is C
-    assert step.action(2, Branch.SELF_ATTN) is R
+    assert step.rule_at(2, Branch.MLP) is C
+    assert step.rule_at(2, Branch.SELF_ATTN) is R
     assert step.step_type is None
     assert not step.computes_nothing
 
 
 def test_only_steps_that_reuse_all_compute_nothing() -> None:
-    assert [t for t in StepType if StepPlan.uniform(t, 2, CROSS_DIT).computes_nothing] == [ATTN_MLP]
+    assert [t for t in StepType if StepPlan.uniform(t, layered(2, CROSS_DIT)).computes_nothing] == [ATTN_MLP]
 
 
 def test_step_of_a_model_without_attention_is_named_by_what_it_does() -> None:
-    assert StepPlan.uniform(ATTENTION, 1, (Branch.MLP,)).step_type is NO_CACHE
+    assert StepPlan.uniform(ATTENTION, layered(1, (Branch.MLP,))).step_type is NO_CACHE
 
 
 def test_equal_steps_are_one_key_also_after_their_derived_values_were_read() -> None:
-    used, fresh = StepPlan.uniform(ATTENTION, 2, DIT), StepPlan.uniform(ATTENTION, 2, DIT)
+    used, fresh = StepPlan.uniform(ATTENTION, layered(2, DIT)), StepPlan.uniform(ATTENTION, layered(2, DIT))
     assert (used.computed, used.step_type) == (((0, Branch.MLP), (1, Branch.MLP)), ATTENTION)
     assert len({used, fresh, pickle.loads(pickle.dumps(used))}) == 1
-    assert StepPlan.uniform(MLP, 2, DIT) != fresh
+    assert StepPlan.uniform(MLP, layered(2, DIT)) != fresh
 
 
 @pytest.mark.parametrize(
-    ("branches", "actions", "problem"),
+    ("branches", "rows", "problem"),
     [
         ((), ((),), "branches"),
         ((Branch.MLP, Branch.MLP), ((C, C),), "branches"),
-        (DIT, (), "actions"),
-        (DIT, ((C, C), (C,)), "actions"),
+        (DIT, (), "rows"),
+        (DIT, ((C, C), (C,)), "rows"),
     ],
 )
 def test_malformed_step_is_refused(
-    branches: tuple[Branch, ...], actions: tuple[tuple[Action, ...], ...], problem: str
+    branches: tuple[Branch, ...], rows: tuple[tuple[Rule, ...], ...], problem: str
 ) -> None:
     with pytest.raises(TableError, match=f"^{problem}: "):
-        StepPlan(branches, actions)
+        StepPlan.by_layer(branches, rows)
 
 
 # Plan: what it refuses
@@ -163,36 +177,36 @@ def test_malformed_step_is_refused(
 )
 def test_timesteps_decrease_strictly_and_are_not_negative(timesteps: tuple[int, ...], problem: str) -> None:
     with pytest.raises(TableError, match=problem):
-        Plan.uncached(timesteps, 2, DIT)
+        Plan.uncached(timesteps, layered(2, DIT))
 
 
 @pytest.mark.parametrize("eps_scale", [0.0, -1.0, float("inf"), float("nan")])
 def test_eps_scale_is_finite_and_positive(eps_scale: float) -> None:
     with pytest.raises(TableError, match=r"^eps_scale: "):
-        Plan.uncached((1, 0), 2, DIT, eps_scale)
+        Plan.uncached((1, 0), layered(2, DIT), eps_scale)
 
 
 def test_one_timestep_per_step() -> None:
     with pytest.raises(TableError, match=r"^steps: expected one per timestep, 2, got 1"):
-        Plan.from_types([NO_CACHE], (1, 0), 2, DIT)
+        Plan.from_types([NO_CACHE], (1, 0), layered(2, DIT))
 
 
 @pytest.mark.parametrize(("depth", "branches"), [(3, DIT), (2, DIT[::-1]), (2, CROSS_DIT)])
 def test_all_steps_are_for_one_model(depth: int, branches: tuple[Branch, ...]) -> None:
-    steps = (StepPlan.uniform(NO_CACHE, 2, DIT), StepPlan.uniform(NO_CACHE, depth, branches))
+    steps = (StepPlan.uniform(NO_CACHE, layered(2, DIT)), StepPlan.uniform(NO_CACHE, layered(depth, branches)))
     with pytest.raises(TableError, match=r"^steps\[1\]: expected 2 layers of SELF_ATTN \+ MLP"):
         Plan(steps, (1, 0))
 
 
 @pytest.mark.parametrize("step_type", [ATTENTION, ATTN_MLP, MLP])
 def test_first_step_may_not_reuse(step_type: StepType) -> None:
-    with pytest.raises(TableError, match=r"^steps\[0\]\.actions\[0\]: .* NO_CACHE$"):
+    with pytest.raises(TableError, match=r"^steps\[0\]: \w+ of layer 0 reads an output .* NO_CACHE$"):
         plan_of(step_type, NO_CACHE)
 
 
 def test_one_reused_slot_in_the_first_step_is_enough_to_refuse() -> None:
-    with pytest.raises(TableError, match=r"^steps\[0\]\.actions\[1\]: expected MLP"):
-        Plan((StepPlan(DIT, ((C, C), (C, R))),), (0,))
+    with pytest.raises(TableError, match=r"^steps\[0\]: MLP of layer 1 reads"):
+        Plan((StepPlan.by_layer(DIT, ((C, C), (C, R))),), (0,))
 
 
 @pytest.mark.parametrize(("depth", "branches"), [(1, DIT), (3, DIT), (2, DIT[::-1]), (2, CROSS_DIT)])
@@ -228,27 +242,27 @@ def test_costs_of_every_step_type_by_hand() -> None:
 
 def test_slots_that_nobody_reads_share_scratch_and_need_no_writes() -> None:
     attention = plan_of(NO_CACHE, ATTENTION)
-    assert attention.live_slots == {(0, Branch.SELF_ATTN), (1, Branch.SELF_ATTN)}
+    assert attention.memory.live == (Slot.of(0), Slot.of(2))
     assert attention.cache_bytes(TINY, rows=1, itemsize=1) == (2 + 1) * 15
     assert attention.bytes_moved(TINY, rows=1, itemsize=1) == (700 + 154 + 2 * 15, 700 + 140 + 2 * 15)
-    uncached = Plan.uncached((1, 0), 2, DIT)
-    assert uncached.live_slots == frozenset()
+    uncached = Plan.uncached((1, 0), layered(2, DIT))
+    assert uncached.memory.live == ()
     assert uncached.cache_bytes(TINY, rows=1, itemsize=1) == 15
     assert uncached.bytes_moved(TINY, rows=1, itemsize=1) == (854, 854)
 
 
 def test_counts_and_runs() -> None:
-    mixed = StepPlan(DIT, ((C, R), (R, R)))
+    mixed = StepPlan.by_layer(DIT, ((C, R), (R, R)))
     types = plan_of(NO_CACHE, NO_CACHE, ATTN_MLP, NO_CACHE)
     plan = Plan((*types.steps, mixed, mixed), (5, 4, 3, 2, 1, 0), eps_scale=0.9)
     assert plan.counts() == {NO_CACHE: 3, ATTN_MLP: 1, None: 2}
     assert plan.runs() == ((0, 2), (2, 1), (3, 1), (4, 2))
-    assert (len(plan), plan.depth, plan.branches, plan.eps_scale) == (6, 2, DIT, 0.9)
+    assert (len(plan), plan.sites, plan.eps_scale) == (6, layered(2, DIT), 0.9)
 
 
 @pytest.mark.parametrize(("tokens", "giga"), [(256, 118.62), (1024, 524.54)])
 def test_macs_of_one_step_of_dit_xl2(tokens: int, giga: float) -> None:
-    (macs,) = Plan.uncached((0,), 28, DIT).step_macs(dit_xl2(tokens))
+    (macs,) = Plan.uncached((0,), layered(28, DIT)).step_macs(dit_xl2(tokens))
     assert round(macs / 1e9, 2) == giga
 
 
@@ -269,24 +283,24 @@ def test_the_released_table_caps_the_speedup() -> None:
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Plans for TINY, any action on any slot after the first step."""
-    row = st.tuples(st.sampled_from(Action), st.sampled_from(Action))
+    row = st.tuples(st.sampled_from((C, R)), st.sampled_from((C, R)))
     later = draw(st.lists(st.tuples(row, row), max_size=6))
-    steps = (StepPlan.uniform(NO_CACHE, 2, DIT), *(StepPlan(DIT, actions) for actions in later))
+    steps = (StepPlan.uniform(NO_CACHE, layered(2, DIT)), *(StepPlan.by_layer(DIT, rows) for rows in later))
     timesteps = draw(st.sets(st.integers(0, 999), min_size=len(steps), max_size=len(steps)))
     return Plan(steps, tuple(sorted(timesteps, reverse=True)))
 
 
 @given(plans())
 def test_every_read_finds_a_live_slot_that_was_stored(plan: Plan) -> None:
-    stored: set[tuple[int, Branch]] = set()
-    read: set[tuple[int, Branch]] = set()
+    stored: set[Site] = set()
+    read: set[Site] = set()
     for step in plan.steps:
         assert len(step.computed) + len(step.reused) == 4
         assert not set(step.computed) & set(step.reused)
         assert stored.issuperset(step.reused)
         stored.update(step.computed)
         read.update(step.reused)
-    assert plan.live_slots == read
+    assert {plan.sites[slot.first] for slot in plan.memory.live} == read
 
 
 @given(plans(), st.data())
@@ -296,13 +310,13 @@ def test_computing_one_slot_more_never_costs_less(plan: Plan, data: st.DataObjec
         assert plan.mac_limit(TINY) == 1.0
         return
     i, (layer, branch) = data.draw(st.sampled_from(reads))
-    actions = [list(row) for row in plan.steps[i].actions]
-    actions[layer][DIT.index(branch)] = C
-    step = StepPlan(DIT, tuple(tuple(row) for row in actions))
+    rules = list(plan.steps[i].rules)
+    rules[plan.sites.index((layer, branch))] = C
+    step = StepPlan(plan.sites, tuple(rules))
     dearer = Plan((*plan.steps[:i], step, *plan.steps[i + 1 :]), plan.timesteps)
     assert dearer.macs(TINY) - plan.macs(TINY) == {Branch.SELF_ATTN: 10, Branch.MLP: 1000}[branch]
     assert 1.0 <= dearer.mac_limit(TINY) < plan.mac_limit(TINY)
-    assert dearer.live_slots <= plan.live_slots
+    assert set(dearer.memory.live) <= set(plan.memory.live)
 
 
 @given(plans(), st.integers(1, 8), st.sampled_from([2, 4]))
@@ -322,7 +336,7 @@ def test_runs_spell_the_plan_out_again(plan: Plan) -> None:
 
 @given(plans())
 def test_plans_are_values(plan: Plan) -> None:
-    assert plan.live_slots is plan.live_slots
+    assert plan.memory is plan.memory
     copy = pickle.loads(pickle.dumps(plan))
     assert copy == plan
     assert hash(copy) == hash(plan)

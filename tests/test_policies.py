@@ -76,8 +76,7 @@ def test_an_interval_below_one_is_refused(interval: float) -> None:
 def cost_of(full: int, steps: int) -> int:
     """What a run with so many full steps costs."""
     shape = xl2()
-    branches = shape.depth * sum(branch.macs for branch in shape.branches)
-    return steps * shape.fixed_macs + full * branches
+    return steps * shape.fixed_macs + full * sum(site.macs for site in shape.site_shapes)
 
 
 @given(steps=st.integers(2, 50), share=st.floats(0, 1.2))

@@ -27,7 +27,7 @@ MAKERS: list[Callable[[], Any]] = [tiny_transformer, tiny_pixart, tiny_cogvideox
 
 def uncached(model: nn.Module) -> Plan:
     shape = as_denoiser(model).shape
-    return Plan.uncached((999, 0), shape.depth, tuple(cost.branch for cost in shape.branches))
+    return Plan.uncached((999, 0), shape.sites)
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -25,10 +25,9 @@ LABELS = [i % CLASSES for i in range(5)]
 
 
 def results() -> list[Result]:
-    branches = tuple(cost.branch for cost in SHAPE.branches)
     full, reused = StepType.NO_CACHE, StepType.ATTN_MLP
     kinds = (full, full, full), (full, reused, full)
-    plans = [Plan.from_types(types, (900, 500, 0), SHAPE.depth, branches) for types in kinds]
+    plans = [Plan.from_types(types, (900, 500, 0), SHAPE.sites) for types in kinds]
     methods = [Method(name, plan, "ddim") for name, plan in zip(("none", "reused"), plans, strict=True)]
     return measure(MODEL, methods, LABELS, seed=4, batch_size=2)[1]
 

@@ -27,7 +27,7 @@ from bench.rivals.loop import Run, sample, step_on
 from bench.rivals.rival import Rival
 from bench.rivals.roster import OURS, RIVALS
 from bench.rivals.switches import SWITCHES
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import make_sampler
 
 NO, ATTENTION, ATTN_MLP, *_ = StepType
@@ -37,7 +37,7 @@ TYPES = (NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO, ATTN_MLP)
 def case_of(types: Sequence[StepType] = TYPES, dtype: torch.dtype = torch.float64) -> Case:
     model = tiny_dit(0, dtype).requires_grad_(False)
     branches = Branch.SELF_ATTN, Branch.MLP
-    plan = Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, len(model.blocks), branches, 0.9)
+    plan = Plan.from_types(types, make_sampler("ddpm", len(types)).timesteps, layered(len(model.blocks), branches), 0.9)
     return Case(model, plan, 2)
 
 

@@ -15,9 +15,7 @@ from ebcache_fast.room import available_bytes, check_room, check_run, check_vote
 
 DENOISER = as_denoiser(tiny_dit(dtype=torch.float32))
 LATENT = 4 * 4 * 8 * 8  # bytes of one: float32, four channels
-CACHED = Plan.from_types(
-    [StepType.NO_CACHE, StepType.ATTN_MLP], (9, 0), 2, tuple(cost.branch for cost in DENOISER.shape.branches)
-)
+CACHED = Plan.from_types([StepType.NO_CACHE, StepType.ATTN_MLP], (9, 0), DENOISER.shape.sites)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.errors import EBCacheError, InputError, TableError
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Action, Branch, Plan, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
 from ebcache_fast.samplers import trajectory_noise
 from ebcache_fast.sampling import sample
 
@@ -51,11 +51,9 @@ def mixed_table(eps_scale: float = 0.97) -> CacheTable:
 
 def plan_of(timesteps: list[int], reuse: list[list[LayerReuse]]) -> Plan:
     """The plan in which every layer of every step has its own say."""
-    action = {False: Action.COMPUTE, True: Action.REUSE}
-    steps = (
-        StepPlan(BRANCHES, tuple((action[attention], action[mlp]) for attention, mlp in layers)) for layers in reuse
-    )
-    return Plan(tuple(steps), tuple(timesteps))
+    action = {False: COMPUTE, True: REUSE}
+    rows = (tuple((action[attention], action[mlp]) for attention, mlp in layers) for layers in reuse)
+    return Plan(tuple(StepPlan.by_layer(BRANCHES, one) for one in rows), tuple(timesteps))
 
 
 # ------------------------------------------------------------------------------------------- the naive loop
@@ -342,7 +340,7 @@ REFUSED: dict[str, tuple[dict[str, object], type[EBCacheError], str]] = (
             r"timestep 1000 is outside \[0, 999\]",
         ),
         "plan for another model": (
-            {"table": Plan.uncached((999, 0), 3, BRANCHES)},
+            {"table": Plan.uncached((999, 0), layered(3, BRANCHES))},
             TableError,
             "expected 3 layers.*got 2 layers",
         ),

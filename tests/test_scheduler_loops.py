@@ -16,7 +16,7 @@ from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import Sampler, sampler_of, trajectory_noise
 from ebcache_fast.sampling import sample
 
@@ -52,7 +52,7 @@ def model_in(dtype: torch.dtype) -> DiT:
 
 
 def plan_for(sampler: Sampler, types: Sequence[StepType] = TYPES) -> Plan:
-    return Plan.from_types(types, sampler.timesteps, 2, BRANCHES, B)
+    return Plan.from_types(types, sampler.timesteps, layered(2, BRANCHES), B)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_a_sampler_and_what_else_is_said_of_the_run() -> None:
     model, sampler = model_in(torch.float32), sampler_of(dpm(), 4)
     expected = sample(model, LABELS, sampler=sampler)
     assert torch.equal(sample(model, LABELS, sampler=sampler, steps=4), expected)
-    uncached = Plan.uncached(sampler.timesteps, 2, BRANCHES)
+    uncached = Plan.uncached(sampler.timesteps, layered(2, BRANCHES))
     assert torch.equal(sample(model, LABELS, sampler=sampler, table=uncached), expected)
     assert relative_error(sample(model, LABELS, sampler="dpm-solver++", steps=4), expected) < 1e-4  # betas in float64
     with pytest.raises(InputError, match="steps=5: the sampler given has 4"):
@@ -113,4 +113,4 @@ def test_a_sampler_and_what_else_is_said_of_the_run() -> None:
     with pytest.raises(TableError, match="table is for 9 steps, the sampler given has 4"):
         sample(model, LABELS, sampler=sampler, table=plan_for(sampler_of(dpm(), len(TYPES))))
     with pytest.raises(TableError, match="step 3: the table is for timestep 249, the sampler is at 250"):
-        sample(model, LABELS, sampler=sampler, table=Plan.uncached((*sampler.timesteps[:3], 249), 2, BRANCHES))
+        sample(model, LABELS, sampler=sampler, table=Plan.uncached((*sampler.timesteps[:3], 249), layered(2, BRANCHES)))

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from ebcache_fast import enable, stats
 from ebcache_fast.cache_table import CacheTable, Provenance
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Action, Branch, BranchShape, ModelShape, Plan, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, SiteShape, StepPlan, StepType, layered, repeated
 from ebcache_fast.table_importers import from_smoothcache, smoothcache_plan
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, SELF, CROSS, SELF_MLP, CROSS_MLP = StepType
-C, R = Action.COMPUTE, Action.REUSE
+C, R = COMPUTE, REUSE
 T4 = (30, 20, 10, 0)
 DIT = (Branch.SELF_ATTN, Branch.MLP)
 TWO = (Branch.SELF_ATTN, Branch.CROSS_ATTN, Branch.MLP)
 
 
 def shape_of(*branches: Branch) -> ModelShape:
-    return ModelShape(2, 8, 4, tuple(BranchShape(branch, 10, 10) for branch in branches), 1, 1, ())
+    return ModelShape(8, 4, repeated(2, (SiteShape(0, branch, 10, 10) for branch in branches)), 1, 1, ())
 
 
 def smooth(path: Path, **rows: object) -> Path:
@@ -132,7 +132,7 @@ def test_a_list_per_layer_gives_a_plan(tmp_path: Path) -> None:
     plan = smoothcache_plan(path, (20, 10, 0), depth=2, eps_scale=0.95)
     assert plan == Plan(
         tuple(
-            StepPlan((Branch.SELF_ATTN, Branch.MLP), rows)
+            StepPlan.by_layer((Branch.SELF_ATTN, Branch.MLP), rows)
             for rows in (((C, C), (C, C)), ((R, C), (C, R)), ((R, R), (R, C)))
         ),
         (20, 10, 0),
@@ -144,8 +144,8 @@ def test_a_plan_can_mix_lists_for_all_layers_lists_per_layer_and_none(tmp_path: 
     path = smooth(tmp_path / "s.json", attn1=[1, 0], ff_0=[1, 1], ff_1=[1, 0])
     branches = (Branch.SELF_ATTN, Branch.CROSS_ATTN, Branch.MLP)
     plan = smoothcache_plan(path, (1, 0), depth=2, branches=branches)
-    assert plan.branches == branches
-    assert plan.steps[1].actions == ((R, C, C), (R, C, R))
+    assert plan.sites == layered(2, branches)
+    assert plan.steps[1].rules == (R, C, C, R, C, R)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_plan_can_mix_lists_for_all_layers_lists_per_layer_and_none(tmp_path: 
 def test_layers_of_their_own(rows: dict[str, list[int]], second_step: str, tmp_path: Path) -> None:
     first, second = smoothcache_plan(smooth(tmp_path / "s.json", **rows), (1, 0), depth=3).steps
     assert first.step_type is NO_CACHE
-    assert [second.action(n, Branch.SELF_ATTN) for n in range(3)] == [R if kind == "r" else C for kind in second_step]
+    assert [second.rule_at(n, Branch.SELF_ATTN) for n in range(3)] == [R if kind == "r" else C for kind in second_step]
 
 
 @pytest.mark.parametrize(

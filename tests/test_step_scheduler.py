@@ -5,12 +5,11 @@ from itertools import product
 import pytest
 from fake_runs import BRANCHES, mixed_plan
 
-from ebcache_fast.engine.step import LONGEST_RUN
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
-from ebcache_fast.plan import Plan, StepType
+from ebcache_fast.plan import LONGEST_RUN, Plan, StepType, layered
 
 TIMESTEPS = (7, 4, 3, 0)
-PLAN = Plan.from_types([StepType.NO_CACHE] * 4, TIMESTEPS, 2, BRANCHES)
+PLAN = Plan.from_types([StepType.NO_CACHE] * 4, TIMESTEPS, layered(2, BRANCHES))
 ACROSS = [t / 2 for t in range(-3, 18)]  # planned or not, whole or not, before, between and after
 
 
@@ -29,7 +28,7 @@ def test_what_is_no_timestep_at_all_is_not_planned(t: float) -> None:
     [(799.2, 799.2000122070312), (1000, 999), (1000.0, 999), (0.5, 0), (999, None), (12, None), (float("nan"), None)],
 )
 def test_a_near_miss_names_the_timestep_that_was_meant(t: float, planned: float | None) -> None:
-    plan = Plan.from_types([StepType.NO_CACHE] * 4, (999, 799.2000122070312, 400, 0), 2, BRANCHES)
+    plan = Plan.from_types([StepType.NO_CACHE] * 4, (999, 799.2000122070312, 400, 0), layered(2, BRANCHES))
     said = StepScheduler(plan).near_miss(t)
     assert said == (
         "" if planned is None else f", {t!r} where {planned!r} is; give the model the plan's, to the last bit"

@@ -288,7 +288,7 @@ def test_within_a_run_whoever_asked_for_an_error_gets_it(options: dict[str, bool
 def test_our_own_loop_goes_on_eagerly_and_is_counted_or_ends_if_strict() -> None:
     model, job = (
         tiny_dit(0, torch.float32, **SMALLEST),
-        Job(Plan.from_types((NO, NO, ATTN_MLP), (900, 500, 0), 2, plan_of().branches), labels=(2,)),
+        Job(Plan.from_types((NO, NO, ATTN_MLP), (900, 500, 0), plan_of().sites), labels=(2,)),
     )
     eager = Engine(model)
 

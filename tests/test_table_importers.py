@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Action, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, StepType
 from ebcache_fast.table_importers import (
     eps_scale_from_adm,
     eps_scale_from_eb_delta,
@@ -21,7 +21,7 @@ from ebcache_fast.table_importers import (
 )
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
-C, R = Action.COMPUTE, Action.REUSE
+C, R = COMPUTE, REUSE
 T50 = range(49, -1, -1)
 T4 = (30, 20, 10, 0)
 

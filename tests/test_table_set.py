@@ -10,14 +10,14 @@ import pytest
 from ebcache_fast.cache_table import CacheTable, Provenance
 from ebcache_fast.errors import TableError
 from ebcache_fast.methods import open_table, open_tables
-from ebcache_fast.plan import Branch, BranchShape, ModelShape, StepType
+from ebcache_fast.plan import Branch, ModelShape, SiteShape, StepType
 from ebcache_fast.retiming import steps_as_far
 from ebcache_fast.table_set import TableSet, load_tables
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 FOUR = CacheTable([900, 600.5, 300, 0], [0, 2, 1, 0], made=Provenance(by="hand", source="four"))
 TWO = CacheTable([900, 300], [0, 1], eps_scale=0.9)
-SHAPE = ModelShape(1, 1, 1, (BranchShape(Branch.MLP, 1, 1),), 0, 0, ())
+SHAPE = ModelShape(1, 1, (SiteShape(0, Branch.MLP, 1, 1),), 0, 0, ())
 BOTH = TableSet([FOUR, TWO])
 
 

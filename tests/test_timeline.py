@@ -11,22 +11,21 @@ from PIL import Image, ImageColor
 
 from ebcache_fast import console, pictures
 from ebcache_fast.errors import EBCacheError, InputError, JobError
-from ebcache_fast.plan import Action, Branch, BranchShape, ModelShape, Plan, StepPlan, StepType
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, SiteShape, StepPlan, StepType, layered, repeated
 from ebcache_fast.timeline import STEP_NAMES, Span, Timeline
 from ebcache_fast.timeline_picture import BAR, CELLS, FAN, WIDTH, draw_timeline
 
 NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 SHAPE = ModelShape(
-    depth=2,
     width=8,
     tokens=4,
-    branches=(BranchShape(Branch.SELF_ATTN, 10**9, 1), BranchShape(Branch.MLP, 2 * 10**9, 1)),
+    site_shapes=repeated(2, (SiteShape(0, Branch.SELF_ATTN, 10**9, 1), SiteShape(0, Branch.MLP, 2 * 10**9, 1))),
     fixed_macs=10**9,
     fixed_weights=1,
     fingerprint=(),
 )
-PLAN = Plan.from_types([NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO], [9, 7, 5, 3, 0], 2, BRANCHES)
+PLAN = Plan.from_types([NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO], [9, 7, 5, 3, 0], layered(2, BRANCHES))
 MEASURED = Timeline(
     "ms",
     (
@@ -49,7 +48,7 @@ def test_a_plan_says_what_each_step_computes() -> None:
 
 
 def test_a_step_whose_layers_differ_has_a_name() -> None:
-    mixed = StepPlan(BRANCHES, ((Action.REUSE, Action.COMPUTE), (Action.COMPUTE, Action.COMPUTE)))
+    mixed = StepPlan.by_layer(BRANCHES, ((REUSE, COMPUTE), (COMPUTE, COMPUTE)))
     plan = dataclasses.replace(PLAN, steps=(PLAN.steps[0], mixed, *PLAN.steps[2:]))
     assert Timeline.of_plan(plan, SHAPE).step_types[1] == "MIXED"
     assert set(STEP_NAMES) == pictures.STEP_COLOURS.keys() == console.SHORT.keys()

@@ -93,5 +93,5 @@ class Case:
 
     def uncached(self) -> "Case":
         """The same with every step computed."""
-        plan = Plan.uncached(self.plan.timesteps, self.plan.depth, self.plan.branches, self.plan.eps_scale)
+        plan = Plan.uncached(self.plan.timesteps, self.plan.sites, self.plan.eps_scale)
         return replace(self, plan=plan)

@@ -25,7 +25,7 @@ def transformer(case: Case) -> Any:
             attention_head_dim=case.denoiser.shape.width // heads,
             in_channels=sizes["in_channels"],
             out_channels=sizes["out_channels"],
-            num_layers=case.plan.depth,
+            num_layers=case.denoiser.shape.depth,
             sample_size=case.denoiser.latent_shape[1],
             patch_size=sizes["patch_size"],
             num_embeds_ada_norm=case.denoiser.num_classes,

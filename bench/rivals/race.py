@@ -192,7 +192,7 @@ def needed_bytes(case: Case) -> int:
     """Weights, live caches, modulation, context, noise, a layer's activations: what our own loop can't do without."""
     shape, rows, itemsize = case.denoiser.shape, 2 * case.samples, case.dtype.itemsize
     caches = case.plan.cache_bytes(shape, rows, itemsize)
-    vectors = 3 * len(shape.branches) * shape.depth + 2  # shift, scale, gate; of the head no gate
+    vectors = 3 * len(shape.sites) + 2  # shift, scale, gate; of the head no gate
     modulation = vectors * len(case.plan) * case.conditions * shape.width * itemsize
     activations = ACTIVATIONS * rows * shape.slot_elements * itemsize
     return weight_bytes(case.model) + caches + modulation + context_bytes(case) + case.noise.nbytes + activations
@@ -201,7 +201,7 @@ def needed_bytes(case: Case) -> int:
 def context_bytes(case: Case) -> int:
     """Of what is given besides latents, and of the text's keys and values where layers attend to it apart."""
     given = [one for one in case.context if one is not None]
-    attending = case.denoiser.shape.depth * (Branch.CROSS_ATTN in case.plan.branches)
+    attending = sum(site.branch is Branch.CROSS_ATTN for site in case.plan.sites)
     text = math.prod(given[0].shape[:2]) if given else 0
     return sum(one.nbytes for one in given) + 2 * attending * text * case.denoiser.shape.width * case.dtype.itemsize
 

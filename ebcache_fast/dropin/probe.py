@@ -99,7 +99,7 @@ class _Probe:
             cfg_scale=CFG_SCALE,
             context=context,
         )
-        self._plan = Plan.uncached((t.item(),), plan.depth, plan.branches)
+        self._plan = Plan.uncached((t.item(),), plan.sites)
 
     def __str__(self) -> str:
         x = self._call.x

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
 from ebcache_fast.engine.graphs import Graph, Graphs
 from ebcache_fast.engine.numerics import Numerics
+from ebcache_fast.engine.runner import Runner
 from ebcache_fast.engine.stats import Counts
-from ebcache_fast.engine.step import StepRunner
 from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError, InputError
@@ -21,9 +21,10 @@ from ebcache_fast.models.denoiser import Context, Denoiser
 from ebcache_fast.models.float8 import Float8Branches
 from ebcache_fast.models.layers import tensors_of
 from ebcache_fast.ops import Operations
-from ebcache_fast.plan import Plan
+from ebcache_fast.plan import Plan, Program, lower
 
-Work = tuple[Dispatch, ...]  # what one graph holds: a dispatch, or a whole trajectory of them
+Work = tuple[Dispatch, ...]  # what is run at once: a dispatch, or a whole trajectory of them
+Programs = tuple[Program, ...]  # the same for this memory and this model: what a graph is known by
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,16 @@ class BufferSet:
         self.spec = spec
         self.buffers = buffers = allocate(spec, denoiser)
         self._float8 = Float8Branches(model, buffers.constants) if spec.float8 else None
-        self._runner = StepRunner(
+        self._runner = Runner(
             denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace, buffers.constants, self._float8
         )
         self._model, self._denoiser, self._counts = model, denoiser, counts
         self._backend, self._why_no_graphs = graphs, why_no_graphs
-        self._graphs: dict[Work, Graph] = {}
-        self._refused: dict[Work, str] = {}
+        self._graphs: dict[Programs, Graph] = {}
+        self._refused: dict[Programs, str] = {}
         self._streams = StreamOrder(buffers.x.device)
         self._strict = False
+        self._samples = spec.ending not in (Ending.PREDICT, Ending.PREDICT_GUARDED)  # else it hands outputs out
         self._next_step: int | None = None  # what the clock on the device says, if that is known
 
     @property
@@ -83,11 +85,13 @@ class BufferSet:
         What can't be captured will run eagerly, and is counted; CaptureError instead if ``strict``.
         """
         self._strict = strict
-        for work in dict.fromkeys(works):
-            if work not in self._graphs and work not in self._refused:
-                self._capture(work, room, strict=strict)
-                room -= work in self._graphs
-        return [self._ready(work) for work in works]
+        lowered = {work: tuple(map(self._lower, work)) for work in dict.fromkeys(works)}
+        for programs in lowered.values():
+            if programs not in self._graphs and programs not in self._refused:
+                self._capture(programs, room, strict=strict)
+                room -= programs in self._graphs
+        ready = {work: self._ready(work, programs) for work, programs in lowered.items()}
+        return [ready[work] for work in works]
 
     @torch.no_grad()
     def set_context(self, context: Context) -> None:
@@ -141,43 +145,50 @@ class BufferSet:
         self._next_step = step + len(ready.names)
         self._count(ready)
 
-    def _capture(self, work: Work, room: int, *, strict: bool) -> None:
+    def _lower(self, dispatch: Dispatch) -> Program:
+        float8 = frozenset[int]() if self._float8 is None else self._float8.sites
+        shapes = self._denoiser.shape.site_shapes
+        return lower(
+            dispatch.plan, shapes, self.spec.memory, samples=self._samples, steps=dispatch.steps, float8=float8
+        )
+
+    def _capture(self, programs: Programs, room: int, *, strict: bool) -> None:
         if self._backend is None:
-            self._refused[work] = self._why_no_graphs
+            self._refused[programs] = self._why_no_graphs
             return
         if room <= 0:
-            self._refuse(work, "the limit of graphs was reached; raise max_graphs", None, strict=strict)
+            self._refuse(programs, "the limit of graphs was reached; raise max_graphs", None, strict=strict)
             return
         self._next_step = None
-        body = partial(self._execute, work)
+        body = partial(self._execute, programs)
         try:
             self._runner.clock.set(0)
             body()  # allocates the workspace, compiles the kernels
             self._runner.clock.set(0)
             static = [*self.buffers.tensors, *self._runner.clock.tensors, *tensors_of(self._model)]
-            self._graphs[work] = self._backend.capture(body, static)
+            self._graphs[programs] = self._backend.capture(body, static)
         except CaptureError:  # of kernels that can't be launched, where that may not be
             raise
         except Exception as error:  # whatever a driver, a library or somebody's hook may raise
-            self._refuse(work, f"capture failed with {type(error).__name__}", error, strict=strict)
+            self._refuse(programs, f"capture failed with {type(error).__name__}", error, strict=strict)
 
-    def _refuse(self, work: Work, why: str, error: Exception | None, *, strict: bool) -> None:
+    def _refuse(self, programs: Programs, why: str, error: Exception | None, *, strict: bool) -> None:
         if strict:
             raise CaptureError(f"a step is no CUDA graph: {why} ({error}); strict=False runs it eagerly") from error
         if why not in self._counts.told:
             self._counts.told.add(why)
             # As text: whoever keeps the record would keep the error, and with it the frames and this memory.
             logging.getLogger(__name__).warning("steps run eagerly, not as a CUDA graph: %s (%s)", why, str(error))
-        self._refused[work] = why
+        self._refused[programs] = why
 
-    def _ready(self, work: Work) -> Ready:
+    def _ready(self, work: Work, programs: Programs) -> Ready:
         names = tuple(dispatch.plan.type_name for dispatch in work for _ in range(dispatch.steps))
         hits = sum(dispatch.steps * len(dispatch.plan.reused) for dispatch in work)
-        graph = self._graphs.get(work)
-        execute = partial(self._execute, work)
+        graph = self._graphs.get(programs)
+        execute = partial(self._execute, programs)
         if graph is not None:
             return Ready(graph.replay, execute, names, hits, None)
-        return Ready(execute, execute, names, hits, self._refused[work])
+        return Ready(execute, execute, names, hits, self._refused[programs])
 
     def _count(self, ready: Ready) -> None:
         counts = self._counts
@@ -190,14 +201,12 @@ class BufferSet:
             counts.eager[ready.why_eager] += len(ready.names)
 
     @torch.no_grad()
-    def _execute(self, work: Work) -> None:
+    def _execute(self, programs: Programs) -> None:
         buffers, runner = self.buffers, self._runner
-        for plan, steps in work:
-            if self.spec.ending in (Ending.PREDICT, Ending.PREDICT_GUARDED):
-                runner.predict(buffers.x, plan, buffers.cache, buffers.out)
-                if self.spec.ending is Ending.PREDICT_GUARDED:
-                    buffers.guard.check(runner.clock.now, buffers.out)
-            elif plan.computes_nothing:
-                runner.run_update(buffers.x, steps, buffers.cache, buffers.update)
-            else:
-                runner.update(buffers.x, plan, buffers.cache, buffers.update)
+        for program in programs:
+            if self._samples:
+                runner.update(program, buffers.x, buffers.cache, buffers.update)
+                continue
+            runner.predict(program, buffers.x, buffers.cache, buffers.out)
+            if self.spec.ending is Ending.PREDICT_GUARDED:
+                buffers.guard.check(runner.clock.now, buffers.out)

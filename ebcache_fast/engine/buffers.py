@@ -15,7 +15,7 @@ from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Denoiser
 from ebcache_fast.operands import Guide, Update
-from ebcache_fast.plan import Slot
+from ebcache_fast.plan import Memory
 from ebcache_fast.samplers.coefficients import WITH_MEMORY, WITHOUT_MEMORY
 
 SPARE_ROWS = 1  # of modulation, after those of the plan: for a timestep that nobody planned
@@ -60,7 +60,7 @@ class BufferSpec:
     guided_channels: int
     conditions: int  # distinct ones that there is room for
     steps: int  # of the plan
-    live: frozenset[Slot]
+    memory: Memory
     numerics: Numerics
     latents: tuple[int, ...]  # one of them, as the caller has it
     context: tuple[tuple[torch.Size, torch.dtype] | None, ...]  # what each tensor of it is like
@@ -138,12 +138,12 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
             update=update(),
             guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
             modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, stream_rows),
-            cache=FeatureCache(denoiser.shape, spec.live, spec.rows, weight.dtype, weight.device),
+            cache=FeatureCache(denoiser.shape, spec.memory, spec.rows, weight.dtype, weight.device),
             constants=Workspace(weight.dtype, weight.device),
             workspace=Workspace(weight.dtype, weight.device),
         )
     except torch.OutOfMemoryError as error:
-        cache_bytes = len(spec.live) * spec.rows * denoiser.shape.slot_elements * weight.itemsize
+        cache_bytes = len(spec.memory.live) * spec.rows * denoiser.shape.slot_elements * weight.itemsize
         raise InputError(
             f"a batch of {spec.rows} rows needs {cache_bytes / 2**30:.2f} GiB of cache and more for its modulation, "
             f"which {weight.device} does not have ({str(error).splitlines()[0]}); sample fewer at once"

@@ -26,7 +26,7 @@ from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CacheLimitError, CaptureError, InputError, TrajectoryError
 from ebcache_fast.fallback import Fallback
 from ebcache_fast.models import Context, Denoiser, as_denoiser
-from ebcache_fast.models.float8 import ready_slots
+from ebcache_fast.models.float8 import ready_sites
 from ebcache_fast.plan import Plan
 
 
@@ -165,7 +165,7 @@ class Engine:
                 guided_channels=batch.guided_channels,
                 conditions=room_for(count_distinct(denoiser.conditions(batch.row_labels)), rows),
                 steps=len(plan),
-                live=plan.live_slots,
+                memory=plan.memory,
                 numerics=Numerics.now(batch.row_labels.device),
                 latents=batch.latents,
                 context=tuple(None if one is None else (one.shape, one.dtype) for one in batch.context),
@@ -206,8 +206,8 @@ class Engine:
         """Which products run so."""
         if not self.options.fp8:
             return "nothing: fp8=False"
-        ready, shape = len(ready_slots(self.model)), self.denoiser.shape
-        return f"float8, in {ready} of {shape.depth * len(shape.branches)} branches"
+        ready, shape = len(ready_sites(self.model)), self.denoiser.shape
+        return f"float8, in {ready} of {len(shape.sites)} branches"
 
     def _make_room(self) -> None:
         limit = self.options.max_trajectories
@@ -224,7 +224,7 @@ class Engine:
         limit, shape, dtype = self.options.max_cache_bytes, denoiser.shape, denoiser.weight().dtype
         if limit is None:
             return
-        needed = FeatureCache.bytes_for(shape, spec.live, spec.rows, dtype)
+        needed = FeatureCache.bytes_for(shape, spec.memory, spec.rows, dtype)
         while self._idle and self._cache_bytes + needed > limit:
             del self._idle[0]  # used longest ago
         if (total := self._cache_bytes + needed) > limit:

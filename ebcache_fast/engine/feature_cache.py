@@ -1,41 +1,34 @@
-"""Where branch outputs live between steps: one tensor of slots, addressed by layer and branch."""
+"""Where kept values live between steps: one tensor of slots."""
 
 from collections.abc import Iterable
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from ebcache_fast.plan import Branch, ModelShape, Slot
+from ebcache_fast.plan import Memory, ModelShape, Slot, Term
 
 
 class FeatureCache:
-    """Ungated branch outputs of a whole batch, guidance rows included, at fixed addresses.
+    """Slots of a whole batch, guidance rows included, at fixed addresses; each is (N, T, D).
 
-    Each slot in ``live`` has memory of its own, in the order of execution; all others share one slot of
-    scratch, because a branch must write somewhere even if no step ever reads it. A slot is (N, T, D).
+    Those that ``memory`` has live have memory of their own, one after another as they stand there. All others share
+    scratch, because a branch must write somewhere even if no step ever reads it.
     """
 
-    def __init__(
-        self, shape: ModelShape, live: Iterable[Slot], rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        wanted = frozenset(live)
-        every = _every_slot(shape)
-        kept = [slot for slot in every if slot in wanted]
-        scratch = len(kept)
-        count = _memories(shape, wanted)
-        self._index: dict[Slot, int] = dict.fromkeys(every, scratch) | {s: i for i, s in enumerate(kept)}
+    def __init__(self, shape: ModelShape, memory: Memory, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory, self._scratches = memory, _scratches(shape, memory)
+        count = memory.slots_for(shape)
         self._slots = torch.empty(count, rows, shape.tokens, shape.width, dtype=dtype, device=device)
 
     @classmethod
     def full(cls, shape: ModelShape, rows: int, dtype: torch.dtype, device: torch.device) -> "FeatureCache":
-        """A cache in which every slot is live."""
-        return cls(shape, _every_slot(shape), rows, dtype, device)
+        """A cache in which the output of every site is live."""
+        return cls(shape, every_output(shape), rows, dtype, device)
 
     @staticmethod
-    def bytes_for(shape: ModelShape, live: Iterable[Slot], rows: int, dtype: torch.dtype) -> int:
+    def bytes_for(shape: ModelShape, memory: Memory, rows: int, dtype: torch.dtype) -> int:
         """Bytes that such a cache allocates."""
-        return _memories(shape, frozenset(live)) * rows * shape.slot_elements * dtype.itemsize
+        return memory.slots_for(shape) * rows * shape.slot_elements * dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -47,26 +40,42 @@ class FeatureCache:
         """What it consists of."""
         return (self._slots,)
 
-    def slot(self, layer: int, branch: Branch) -> Tensor:
+    def slot(self, slot: Slot) -> Tensor:
         """The memory of one slot, (N, T, D)."""
-        return self._slots[self._index[layer, branch]]
+        place = self._memory.place_of(slot)
+        return self._slots[len(self._memory.live) + self._scratches.get(slot.first, 0) if place is None else place]
 
-    def every_slot(self) -> Tensor:
-        """All slots in the order of execution, (K, N, T, D), where every one of them is live."""
-        return self._slots
+    def output(self, site: int) -> Tensor:
+        """The memory of a site's output, (N, T, D)."""
+        return self.slot(Slot.of(site))
+
+    def column_of(self, term: Term) -> tuple[bool, int]:
+        """The gate of a term; see `Memory.column_of`."""
+        return self._memory.column_of(term)
+
+    def slots(self, first: Slot, count: int) -> Tensor:
+        """So many live slots from this one on, (count, N, T, D)."""
+        place = self._memory.place_of(first) or 0
+        return self._slots[place : place + count]
 
     def copy_rows(self, source: "FeatureCache", slots: Iterable[Slot], rows: Tensor) -> None:
         """Take over ``slots`` from ``source`` for the batch rows where ``rows`` (N,) bool is true."""
         for slot in slots:
-            self.slot(*slot)[rows] = source.slot(*slot)[rows]
+            self.slot(slot)[rows] = source.slot(slot)[rows]
 
 
-def _every_slot(shape: ModelShape) -> list[Slot]:
-    return list(product(range(shape.depth), (cost.branch for cost in shape.branches)))
+def every_output(shape: ModelShape) -> Memory:
+    """Memory of plans that keep what each site puts out."""
+    return Memory(live=tuple(map(Slot.of, range(len(shape.sites)))))
 
 
-def _memories(shape: ModelShape, live: frozenset[Slot]) -> int:
-    """How many slots have memory: those that are live, and one for all others."""
-    every = _every_slot(shape)
-    kept = sum(slot in live for slot in every)
-    return kept + (kept < len(every))
+def _scratches(shape: ModelShape, memory: Memory) -> dict[int, int]:
+    """Which scratch a site's output goes to: those of one group of parallel sites go apart."""
+    found: dict[int, int] = {}
+    place = 0
+    for site, of_site in enumerate(shape.site_shapes):
+        place = place if of_site.is_parallel else 0
+        if memory.place_of(Slot.of(site)) is None:
+            found[site] = place
+            place += 1
+    return found

@@ -26,7 +26,7 @@ class ModulationTable:
     def __init__(self, denoiser: Denoiser, steps: int, conditions: int, rows: int) -> None:
         self._denoiser = denoiser
         shape, weight = denoiser.shape, denoiser.weight()
-        self.layers = weight.new_empty(steps, shape.depth, len(shape.branches), 3, conditions, shape.width)
+        self.sites = weight.new_empty(steps, len(shape.sites), 3, conditions, shape.width)
         self.head = weight.new_empty(steps, 2, conditions, shape.width)
         self.row_of = torch.zeros(rows, dtype=torch.int32, device=weight.device)
         self._distinct = self.row_of.new_zeros(1, dtype=torch.int64)
@@ -43,7 +43,7 @@ class ModulationTable:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it consists of."""
-        return self.layers, self.head, self.row_of
+        return self.sites, self.head, self.row_of
 
     def load(self, timesteps: tuple[float, ...], labels: Tensor, context: Context = ()) -> None:
         """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once."""
@@ -61,25 +61,26 @@ class ModulationTable:
         """Fill one row for this timestep, and the labels of the last `load`."""
         self._fill(step, (t,))
 
-    def norm(self, layer: int, branch: int, norm: nn.LayerNorm) -> Norm:
-        """The LayerNorm before a branch, counted within its layer, with its modulation."""
-        return _modulated(norm, self.layers[:, layer, branch])
+    def norm(self, site: int, norm: nn.LayerNorm) -> Norm:
+        """The LayerNorm before the branch of a site, with its modulation."""
+        return _modulated(norm, self.sites[:, site])
 
     def head_norm(self, norm: nn.LayerNorm) -> Norm:
         """The LayerNorm before the last linear map, with its modulation."""
         return _modulated(norm, self.head)
 
-    def gate(self, layer: int, branch: int) -> Tensor:
-        """The gate of a branch's output, (S, U, D)."""
-        return self.layers[:, layer, branch, 2]
+    def gate(self, column: tuple[bool, int]) -> Tensor:
+        """The gate in a column, of `Memory.column_of`, (S, U, D)."""
+        return self.gates(column, 1)[:, 0]
 
-    def gates(self) -> Tensor:
-        """The gates of all slots in the order of execution, (S, K, U, D)."""
-        return self.layers[:, :, :, 2].flatten(1, 2)
+    def gates(self, column: tuple[bool, int], count: int) -> Tensor:
+        """The gates of so many columns from this one on, (S, count, U, D)."""
+        _, first = column
+        return self.sites[:, first : first + count, 2]
 
     def _fill(self, first: int, timesteps: tuple[float, ...]) -> None:
         steps, conditions = slice(first, first + len(timesteps)), len(self._distinct)
-        out = Modulation(self.layers[steps, ..., :conditions, :], self.head[steps, :, :conditions])
+        out = Modulation(self.sites[steps, ..., :conditions, :], self.head[steps, :, :conditions])
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.row_of.device)
         self._denoiser.modulation(t, self._distinct, self._context, out)
 

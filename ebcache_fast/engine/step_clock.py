@@ -1,8 +1,5 @@
 """Which step is at hand: a count on the device, which the operations of a step hand on to each other."""
 
-from collections.abc import Iterator
-from itertools import repeat
-
 import torch
 from torch import Tensor
 
@@ -10,15 +7,16 @@ from ebcache_fast.operands import Advance, At
 
 
 class StepClock:
-    """The executed step, as a row of the modulation table.
+    """The executed step, as a row of the modulation table of which ``row_of`` (R,) says each batch row's condition.
 
     A step's first operation takes over what the last one before it handed on; all others read what it took. No
     operation writes what it reads, because its own programs run in any order.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._now = torch.zeros(1, dtype=torch.int32, device=device)
-        self._next = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(self, row_of: Tensor) -> None:
+        self._now, self._next = (torch.zeros(1, dtype=torch.int32, device=row_of.device) for _ in range(2))
+        self.first = At(self._next, row_of, Advance(self._now, 0))  # where a step's first operation reads
+        self.here = At(self._now, row_of)  # where those between the first and the last do
 
     @property
     def now(self) -> Tensor:
@@ -34,11 +32,6 @@ class StepClock:
         """Make ``step`` the next one."""
         self._next.fill_(step)
 
-    def reads(self, row_of: Tensor) -> Iterator[At]:
-        """Where the operations of a step read, one after another, but for its last."""
-        yield At(self._next, row_of, Advance(self._now, 0))
-        yield from repeat(At(self._now, row_of))
-
-    def last(self, row_of: Tensor, steps: int = 1) -> At:
-        """Where the last operation reads, after which ``steps`` are done."""
-        return At(self._now, row_of, Advance(self._next, steps))
+    def last(self, steps: int) -> At:
+        """Where a program's last operation reads, after which ``steps`` are done."""
+        return self.here._replace(advance=Advance(self._next, steps))

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ebcache_fast.engine.step import LONGEST_RUN
-from ebcache_fast.plan import Plan, StepPlan
+from ebcache_fast.plan import LONGEST_RUN, Plan, StepPlan
 
 NEAR, HALF = 0.5, 2.0**-8  # of timesteps; what bfloat16 rounds off, at most
 
@@ -13,7 +12,7 @@ class Dispatch(NamedTuple):
     """What is run at once; of one kind, wherever it begins, there is one graph."""
 
     plan: StepPlan
-    steps: int  # more than one only of steps that compute no branch
+    steps: int  # more than one only of steps of which nothing but a sum is left
 
 
 class StepScheduler:
@@ -35,10 +34,11 @@ class StepScheduler:
         return f", {t!r} where {nearest!r} is; give the model the plan's, to the last bit" if is_near else ""
 
     def dispatches(self) -> tuple[Dispatch, ...]:
-        """The whole plan for our own loop: steps that compute nothing in runs of up to `LONGEST_RUN`."""
+        """The whole plan for our own loop: steps of which nothing but a sum is left, in runs of up to `LONGEST_RUN`."""
         found: list[Dispatch] = []
-        for plan in self.plan.steps:  # the first of which computes everything
-            if plan.computes_nothing and found[-1].plan == plan and found[-1].steps < LONGEST_RUN:
+        collapse = {step: self.plan.collapses(step) for step in dict.fromkeys(self.plan.steps)}
+        for plan in self.plan.steps:
+            if collapse[plan] and found and found[-1].plan == plan and found[-1].steps < LONGEST_RUN:
                 found[-1] = Dispatch(plan, found[-1].steps + 1)
             else:
                 found.append(Dispatch(plan, 1))

@@ -13,7 +13,7 @@ from ebcache_fast.models.diffusers_layers import attend, feed_forward_into, head
 from ebcache_fast.models.dit_layout import mlp, self_attention
 from ebcache_fast.models.layers import linear_into
 from ebcache_fast.operands import Linear, Patches
-from ebcache_fast.plan import Branch, ModelShape
+from ebcache_fast.plan import Branch, ModelShape, repeated
 
 _TEXT, _VIDEO = 0, 1  # the two conditions that tokens have
 
@@ -35,10 +35,9 @@ class CogVideoXDenoiser(CogVideoXSizes):
         timestep = (width + embedded + (12 * depth + 2) * width) * embedded
         ends = width * (self.in_channels + self.out_channels) * math.prod(self.patch)
         return ModelShape(
-            depth=depth,
             width=width,
             tokens=tokens,
-            branches=(self_attention(width, tokens), mlp(width, hidden, tokens)),
+            site_shapes=repeated(depth, (self_attention(width, tokens), mlp(width, hidden, tokens))),
             fixed_macs=timestep + ends * self.video_tokens,
             fixed_weights=timestep + ends,
             fingerprint=(
@@ -63,10 +62,11 @@ class CogVideoXDenoiser(CogVideoXSizes):
         c = model.time_embedding(model.time_proj(t).to(dtype))  # (S, E)
         if given.ofs is not None:
             c = c + model.ofs_embedding(model.ofs_proj(given.ofs.reshape(1)).to(dtype))
+        layers = out.layers(2)
         for layer, block in enumerate(self._blocks):
             for branch, norm in enumerate((block.norm1, block.norm2)):
                 vectors = norm.linear(norm.silu(c)).view(len(t), 2, 3, -1).flip(1)  # of text, of video
-                out.layers[:, layer, branch] = vectors[:, y].transpose(1, 2)
+                layers[:, layer, branch] = vectors[:, y].transpose(1, 2)
         head = model.norm_out.linear(model.norm_out.silu(c)).view(len(t), 2, 1, -1)
         out.head.copy_(head.expand(-1, -1, len(y), -1))
 

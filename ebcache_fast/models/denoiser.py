@@ -21,8 +21,12 @@ class Modulation(NamedTuple):
     The three of a branch are the shift and scale of its LayerNorm's output and the gate of its own output.
     """
 
-    layers: Tensor  # (S, L, branches, 3, U, D)
+    sites: Tensor  # (S, K, 3, U, D)
     head: Tensor  # (S, 2, U, D): shift, scale
+
+    def layers(self, branches: int) -> Tensor:
+        """The sites of layers that have so many each, (S, L, branches, 3, U, D)."""
+        return torch.unflatten(self.sites, 1, (-1, branches))
 
 
 class Scratch(Protocol):
@@ -44,7 +48,7 @@ class Means(NamedTuple):
 class Denoiser(Protocol):
     """A diffusion transformer as the engine sees it: its parts, not its forward.
 
-    N counts rows of the batch (guidance counted), T tokens, D channels, L layers. Adapters read the module's live
+    N counts rows of the batch (guidance counted), T tokens, D channels, K sites. Adapters read the module's live
     parameters on every call and keep no derived copy of a weight.
     """
 

@@ -107,10 +107,11 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
         steps, labels = len(t), len(y)
         pairs = t.repeat_interleave(labels), y.repeat(steps)  # (S * U,) each
         first = self._embedded(0, *pairs)  # the head has no embedders of its own
+        layers = out.layers(2)
         for layer, block in enumerate(self._blocks):
             c = first if layer == 0 else self._embedded(layer, *pairs)  # (S * U, D)
             vectors = block.norm1.linear(block.norm1.silu(c)).view(steps, labels, 2, 3, -1)
-            out.layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
+            layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
         head = self._model.proj_out_1(F.silu(first)).view(steps, labels, 2, -1)
         out.head.copy_(head.transpose(1, 2))
 

@@ -104,9 +104,10 @@ class DiTDenoiser(LabelConditioned):
         timesteps = model.t_embedder.mlp(timestep_embedding(t, dtype=weight.dtype))  # (S, D)
         conditions = model.y_embedder.embedding_table(y)  # (U, D)
         c = (timesteps.unsqueeze(1) + conditions).flatten(0, 1)  # (S * U, D)
+        layers = out.layers(2)
         for layer, block in enumerate(self._blocks):
             vectors = block.adaLN_modulation(c).view(steps, labels, 2, 3, -1)
-            out.layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
+            layers[:, layer] = vectors.permute(0, 2, 3, 1, 4)
         head = model.final_layer.adaLN_modulation(c).view(steps, labels, 2, -1)
         out.head.copy_(head.transpose(1, 2))
 

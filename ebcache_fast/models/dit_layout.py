@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ebcache_fast.errors import InputError
 from ebcache_fast.models.denoiser import Context, Scratch
 from ebcache_fast.models.layers import PLAIN_TENSORS, has
-from ebcache_fast.plan import Branch, BranchShape, ModelShape
+from ebcache_fast.plan import Branch, ModelShape, SiteShape, repeated
 
 
 def check_layout(model: nn.Module, paths: Iterable[str], whose: str) -> None:
@@ -43,21 +43,24 @@ def check_plain(model: nn.Module, paths: Iterable[str]) -> None:
             )
 
 
-def self_attention(width: int, tokens: int) -> BranchShape:
+def self_attention(width: int, tokens: int) -> SiteShape:
     """What a layer's self-attention costs."""
     square = width * width
-    return BranchShape(Branch.SELF_ATTN, macs=4 * square * tokens + 2 * tokens * tokens * width, weights=4 * square)
+    return SiteShape(0, Branch.SELF_ATTN, macs=4 * square * tokens + 2 * tokens * tokens * width, weights=4 * square)
 
 
-def cross_attention(width: int, tokens: int, keys: int) -> BranchShape:
-    """What attention to so many keys costs, which are computed once for a run, as their values are."""
+def cross_attention(width: int, tokens: int, keys: int) -> SiteShape:
+    """What attention to so many keys costs, which are computed once for a run, as their values are, over the stream as
+    it is.
+    """
     square = width * width
-    return BranchShape(Branch.CROSS_ATTN, macs=2 * square * tokens + 2 * tokens * keys * width, weights=2 * square)
+    macs = 2 * square * tokens + 2 * tokens * keys * width
+    return SiteShape(0, Branch.CROSS_ATTN, macs, weights=2 * square, is_normed=False)
 
 
-def mlp(width: int, hidden: int, tokens: int) -> BranchShape:
+def mlp(width: int, hidden: int, tokens: int) -> SiteShape:
     """What a layer's MLP costs."""
-    return BranchShape(Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
+    return SiteShape(0, Branch.MLP, macs=2 * width * hidden * tokens, weights=2 * width * hidden)
 
 
 def shape_of(
@@ -74,10 +77,9 @@ def shape_of(
     """The shape of a DiT of these sizes; ``channels`` in and out, ``conditioning`` the weights that make modulation."""
     ends = patch_size**2 * sum(channels) * width
     return ModelShape(
-        depth=depth,
         width=width,
         tokens=tokens,
-        branches=(self_attention(width, tokens), mlp(width, hidden, tokens)),
+        site_shapes=repeated(depth, (self_attention(width, tokens), mlp(width, hidden, tokens))),
         fixed_macs=conditioning + ends * tokens,
         fixed_weights=conditioning + ends,
         fingerprint=(

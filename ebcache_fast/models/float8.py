@@ -1,6 +1,5 @@
 """A DiT's branches with their first product in float8: QKV of attention and fc1 of the MLP."""
 
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from ebcache_fast.models.denoiser import Denoiser, Means, Scratch
 from ebcache_fast.models.dit_denoiser import DiTDenoiser, attend
 from ebcache_fast.models.layers import has_plain_weights, is_plain, linear_into
 from ebcache_fast.operands import Quantised
-from ebcache_fast.plan import Branch, Slot
+from ebcache_fast.plan import Branch, Site, layered
 
 FLOAT8 = torch.float8_e4m3fn
 ALIGNMENT = 16  # of a product's sizes on a GPU
@@ -36,11 +35,11 @@ def check_float8(denoiser: Denoiser) -> None:
         )
 
 
-def ready_slots(model: nn.Module) -> tuple[Slot, ...]:
+def ready_sites(model: nn.Module) -> tuple[Site, ...]:
     """The branches of a DiT of the original layout whose first layer is plain now."""
     blocks = cast(Any, model).blocks
-    every = product(range(len(blocks)), (Branch.SELF_ATTN, Branch.MLP))
-    return tuple((layer, branch) for layer, branch in every if _is_ready(_first_layer(blocks[layer], branch)))
+    every = layered(len(blocks), (Branch.SELF_ATTN, Branch.MLP))
+    return tuple(site for site in every if _is_ready(_first_layer(blocks[site.layer], site.branch)))
 
 
 class Float8Branches:
@@ -57,32 +56,38 @@ class Float8Branches:
 
     def __init__(self, model: nn.Module, constants: Scratch) -> None:
         self._model, self._constants = cast(Any, model), constants
-        self._weights: dict[Slot, Quantised] = {}
+        self._weights: dict[Site, Quantised] = {}
 
     def prepare(self) -> None:
         """Make the weights of what is plain now; at the start of each trajectory."""
-        self._weights = {slot: self._quantised(slot) for slot in ready_slots(self._model)}
+        self._weights = {site: self._quantised(site) for site in ready_sites(self._model)}
 
-    def takes(self, slot: Slot) -> bool:
+    @property
+    def sites(self) -> frozenset[int]:
+        """The sites, counted through the model, of which the weights were made."""
+        every = layered(len(self._model.blocks), (Branch.SELF_ATTN, Branch.MLP))
+        return frozenset(i for i, site in enumerate(every) if site in self._weights)
+
+    def takes(self, site: Site) -> bool:
         """Whether `run` is for this branch: its weight was made, and its layer is as plain as it was."""
-        return slot in self._weights and _is_ready(self._first_layer(slot))
+        return site in self._weights and _is_ready(self._first_layer(site))
 
-    def run(self, slot: Slot, u: Quantised, out: Tensor, means: Means) -> None:
+    def run(self, site: Site, u: Quantised, out: Tensor, means: Means) -> None:
         """Write a branch's ungated output for its input u (N, T, D) into ``out``, of the same shape."""
-        (layer, branch), first, (rows, tokens, _) = slot, self._first_layer(slot), u.values.shape
+        (layer, branch), first, (rows, tokens, _) = site, self._first_layer(site), u.values.shape
         block, flat = self._model.blocks[layer], Quantised(u.values.flatten(0, 1), u.scales.flatten())
         made = means.scratch.buffer("of float8", rows, tokens, first.out_features)
-        means.operations.scaled_linear(flat, self._weights[slot], first.bias, made.flatten(0, 1))
+        means.operations.scaled_linear(flat, self._weights[site], first.bias, made.flatten(0, 1))
         if branch is Branch.SELF_ATTN:
             linear_into(block.attn.proj, attend(block.attn, made, means), out)
         else:
             linear_into(block.mlp.fc2, block.mlp.act(made), out)
 
-    def _first_layer(self, slot: Slot) -> Any:
-        return _first_layer(self._model.blocks[slot[0]], slot[1])
+    def _first_layer(self, site: Site) -> Any:
+        return _first_layer(self._model.blocks[site.layer], site.branch)
 
-    def _quantised(self, slot: Slot) -> Quantised:
-        weight, name = self._first_layer(slot).weight, f"float8 {slot}"
+    def _quantised(self, site: Site) -> Quantised:
+        weight, name = self._first_layer(site).weight, f"float8 {site}"
         made = Quantised(
             self._constants.buffer(name, *weight.shape, dtype=FLOAT8),
             self._constants.buffer(name, len(weight), dtype=torch.float32),

@@ -20,7 +20,7 @@ from ebcache_fast.models.dit_layout import cross_attention, mlp, self_attention
 from ebcache_fast.models.layers import linear_into
 from ebcache_fast.models.pixart_sizes import PixArtContext, PixArtSizes
 from ebcache_fast.operands import Linear, Patches
-from ebcache_fast.plan import Branch, ModelShape
+from ebcache_fast.plan import Branch, ModelShape, repeated
 
 
 class PixArtDenoiser(PixArtSizes):
@@ -38,13 +38,15 @@ class PixArtDenoiser(PixArtSizes):
         ends = self.patch_size**2 * (self.latent_shape[0] + self.out_channels) * width
         timestep = 256 * width + 7 * square  # two layers that embed it, of 256 frequencies, and one to six vectors
         return ModelShape(
-            depth=depth,
             width=width,
             tokens=tokens,
-            branches=(
-                self_attention(width, tokens),
-                cross_attention(width, tokens, self.text),
-                mlp(width, hidden, tokens),
+            site_shapes=repeated(
+                depth,
+                (
+                    self_attention(width, tokens),
+                    cross_attention(width, tokens, self.text),
+                    mlp(width, hidden, tokens),
+                ),
             ),
             fixed_macs=timestep + ends * tokens,
             fixed_weights=timestep + ends,
@@ -72,9 +74,10 @@ class PixArtDenoiser(PixArtSizes):
         )
         embedded = single.emb(t.repeat_interleave(rows), *sizes, steps * rows, self.weight().dtype)  # (S * U, D)
         shared = single.linear(single.silu(embedded)).view(steps, rows, 6, -1)
+        layers = out.layers(3)
         for layer, block in enumerate(self._blocks):
             vectors = (shared + block.scale_shift_table).view(steps, rows, 2, 3, -1).permute(0, 2, 3, 1, 4)
-            of_layer = out.layers[:, layer]  # (S, 3, 3, U, D)
+            of_layer = layers[:, layer]  # (S, 3, 3, U, D)
             of_layer[:, 0::2] = vectors
             of_layer[:, 1] = 1.0  # of cross-attention the gate alone is read
         head = embedded.view(steps, rows, 1, -1) + self._model.scale_shift_table

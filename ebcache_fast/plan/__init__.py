@@ -1,27 +1,45 @@
 """What every step of a sampling run computes and what it reuses, decided before the run starts.
 
-A layer is a row of branches (attention, MLP). Each branch of each layer owns one cache *slot*, which holds
-the branch's ungated output. A `StepPlan` says for every slot whether one step computes (and stores) or reuses
-it; a `Plan` lines up the StepPlans of a whole run and knows what they cost. Nothing here runs a model.
+A model is a row of *sites*, each one branch of one layer. A `StepPlan` has a rule for each of them (compute and keep,
+reuse, ...); a `Plan` lines up the StepPlans of a whole run. `lower` makes a `Program` of a step, a tuple of launches,
+which is what costs are counted over, what a CUDA graph is known by, and what a person can read. Nothing here runs a
+model.
 """
 
-from ebcache_fast.plan.model_shape import BranchShape, ModelShape
+from ebcache_fast.plan.lowering import lower, verify
+from ebcache_fast.plan.memory import Memory
+from ebcache_fast.plan.model_shape import ModelShape, repeated
 from ebcache_fast.plan.plan import Plan
-from ebcache_fast.plan.step_plan import Action, Branch, Slot, StepPlan, StepType, branch_names
+from ebcache_fast.plan.program import LONGEST_RUN, Launch, Program, Slot, Term
+from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
+from ebcache_fast.plan.sites import Branch, Site, SiteShape, branch_names, layered
+from ebcache_fast.plan.step_plan import StepPlan, StepType
 from ebcache_fast.plan.timesteps import MAX_INT, exact_timestep, exact_timesteps, shown
 
 __all__ = [
+    "COMPUTE",
+    "LONGEST_RUN",
     "MAX_INT",
-    "Action",
+    "REUSE",
     "Branch",
-    "BranchShape",
+    "Launch",
+    "Memory",
     "ModelShape",
     "Plan",
+    "Program",
+    "Rule",
+    "Site",
+    "SiteShape",
     "Slot",
     "StepPlan",
     "StepType",
+    "Term",
     "branch_names",
     "exact_timestep",
     "exact_timesteps",
+    "layered",
+    "lower",
+    "repeated",
     "shown",
+    "verify",
 ]

@@ -1,38 +1,49 @@
 """The sizes of a model that decide what a plan costs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from ebcache_fast.plan.step_plan import Branch
-
-
-@dataclass(frozen=True, slots=True)
-class BranchShape:
-    """What one branch of ONE layer costs: multiply-accumulates (half its FLOPs) for one row of the batch
-    (one guidance branch of one sample), and the parameters it reads.
-    """
-
-    branch: Branch
-    macs: int
-    weights: int
+from ebcache_fast.plan.sites import Branch, Site, SiteShape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes of a model that decide cost and memory; its adapter builds it.
 
-    ``fixed_macs`` (per row) and ``fixed_weights`` are what every step costs outside the branches: embedding,
+    ``fixed_macs`` (per row) and ``fixed_weights`` are what every step costs outside of the sites: embedding,
     modulation, head. ``fingerprint`` holds the named sizes that a CacheTable can be bound to.
     """
 
-    depth: int
     width: int
     tokens: int
-    branches: tuple[BranchShape, ...]  # in the order in which a layer runs them
+    site_shapes: tuple[SiteShape, ...]  # in the order in which the model runs them
     fixed_macs: int
     fixed_weights: int
     fingerprint: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Its sites, in the same order."""
+        return tuple(shape.site for shape in self.site_shapes)
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return 1 + self.site_shapes[-1].layer
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches that its layers run, each once, in order."""
+        return tuple(dict.fromkeys(shape.branch for shape in self.site_shapes))
 
     @property
     def slot_elements(self) -> int:
         """Elements of one slot for one row of the batch."""
         return self.tokens * self.width
+
+
+def repeated(depth: int, layer: Iterable[SiteShape]) -> tuple[SiteShape, ...]:
+    """The sites of ``depth`` layers that are all like this one."""
+    layer = tuple(layer)
+    return tuple(replace(shape, layer=i) for i in range(depth) for shape in layer)

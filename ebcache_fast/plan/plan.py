@@ -2,15 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Self
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan.model_shape import BranchShape, ModelShape
-from ebcache_fast.plan.step_plan import Branch, Slot, StepPlan, StepType
+from ebcache_fast.plan.costs import branch_macs, branch_weights
+from ebcache_fast.plan.lowering import bare, draft, lower, verify
+from ebcache_fast.plan.memory import Memory
+from ebcache_fast.plan.model_shape import ModelShape
+from ebcache_fast.plan.program import RUN, Program
+from ebcache_fast.plan.sites import Site, described
+from ebcache_fast.plan.step_plan import StepPlan, StepType
 from ebcache_fast.plan.timesteps import exact_timesteps
 
 
@@ -19,8 +24,8 @@ class Plan:
     """The StepPlans of a whole run in execution order, their timesteps, and the factor b on eps.
 
     Raises TableError, naming step and field, unless there is one timestep per step, timesteps are >= 0 and
-    strictly decreasing, all steps are for the same layers and branches, the first computes everything, and
-    ``eps_scale`` is finite and above 0.
+    strictly decreasing, all steps are for the same sites, none reads what no step stored before, and ``eps_scale``
+    is finite and above 0.
     """
 
     steps: tuple[StepPlan, ...]
@@ -34,60 +39,56 @@ class Plan:
         if not 0 < self.eps_scale < math.inf:
             raise TableError(f"eps_scale: expected a finite number above 0, got {self.eps_scale}; 1 is neutral")
         for i, step in enumerate(self.steps):
-            if (step.depth, step.branches) != (self.depth, self.branches):
+            if step.sites != self.sites:
                 raise TableError(
-                    f"steps[{i}]: expected {_layers(self.depth, self.branches)} as in steps[0], "
-                    f"got {_layers(step.depth, step.branches)}; plan every step for the same model"
+                    f"steps[{i}]: expected {described(self.sites)} as in steps[0], got {described(step.sites)}; plan "
+                    "every step for the same model"
                 )
-        # A first step that computes everything fills every slot, so nothing is ever read before it is stored.
-        for layer, branch in self.steps[0].reused:
-            raise TableError(
-                f"steps[0].actions[{layer}]: expected {branch.name} to be computed, got REUSE; "
-                "nothing is stored yet, so make the first step NO_CACHE"
-            )
+        verify(map(self._drafts.__getitem__, self.steps))
 
     @classmethod
     def from_types(
         cls,
         step_types: Iterable[StepType],
         timesteps: Iterable[float],
-        depth: int,
-        branches: tuple[Branch, ...],
+        sites: tuple[Site, ...],
         eps_scale: float = 1.0,
     ) -> Self:
-        """The plan whose steps each treat all layers alike; both sequences in execution order.
+        """The plan whose steps each treat all layers of a model of these sites alike; sequences in execution order.
 
         Raises TableError too for a type that speaks of a branch which the layers lack.
         """
         types = tuple(step_types)
-        uniform = {step_type: StepPlan.uniform(step_type, depth, branches) for step_type in dict.fromkeys(types)}
+        uniform = {step_type: StepPlan.uniform(step_type, sites) for step_type in dict.fromkeys(types)}
         return cls(tuple(uniform[step_type] for step_type in types), tuple(timesteps), eps_scale)
 
     @classmethod
-    def uncached(
-        cls, timesteps: Iterable[float], depth: int, branches: tuple[Branch, ...], eps_scale: float = 1.0
-    ) -> Self:
+    def uncached(cls, timesteps: Iterable[float], sites: tuple[Site, ...], eps_scale: float = 1.0) -> Self:
         """The plan in which every step computes everything."""
         timesteps = tuple(timesteps)
-        return cls.from_types([StepType.NO_CACHE] * len(timesteps), timesteps, depth, branches, eps_scale)
+        return cls.from_types([StepType.NO_CACHE] * len(timesteps), timesteps, sites, eps_scale)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @property
-    def depth(self) -> int:
-        """The number of layers."""
-        return self.steps[0].depth
-
-    @property
-    def branches(self) -> tuple[Branch, ...]:
-        """The branches in the order in which a layer runs them."""
-        return self.steps[0].branches
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the model, in the order in which it runs them."""
+        return self.steps[0].sites
 
     @cached_property
-    def live_slots(self) -> frozenset[Slot]:
-        """The slots that some step reads, over the whole run."""
-        return frozenset(slot for step in self.steps for slot in step.reused)
+    def _drafts(self) -> dict[StepPlan, Program]:
+        """The program of each distinct step, as far as slots go."""
+        return {step: draft(step) for step in dict.fromkeys(self.steps)}
+
+    @cached_property
+    def memory(self) -> Memory:
+        """The slots that some step reads, over the whole run, and where they lie."""
+        return Memory.of(self._drafts.values())
+
+    def collapses(self, step: StepPlan) -> bool:
+        """Whether one launch can sum all that a step adds, so that our own loop may run several at once."""
+        return lower(step, bare(step.sites), self.memory, samples=True).launches[-1].name == RUN
 
     def counts(self) -> Counter[StepType | None]:
         """How many steps there are of each type; None counts those that fit no type."""
@@ -100,8 +101,7 @@ class Plan:
 
     def step_macs(self, shape: ModelShape) -> tuple[int, ...]:
         """Multiply-accumulates of each step, for one row of the batch (one guidance branch of one sample)."""
-        costs = self._costs(shape)
-        return tuple(shape.fixed_macs + sum(costs[b].macs for _, b in step.computed) for step in self.steps)
+        return self._each(lambda program: shape.fixed_macs + branch_macs(program, shape), shape)
 
     def macs(self, shape: ModelShape) -> int:
         """Multiply-accumulates of the whole run, for one row of the batch."""
@@ -109,37 +109,38 @@ class Plan:
 
     def mac_limit(self, shape: ModelShape) -> float:
         """The speed-up over the uncached run that the MAC count allows."""
-        return Plan.uncached(self.timesteps, self.depth, self.branches).macs(shape) / self.macs(shape)
+        return Plan.uncached(self.timesteps, self.sites).macs(shape) / self.macs(shape)
 
     def cache_bytes(self, shape: ModelShape, rows: int, itemsize: int) -> int:
         """Bytes of cache for a batch of ``rows`` rows (guidance counted) of ``itemsize``-byte elements.
 
         A live slot has memory of its own; the slots that nobody reads share one slot of scratch.
         """
-        self._costs(shape)
-        scratch = len(self.live_slots) < self.depth * len(self.branches)
-        return (len(self.live_slots) + scratch) * rows * shape.slot_elements * itemsize
+        self._check_fits(shape)
+        return self.memory.slots_for(shape) * rows * shape.slot_elements * itemsize
 
     def bytes_moved(self, shape: ModelShape, rows: int, itemsize: int) -> tuple[int, ...]:
         """The bytes that each step can't avoid moving, hence a floor for its time on given hardware.
 
         Once each: the weights it needs, the live slots it computes (written), the slots it reuses (read).
         """
-        costs = self._costs(shape)
-        weights = (shape.fixed_weights + sum(costs[b].weights for _, b in step.computed) for step in self.steps)
-        slots = (len(self.live_slots.intersection(step.computed)) + len(step.reused) for step in self.steps)
-        slot = rows * shape.slot_elements
-        return tuple(itemsize * (w + slot * n) for w, n in zip(weights, slots, strict=True))
+        live, slot = frozenset(self.memory.live), rows * shape.slot_elements
 
-    def _costs(self, shape: ModelShape) -> dict[Branch, BranchShape]:
-        costs = {cost.branch: cost for cost in shape.branches}
-        if (shape.depth, *costs) != (self.depth, *self.branches):
+        def moved(program: Program) -> int:
+            slots = len(live & program.writes) + len(program.reads)
+            return itemsize * (shape.fixed_weights + branch_weights(program, shape) + slot * slots)
+
+        return self._each(moved, shape)
+
+    def _each(self, fold: Callable[[Program], int], shape: ModelShape) -> tuple[int, ...]:
+        """A count over the program of each step."""
+        self._check_fits(shape)
+        found = {step: fold(program) for step, program in self._drafts.items()}
+        return tuple(found[step] for step in self.steps)
+
+    def _check_fits(self, shape: ModelShape) -> None:
+        if shape.sites != self.sites:
             raise TableError(
-                f"shape: expected {_layers(self.depth, self.branches)} as in the plan, "
-                f"got {_layers(shape.depth, tuple(costs))}; make the plan for this model"
+                f"shape: expected {described(self.sites)} as in the plan, got {described(shape.sites)}; make the plan "
+                "for this model"
             )
-        return costs
-
-
-def _layers(depth: int, branches: tuple[Branch, ...]) -> str:
-    return f"{depth} layers of {' + '.join(branch.name for branch in branches)}"

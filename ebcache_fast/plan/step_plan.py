@@ -1,28 +1,14 @@
-"""What one step computes and what it reuses: branches, actions, the types of steps, and `StepPlan`."""
+"""What one step does at each site: the types of steps, and `StepPlan`."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 from functools import cached_property
-from itertools import chain, product
 from typing import Self
 
 from ebcache_fast.errors import TableError
-
-
-class Branch(Enum):
-    """One residual branch of a transformer layer."""
-
-    SELF_ATTN = "self_attn"
-    CROSS_ATTN = "cross_attn"
-    MLP = "mlp"
-
-
-class Action(Enum):
-    """What a step does with one slot: run the branch and store its output, or read what is stored."""
-
-    COMPUTE = "compute"
-    REUSE = "reuse"
+from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
+from ebcache_fast.plan.sites import Branch, Site, branch_names, layered
 
 
 class StepType(IntEnum):
@@ -62,51 +48,53 @@ _REUSES = {
     StepType.CROSS_ATTN_MLP: frozenset({Branch.CROSS_ATTN, Branch.MLP}),
 }
 
-Slot = tuple[int, Branch]  # the cache slot of one branch of one layer
-
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The action of one step on every slot. Hashable: it is the CUDA graph's key.
+    """One rule a site. Raises TableError without a site, or for another number of rules than sites."""
 
-    ``branches`` is their order inside a layer, ``actions[layer][k]`` the action on ``branches[k]``.
-    Raises TableError without a layer or branch, for a repeated branch, or a row of another length.
-    """
-
-    branches: tuple[Branch, ...]
-    actions: tuple[tuple[Action, ...], ...]
+    sites: tuple[Site, ...]
+    rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
-        if not self.branches or len(set(self.branches)) != len(self.branches):
-            raise TableError(f"branches: expected one or more, each once, got {self.branches!r}")
-        lengths = [len(row) for row in self.actions]
-        if set(lengths) != {len(self.branches)}:
-            raise TableError(f"actions: expected a row of {len(self.branches)} per layer, got rows of {lengths}")
+        if not self.sites or len(set(self.sites)) != len(self.sites):
+            raise TableError(f"sites: expected one or more, each once, got {list(map(str, self.sites))}")
+        if len(self.rules) != len(self.sites):
+            raise TableError(f"rules: expected one per site, {len(self.sites)}, got {len(self.rules)}")
 
     @classmethod
-    def uniform(cls, step_type: StepType, depth: int, branches: tuple[Branch, ...]) -> Self:
-        """The plan that treats all ``depth`` layers as ``step_type`` says.
+    def uniform(cls, step_type: StepType, sites: tuple[Site, ...]) -> Self:
+        """The plan that treats the sites of all layers as ``step_type`` says.
 
         Raises TableError for a type that speaks of a branch which the layers lack.
         """
+        branches = tuple(dict.fromkeys(site.branch for site in sites))
         if not step_type.fits(branches):
             raise TableError(
                 f"step type {step_type.name}: expected layers with {branch_names(step_type.reuses)}, got layers of "
                 f"{branch_names(branches)}; use a table made for this model"
             )
-        row = tuple(Action.REUSE if branch in step_type.reuses else Action.COMPUTE for branch in branches)
-        return cls(branches, (row,) * depth)
+        return cls(sites, tuple(REUSE if site.branch in step_type.reuses else COMPUTE for site in sites))
 
-    @property
-    def depth(self) -> int:
-        """The number of layers."""
-        return len(self.actions)
+    @classmethod
+    def by_layer(cls, branches: tuple[Branch, ...], rows: Sequence[Sequence[Rule]]) -> Self:
+        """The plan of layers that all run ``branches``, with a row of rules for each layer.
+
+        Raises TableError without a layer or branch, for a repeated branch, or a row of another length.
+        """
+        if not branches or len(set(branches)) != len(branches):
+            raise TableError(f"branches: expected one or more, each once, got {branches!r}")
+        lengths = [len(row) for row in rows]
+        if set(lengths) != {len(branches)}:
+            raise TableError(f"rows: expected {len(branches)} rules per layer, got rows of {lengths}")
+        return cls(layered(len(rows), branches), tuple(rule for row in rows for rule in row))
 
     @cached_property
     def step_type(self) -> StepType | None:
         """The step type this plan equals, the first that does; None where layers differ."""
-        types = (t for t in StepType if t.fits(self.branches))
-        return next((t for t in types if StepPlan.uniform(t, self.depth, self.branches) == self), None)
+        branches = tuple(dict.fromkeys(site.branch for site in self.sites))
+        types = (step_type for step_type in StepType if step_type.fits(branches))
+        return next((each for each in types if StepPlan.uniform(each, self.sites).rules == self.rules), None)
 
     @property
     def type_name(self) -> str:
@@ -114,31 +102,20 @@ class StepPlan:
         return "MIXED" if self.step_type is None else self.step_type.name
 
     @cached_property
-    def computed(self) -> tuple[Slot, ...]:
-        """The slots this step computes and stores, in order of execution."""
-        return self._slots(Action.COMPUTE)
+    def computed(self) -> tuple[Site, ...]:
+        """The sites of which the branch runs, in order of execution."""
+        return tuple(site for site, rule in zip(self.sites, self.rules, strict=True) if rule.runs_branch)
 
     @cached_property
-    def reused(self) -> tuple[Slot, ...]:
-        """The slots this step reads, in order of execution."""
-        return self._slots(Action.REUSE)
+    def reused(self) -> tuple[Site, ...]:
+        """The sites of which it does not, in order of execution."""
+        return tuple(site for site, rule in zip(self.sites, self.rules, strict=True) if not rule.runs_branch)
 
     @property
     def computes_nothing(self) -> bool:
         """Whether no branch runs, so that all layers collapse into one sum over gated slots."""
         return not self.computed
 
-    def action(self, layer: int, branch: Branch) -> Action:
-        """What this step does with one slot."""
-        return self.actions[layer][self.branches.index(branch)]
-
-    def _slots(self, wanted: Action) -> tuple[Slot, ...]:
-        slots = product(range(self.depth), self.branches)
-        actions = chain.from_iterable(self.actions)
-        return tuple(slot for slot, action in zip(slots, actions, strict=True) if action is wanted)
-
-
-def branch_names(branches: Iterable[Branch]) -> str:
-    """Branches as messages name them, in the order of `Branch`: ``SELF_ATTN + MLP``."""
-    chosen = frozenset(branches)
-    return " + ".join(branch.name for branch in Branch if branch in chosen)
+    def rule_at(self, layer: int, branch: Branch) -> Rule:
+        """What this step does at one site."""
+        return self.rules[self.sites.index(Site(layer, branch))]

@@ -23,8 +23,7 @@ def fora(timesteps: tuple[float, ...], interval: float, shape: ModelShape, eps_s
     indices = range(last, -1, -1)
     full = (i == last or math.floor(i / interval) > math.floor((i - 1) / interval) for i in indices)
     types = [StepType.NO_CACHE if f else StepType.ATTN_MLP for f in full]
-    branches = tuple(cost.branch for cost in shape.branches)
-    return Plan.from_types(types, timesteps, shape.depth, branches, eps_scale)
+    return Plan.from_types(types, timesteps, shape.sites, eps_scale)
 
 
 def fora_at_cost(timesteps: tuple[float, ...], macs: int, shape: ModelShape, eps_scale: float = 1.0) -> Plan:

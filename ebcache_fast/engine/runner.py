@@ -1,0 +1,183 @@
+"""Runs programs: a table from the name of a launch to what it launches, over static memory alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ebcache_fast.engine.ends import Ends, Pending, ends_of
+from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.modulation import ModulationTable
+from ebcache_fast.engine.step_clock import StepClock
+from ebcache_fast.engine.workspace import Workspace
+from ebcache_fast.models.denoiser import Denoiser, Means
+from ebcache_fast.models.float8 import FLOAT8, Float8Branches
+from ebcache_fast.operands import At, Guide, Norm, Quantised, Update
+from ebcache_fast.ops import Operations
+from ebcache_fast.plan import LONGEST_RUN, Launch, Program, Slot, Term
+from ebcache_fast.plan import program as names
+
+
+@dataclass
+class _Step:
+    """A program being run: what its launches hand on to each other."""
+
+    x: Tensor  # (B, C, H, W)
+    cache: FeatureCache
+    steps: int
+    head: Callable[[Tensor, Pending, At], None]
+    run: Callable[[Tensor, At], None]
+    u: Tensor  # the input of the branch that comes next, the stream where that takes it as it is
+    quantised: Quantised | None = None  # the same in float8, where it takes it so
+
+
+class Runner:
+    """Runs programs of one batch, over any cache of their memory.
+
+    ``clock`` says which step it is, and moves on with each program. Branches write their ungated output into slots, and
+    terms read it there, with the gates of the step at hand. What ``float8`` takes of them runs there.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operations: Operations,
+        modulation: ModulationTable,
+        guide: Guide,
+        workspace: Workspace,
+        constants: Workspace,
+        float8: Float8Branches | None = None,
+    ) -> None:
+        self._denoiser, self._operations = denoiser, operations
+        self._modulation, self._guide, self._workspace = modulation, guide, workspace
+        self._constants, self._means = constants, Means(operations, workspace, constants)
+        self._float8, self._sites = float8, denoiser.shape.sites
+        self.clock = StepClock(modulation.row_of)
+        # To the fused operations a row is what has one condition: a single token where the text among them has its own.
+        tokens = 1 if denoiser.text_tokens else denoiser.shape.tokens
+        self._stream_shape = len(modulation.row_of), tokens, denoiser.shape.width
+        self._table: dict[str, Callable[[Launch, _Step, At], None]] = {
+            names.EMBED: self._embed,
+            names.EMBED_NORM: self._embed_norm,
+            names.RESIDUAL: self._residual,
+            names.RESIDUAL_NORM: self._residual_norm,
+            names.RESIDUAL_QUANTISE: self._residual_quantise,
+            names.BRANCH: self._branch,
+            names.SUM: self._sum,
+            names.SUMS: self._make_sums,
+            names.HEAD: self._head,
+            names.RUN: self._run_steps,
+        }
+
+    def predict(self, program: Program, x: Tensor, cache: FeatureCache, out: Tensor) -> None:
+        """Guided and scaled output for latents x (B, C, H, W) -> out (R, Cout, H, W), in x's dtype."""
+
+        def head(h: Tensor, pending: Pending, at: At) -> None:
+            self._ends.predict(h, pending, self._head_norm(), at, self._guide, out)
+
+        self._launch_all(program, _Step(x, cache, 1, head, _never, self._buffer("h")))
+
+    def update(self, program: Program, x: Tensor, cache: FeatureCache, update: Update) -> None:
+        """All steps of a program, the sampler's included, on x (B, C, H, W) in place."""
+
+        def head(h: Tensor, pending: Pending, at: At) -> None:
+            self._ends.update(x, h, pending, self._head_norm(), at, self._guide, update)
+
+        def run(sums: Tensor, at: At) -> None:
+            self._ends.run_update(x, sums, self._head_norm(), at, self._guide, update)
+
+        self._launch_all(program, _Step(x, cache, program.steps, head, run, self._buffer("h")))
+
+    def _launch_all(self, program: Program, step: _Step) -> None:
+        """Launch after launch; the first that reads the step takes it over, the last hands it on."""
+        at, then = self.clock.first, self.clock.here
+        for launch in program.launches[:-1]:
+            self._table[launch.name](launch, step, at)
+            if launch.name not in names.WITHOUT_STEP:
+                at = then
+        last = program.launches[-1]
+        self._table[last.name](last, step, self.clock.last(program.steps))
+
+    def _embed(self, launch: Launch, step: _Step, at: At) -> None:
+        self._ends.embed(step.x, self._buffer("h"))
+
+    def _embed_norm(self, launch: Launch, step: _Step, at: At) -> None:
+        h, step.u, step.quantised = self._buffer("h"), self._buffer("u"), None
+        self._ends.embed_norm_modulate(step.x, self._norm(launch), at, h, step.u)
+
+    def _residual(self, launch: Launch, step: _Step, at: At) -> None:
+        pending = self._pending(launch.terms, step.cache)
+        self._operations.gated_residual(self._buffer("h"), pending.branches, pending.gates, at)
+
+    def _residual_norm(self, launch: Launch, step: _Step, at: At) -> None:
+        step.u, step.quantised = self._buffer("u"), None
+        h, pending = self._buffer("h"), self._pending(launch.terms, step.cache)
+        branches, gates = pending.branches, pending.gates
+        self._operations.gated_residual_norm_modulate(h, branches, gates, self._norm(launch), at, step.u)
+
+    def _residual_quantise(self, launch: Launch, step: _Step, at: At) -> None:
+        if self._float8_of(launch) is None:  # its layer is not as plain as it was
+            self._residual_norm(launch, step, at)
+            return
+        h, pending = self._buffer("h"), self._pending(launch.terms, step.cache)
+        values = self._workspace.buffer("u", *h.shape, dtype=FLOAT8)
+        step.quantised = u = Quantised(values, self._workspace.buffer("scales of u", *h.shape[:2], dtype=torch.float32))
+        branches, gates = pending.branches, pending.gates
+        self._operations.gated_residual_norm_quantise(h, branches, gates, self._norm(launch), at, u)
+
+    def _branch(self, launch: Launch, step: _Step, at: At) -> None:
+        slot, site = step.cache.slot(launch.out or Slot.of(launch.site)), self._sites[launch.site]
+        if step.quantised is not None and self._float8 is not None:
+            self._float8.run(site, step.quantised, slot, self._means)
+        else:
+            self._denoiser.run_branch(*site, step.u.view(slot.shape), slot, self._means)
+        step.u, step.quantised = self._buffer("h"), None
+
+    def _sum(self, launch: Launch, step: _Step, at: At) -> None:
+        h = self._buffer("h")
+        self._gated_sum(launch, step.cache, at, h, h.unsqueeze(0))
+
+    def _make_sums(self, launch: Launch, step: _Step, at: At) -> None:
+        self._gated_sum(launch, step.cache, at, None, self._sums(step.steps))
+
+    def _head(self, launch: Launch, step: _Step, at: At) -> None:
+        step.head(self._buffer("h"), self._pending(launch.terms, step.cache), at)
+
+    def _run_steps(self, launch: Launch, step: _Step, at: At) -> None:
+        step.run(self._sums(step.steps), at)
+
+    def _gated_sum(self, launch: Launch, cache: FeatureCache, at: At, base: Tensor | None, sums: Tensor) -> None:
+        """Add the terms of neighbouring slots in one launch."""
+        first, count = launch.terms[0], len(launch.terms)
+        slots = cache.slots(first.slot, count).view(count, *self._stream_shape)
+        self._operations.gated_sum(slots, self._modulation.gates(cache.column_of(first), count), at, base, sums)
+
+    def _pending(self, terms: tuple[Term, ...], cache: FeatureCache) -> Pending:
+        slots = [cache.slot(term.slot).view(self._stream_shape) for term in terms]
+        return Pending(slots, [self._modulation.gate(cache.column_of(term)) for term in terms])
+
+    def _norm(self, launch: Launch) -> Norm:
+        return self._modulation.norm(launch.site, cast(nn.LayerNorm, self._denoiser.norm(*self._sites[launch.site])))
+
+    def _float8_of(self, launch: Launch) -> Float8Branches | None:
+        """What runs a site's branch in float8, if it is to."""
+        return self._float8 if self._float8 is not None and self._float8.takes(self._sites[launch.site]) else None
+
+    @property
+    def _ends(self) -> Ends:
+        return ends_of(self._denoiser, self._operations, self._constants)
+
+    def _head_norm(self) -> Norm:
+        return self._modulation.head_norm(self._denoiser.head_norm)
+
+    def _buffer(self, name: str) -> Tensor:
+        return self._workspace.buffer(name, *self._stream_shape)
+
+    def _sums(self, steps: int) -> Tensor:
+        return self._workspace.buffer("sums", LONGEST_RUN, *self._stream_shape)[:steps]
+
+
+def _never(sums: Tensor, at: At) -> None:
+    """What a step whose output is wanted does with sums of several: there are none."""

@@ -1,0 +1,55 @@
+"""From what a step does at each site to what it launches, and the proof that nothing is read before it is stored."""
+
+from collections.abc import Iterable, Sequence
+
+from ebcache_fast.errors import TableError
+from ebcache_fast.plan.emitter import Emitter
+from ebcache_fast.plan.memory import Memory
+from ebcache_fast.plan.program import Program, Slot
+from ebcache_fast.plan.sites import Site, SiteShape
+from ebcache_fast.plan.step_plan import StepPlan
+
+
+def lower(
+    step: StepPlan,
+    site_shapes: Sequence[SiteShape],
+    memory: Memory,
+    *,
+    samples: bool,
+    steps: int = 1,
+    float8: frozenset[int] = frozenset(),
+) -> Program:
+    """The program of one step on a model of these sites.
+
+    memory: of the whole plan. samples: whether our own loop runs it, and the sampler's step with it; then ``steps``
+    equal ones may run at once if nothing but a sum of neighbouring slots is left of them. float8: sites, counted
+    through the model, that take their input so.
+    """
+    emitter = Emitter(site_shapes, memory, float8)
+    for site, rule in enumerate(step.rules):
+        emitter.begin(site)
+        rule.emit(site, emitter)
+    return Program(emitter.end(samples=samples), step.sites, steps)
+
+
+def draft(step: StepPlan) -> Program:
+    """The program of one step as far as its slots go, for whoever knows no model yet."""
+    return lower(step, bare(step.sites), Memory(), samples=False)
+
+
+def bare(sites: Iterable[Site]) -> list[SiteShape]:
+    """Sites of which nothing else is known."""
+    return [SiteShape(site.layer, site.branch, macs=0, weights=0) for site in sites]
+
+
+def verify(programs: Iterable[Program]) -> None:
+    """Raise TableError, naming step and site, where a program reads what neither it nor an earlier one wrote."""
+    stored: set[Slot] = set()
+    for i, program in enumerate(programs):
+        if missing := next((slot for slot in program.reads if slot not in stored), None):
+            site = program.sites[missing.first]
+            raise TableError(
+                f"steps[{i}]: {site.branch.name} of layer {site.layer} reads an {missing.meaning} that no step stored; "
+                "let it be computed before, as in a first step that is NO_CACHE"
+            )
+        stored |= program.writes

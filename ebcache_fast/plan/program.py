@@ -1,0 +1,167 @@
+"""What one step launches: the form between plans and kernels, that can be hashed, checked, counted and read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ebcache_fast.plan.sites import Site
+
+OUTPUT = "output"  # what a slot of one site usually holds: the branch's ungated output
+
+# Which launches there are; all but `WITHOUT_STEP` read which step it is.
+EMBED = "embed"  # h = tokens of x
+EMBED_NORM = "embed_norm"  # the same, and u = the input of a site
+RESIDUAL = "residual"  # h += terms
+RESIDUAL_NORM = "residual_norm"  # the same, and u = the input of a site
+RESIDUAL_QUANTISE = "residual_quantise"  # the same, u in float8
+SUM = "sum"  # h += terms of neighbouring slots
+SUMS = "sums"  # a sum of neighbouring slots for each of some coming steps, without x
+HEAD = "head"  # output, or the sampler's step, of h + terms
+RUN = "run"  # as many whole steps as there are sums
+BRANCH = "branch"  # a slot = the branch of a site over its input; without modulation
+WITHOUT_STEP = frozenset({EMBED, BRANCH})
+LONGEST_RUN = 3  # steps of which one pass over the slots makes the sums
+
+
+class Slot(NamedTuple):
+    """Kept value: of one site, or of all sites from ``first`` to ``last``.
+
+    ``age`` tells several kept outputs of one site apart. ``meaning`` is part of the key, so that what is left of a
+    difference can't be read as an output.
+    """
+
+    meaning: str
+    first: int
+    last: int
+    age: int = 0
+
+    @classmethod
+    def of(cls, site: int, age: int = 0, meaning: str = OUTPUT) -> "Slot":
+        """That of one site, counted through the model."""
+        return cls(meaning, site, site, age)
+
+
+class Term(NamedTuple):
+    """Summand of the residual stream: gate x factor x slot."""
+
+    slot: Slot
+    gate: int | None  # of which site; None for 1
+    is_weighted: bool = False  # by a factor of each step's own; else 1
+
+
+class Launch(NamedTuple):
+    """One launch, or of a branch the few of its products and its attention."""
+
+    name: str
+    terms: tuple[Term, ...] = ()  # added to the stream, in this order
+    site: int = -1  # of which the input is made, or the branch is run
+    out: Slot | None = None  # what is written
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that one step launches, in order; of ``steps`` equal ones that reuse everything, where there are more.
+
+    Hashable: it is a CUDA graph's key. str() is for people.
+    """
+
+    launches: tuple[Launch, ...]
+    sites: tuple[Site, ...]  # of the model
+    steps: int = 1
+
+    def __len__(self) -> int:
+        return len(self.launches)
+
+    def __iter__(self) -> Iterator[Launch]:
+        return iter(self.launches)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.launches, self.steps))
+
+    @cached_property
+    def writes(self) -> frozenset[Slot]:
+        """Slots that it fills."""
+        return frozenset(launch.out for launch in self if launch.out is not None)
+
+    @cached_property
+    def reads(self) -> tuple[Slot, ...]:
+        """Slots that it reads as an earlier step left them, in order."""
+        found: dict[Slot, None] = {}
+        written: set[Slot] = set()
+        for launch in self:
+            found |= dict.fromkeys(term.slot for term in launch.terms if term.slot not in written)
+            if launch.out is not None:
+                written.add(launch.out)
+        return tuple(found)
+
+    @cached_property
+    def branches(self) -> tuple[int, ...]:
+        """Sites of which the branch runs, in order."""
+        return tuple(launch.site for launch in self if launch.name == BRANCH)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(program: Program) -> Iterator[str]:
+    """One a launch; layers that are alike but for their number are said once."""
+    groups = _by_layer(program)
+    at = 0
+    while at < len(groups):
+        layer, lines = groups[at]
+        alike = 1
+        while at + alike < len(groups) and groups[at + alike] == (layer + alike, lines):
+            alike += 1
+        several = alike > 1
+        yield from (line.format("i" if several else layer, "i-1" if several else layer - 1) for line in lines)
+        if several:
+            yield f"    for i = {layer} to {layer + alike - 1}"
+        at += alike
+
+
+def _by_layer(program: Program) -> list[tuple[int, tuple[str, ...]]]:
+    """The lines of each stretch of launches for one layer, which they name as {0}, and the one before it as {1}."""
+    found: list[tuple[int, list[str]]] = []
+    for launch in program:
+        layer = program.sites[launch.site].layer if launch.site >= 0 else -1
+        if not found or found[-1][0] != layer:
+            found.append((layer, []))
+        found[-1][1].append(_line(launch, program, layer))
+    return [(layer, tuple(lines)) for layer, lines in found]
+
+
+def _line(launch: Launch, program: Program, layer: int) -> str:
+    parts = [f"{launch.name:<18}"]
+    if launch.site >= 0:
+        parts.append(_named(program.sites[launch.site], layer))
+    parts.append(_terms(launch.terms, program, layer))
+    if launch.out is not None and launch.out != Slot.of(launch.site):
+        parts.append(f"-> {_slot(launch.out, program, layer)}")
+    if program.steps > 1:
+        parts.append(f"x {program.steps}")
+    return "  ".join(part for part in parts if part).rstrip()
+
+
+def _terms(terms: tuple[Term, ...], program: Program, layer: int) -> str:
+    if not terms:
+        return ""
+    if len(terms) > 3:
+        return f"+ {_slot(terms[0].slot, program, layer)} .. {_slot(terms[-1].slot, program, layer)} ({len(terms)})"
+    return " ".join(f"+ {'c ' * term.is_weighted}{_slot(term.slot, program, layer)}" for term in terms)
+
+
+def _slot(slot: Slot, program: Program, layer: int) -> str:
+    first, last = program.sites[slot.first], program.sites[slot.last]
+    where = _named(first, layer) if slot.first == slot.last else f"{_named(first, layer)}..{_named(last, layer)}"
+    return where + f" {slot.meaning}" * (slot.meaning != OUTPUT) + f" [{slot.age}]" * (slot.age > 0)
+
+
+def _named(site: Site, layer: int) -> str:
+    """A site relative to a layer, for `str.format`."""
+    number = {0: "{0}", -1: "{1}"}.get(site.layer - layer, str(site.layer)) if layer >= 0 else str(site.layer)
+    return f"{number}.{site.branch.value}"
