@@ -46,6 +46,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for step in (default, in_order):
         assert "ebcache_fast/engine/trajectory.py::ForwardTrajectory.predict" in step["names"]
         assert not {name.partition("::")[0] for name in step["names"]} & {
-            "ebcache_fast/engine/step.py",
+            "ebcache_fast/engine/runner.py",
             "ebcache_fast/ops.py",
         }

@@ -1,6 +1,8 @@
 """What rules write a step's program with: a few primitives, and all fusing behind them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from operator import itemgetter
 
 from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.program import (
@@ -81,7 +83,7 @@ class Emitter:
         Steps that only add what one launch can sum are so many at once in our own loop.
         """
         self._pending, self._held = self._pending + self._held, []
-        if samples and not self._launches and self._pending and self._neighbours() == len(self._pending):
+        if samples and not self._launches and self._pending and self._longest_stretch()[1] == len(self._pending):
             self._emit(SUMS, tuple(self._pending))
             self._emit(RUN)
             return tuple(self._launches)
@@ -99,22 +101,24 @@ class Emitter:
             self._emit(EMBED)
 
     def _last_terms(self) -> tuple[Term, ...]:
-        """Add what is pending but for what one fused launch can take, and return that."""
+        """Add what is pending but for what one fused launch can take, longest stretches first, and return the rest."""
         while len(self._pending) > FUSED_TERMS:
-            count = max(self._neighbours(), FUSED_TERMS)
-            self._add(tuple(self._pending[:count]))
-            del self._pending[:count]
+            start, count = self._longest_stretch()
+            if count <= FUSED_TERMS:
+                start, count = 0, FUSED_TERMS
+            self._add(tuple(self._pending[start : start + count]))
+            del self._pending[start : start + count]
         last = tuple(self._pending)
         self._pending.clear()
         return last
 
-    def _neighbours(self) -> int:
-        """How many pending terms lie one after another, from the first on."""
-        pairs = zip(self._pending, self._pending[1:], strict=False)
-        return 1 + next(
-            (i for i, (one, other) in enumerate(pairs) if not self._memory.are_neighbours(one, other)),
-            len(self._pending) - 1,
-        )
+    def _longest_stretch(self) -> tuple[int, int]:
+        """Where among the pending terms most lie one after another, and how many."""
+        start, longest = 0, (0, 1)
+        for i, (one, other) in enumerate(pairwise(self._pending), start=1):
+            start = start if self._memory.are_neighbours(one, other) else i
+            longest = max(longest, (start, i + 1 - start), key=itemgetter(1))
+        return longest
 
     def _add(self, terms: tuple[Term, ...]) -> None:
         self._emit(SUM if len(terms) > FUSED_TERMS else RESIDUAL, terms)
