@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench import call_paths
-from ebcache_fast.plan import Branch, Plan, StepType
+from ebcache_fast.plan import Branch, Plan, StepType, layered
 
-PLAN = Plan.from_types([StepType.NO_CACHE, StepType.ATTENTION], (9, 1), 2, (Branch.SELF_ATTN, Branch.MLP))
+PLAN = Plan.from_types([StepType.NO_CACHE, StepType.ATTENTION], (9, 1), layered(2, (Branch.SELF_ATTN, Branch.MLP)))
 
 
 def test_what_counts_is_ours_once_and_with_all_that_is_written_within_it() -> None:

@@ -466,7 +466,7 @@ CLEARED = {
         "run",
         "tokens",
     ),
-    "ebcache_fast/engine": ("feature_cache", "order_guard", "step", "step_clock", "step_scheduler", "workspace"),
+    "ebcache_fast/engine": ("feature_cache", "order_guard", "runner", "step_clock", "step_scheduler", "workspace"),
 }
 
 

@@ -12,7 +12,14 @@ from bench.mutants.errors import MutationError
 PARTS = ("kernels", "ebcache_fast", "tests", "bench", "pyproject.toml")
 UNUSED = shutil.ignore_patterns("__pycache__", "results", "*.egg-info", ".*")
 PACKAGE = "ebcache_fast.kernels"
-ENGINE = ("ebcache_fast/engine", "ebcache_fast/dropin")
+PLAN = "ebcache_fast/plan"
+ENGINE = (PLAN, "ebcache_fast/engine", "ebcache_fast/dropin")
+PLAN_TESTS = (
+    "tests/test_programs.py",
+    "tests/test_plan.py",
+    "tests/test_step_scheduler.py",
+    "tests/test_cache_table.py",
+)
 ENGINE_ENTRIES = (  # what runs all of it
     "ebcache_fast.engine.engine",
     "ebcache_fast.dropin",
@@ -47,7 +54,7 @@ def kernel_files(root: Path) -> list[str]:
 
 
 def engine_files(root: Path) -> list[str]:
-    """The files of the engine and of the forward over it, from the root."""
+    """The files of plans, of the engine, and of the forward over it, from the root."""
     return [f"{folder}/{path.name}" for folder in ENGINE for path in sorted((root / folder).glob("[!_]*.py"))]
 
 
@@ -55,8 +62,11 @@ def find_tests(root: Path, file: str) -> tuple[str, ...]:
     """The tests of a file, from the root.
 
     A kernel file has its own; a helper without any, those of what imports it. A file of the engine has its own too,
-    those of our own loop, and those that run the engine over no kernels, which would take the interpreter's time.
+    those of our own loop, and those that run the engine over no kernels, which would take the interpreter's time. Files
+    of plans have those that need no model.
     """
+    if file.startswith(f"{PLAN}/"):
+        return tuple(test for test in PLAN_TESTS if (root / test).exists())
     return _engine_tests(root, file) if file in engine_files(root) else _kernel_tests(root, file)
 
 
