@@ -94,11 +94,11 @@ def own_loop(engine: Engine) -> list[str]:
 
 
 @torch.no_grad()
-def drop_in(*, trust_order: bool) -> list[str]:
+def drop_in(*, in_order: bool) -> list[str]:
     """One guided call of an enabled model."""
     model, plan = make_model()
     x, y, ts = torch.randn(2, *LATENTS), torch.tensor([1, 5]), [torch.tensor([t, t]) for t in plan.timesteps]
-    with enabled(model, plan, trust_order=trust_order), patch.object(cached_forward, "Engine", EmptyEngine):
+    with enabled(model, plan, in_order=in_order), patch.object(cached_forward, "Engine", EmptyEngine):
         for t in ts[:AT]:
             model.forward_with_cfg(x, t, y, CFG_SCALE)
         return passed_through(partial(model.forward_with_cfg, x, ts[AT], y, CFG_SCALE))
@@ -110,8 +110,8 @@ def paths() -> dict[str, list[str]]:
         return {
             "our own loop, eager": own_loop(Engine(make_model()[0], make_graphs=no_graphs)),
             "our own loop, graph": own_loop(EmptyEngine(make_model()[0])),
-            "drop-in, graph": drop_in(trust_order=False),
-            "drop-in, graph, trust_order=True": drop_in(trust_order=True),
+            "drop-in, graph": drop_in(in_order=False),
+            "drop-in, graph, in_order=True": drop_in(in_order=True),
         }
 
 

@@ -44,7 +44,7 @@ OUT = Path(__file__).resolve().parent / "results" / "host-cost.json"
 LAYERS, STEPS, TARGET_US, CFG_SCALE = 28, 50, 50.0, 1.5
 LATENTS = 4, 8, 8
 TURN = (StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP)  # no step joins a run: each is a dispatch
-OWN_LOOP, DEFAULT, TRUSTING = "our own loop", "drop-in", "drop-in, trust_order=True"
+OWN_LOOP, DEFAULT, IN_ORDER = "our own loop", "drop-in", "drop-in, in_order=True"
 
 
 class Step(NamedTuple):
@@ -126,10 +126,10 @@ def calls(model: nn.Module, plan: Plan, watch: TimedWatch | KnowingWatch) -> Ite
 
 
 @contextmanager
-def dropped_in(watch: type[TimedWatch] | type[KnowingWatch], *, trust_order: bool) -> Iterator[Run]:
+def dropped_in(watch: type[TimedWatch] | type[KnowingWatch], *, in_order: bool) -> Iterator[Run]:
     """Runs of an enabled model of its own, looked at by ``watch``."""
     model, plan = make_model()
-    with patch.object(eligibility, "Watch", watch), enabled(model, plan, trust_order=trust_order):
+    with patch.object(eligibility, "Watch", watch), enabled(model, plan, in_order=in_order):
         looking = vars(model)[cached_forward.ATTRIBUTE].eligibility._watch
 
         def run() -> Iterator[Step]:
@@ -149,18 +149,18 @@ def measure(rounds: int) -> dict[str, dict[str, Any]]:
     """Microseconds a step, by way: without the fingerprint, the fingerprint's own, and without one to make at all."""
     with (
         our_own() as own,
-        dropped_in(TimedWatch, trust_order=False) as default,
-        dropped_in(TimedWatch, trust_order=True) as trusting,
-        dropped_in(KnowingWatch, trust_order=False) as default_warm,
-        dropped_in(KnowingWatch, trust_order=True) as trusting_warm,
+        dropped_in(TimedWatch, in_order=False) as default,
+        dropped_in(TimedWatch, in_order=True) as in_order,
+        dropped_in(KnowingWatch, in_order=False) as default_warm,
+        dropped_in(KnowingWatch, in_order=True) as in_order_warm,
     ):
-        runs = own, default, trusting, default_warm, trusting_warm
+        runs = own, default, in_order, default_warm, in_order_warm
         turns = [[list(run())[1:-1] for run in runs] for _ in range(rounds + 1)]
-    loop, default_steps, trusting_steps, default_known, trusting_known = zip(*turns[1:], strict=True)  # 1st: warm-up
+    loop, default_steps, in_order_steps, default_known, in_order_known = zip(*turns[1:], strict=True)  # 1st: warm-up
     return {
         OWN_LOOP: {"step_us": summary(loop)},
         DEFAULT: figures(default_steps, default_known),
-        TRUSTING: figures(trusting_steps, trusting_known),
+        IN_ORDER: figures(in_order_steps, in_order_known),
     }
 
 

@@ -1,5 +1,6 @@
 """``enable`` and its kin: caching for a model, in place, behind its own forward."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -26,7 +27,8 @@ def enable(
     *,
     eps_scale: float | None = None,
     allow_amplify: bool = False,
-    trust_order: bool = False,
+    in_order: bool = False,
+    trust_order: bool | None = None,
     strict: bool = False,
     fp8: bool = False,
     max_graphs: int = 64,
@@ -57,9 +59,10 @@ def enable(
             the velocity that CogVideoX predicts it scales the noise alone, by the alphas of the pipeline's scheduler:
             enable a pipeline again that got another one.
         allow_amplify: lets ``eps_scale`` exceed 1.
-        trust_order: the caller promises one call a step, in the table's order, and that each run holds tensors of its
+        in_order: the caller promises one call a step, in the table's order, and that each run holds tensors of its
             own; then only the first call of a run waits for the device. A broken promise gives NaN and
             TrajectoryError, and never a wrong picture.
+        trust_order: what ``in_order`` was called before; it goes with the next release.
         strict: raise TrajectoryError or CaptureError where the model would be run uncached, or without CUDA graphs.
         fp8: QKV's and fc1's products in float8; see `EngineOptions`. The model is still held against what it computes
             without.
@@ -76,6 +79,8 @@ def enable(
         InputError: the model is of another layout, in training mode, or computes something else than its parts
             say; another library caches it; or an argument is out of range.
     """
+    if trust_order is not None:
+        in_order = _renamed(trust_order, in_order, stacklevel=3)
     module = module_of(model)
     if module.training:
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
@@ -93,8 +98,8 @@ def enable(
     before = _cached_forward(module)
     with before.patch.asked() if before is not None else nullcontext():
         courses = [Course.of(model, module, plan) for plan in plans]
-        choice = choice_of(model, courses, trust_order=trust_order)
-        cached = (InOrderForward if trust_order else CachedForward)(module, courses[0], options, choice)
+        choice = choice_of(model, courses, in_order=in_order)
+        cached = (InOrderForward if in_order else CachedForward)(module, courses[0], options, choice)
     disable(module)
     cached.install()
     return model
@@ -115,6 +120,8 @@ def disable(model: Target) -> Target:
 @contextmanager
 def enabled(model: Target, table: Tables, **options: Any) -> Iterator[Target]:
     """`enable`, with its options, for the length of a with statement; what was enabled before is so again after it."""
+    if (trust_order := options.pop("trust_order", None)) is not None:
+        options["in_order"] = _renamed(trust_order, options.get("in_order", False), stacklevel=4)
     before = _cached_forward(module_of(model))
     if before is not None:
         before.remove()
@@ -146,6 +153,12 @@ def module_of(model: Any) -> nn.Module:
     wrapped: Any = getattr(module, "_orig_mod", module)
     inner: nn.Module = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     return inner
+
+
+def _renamed(trust_order: bool, in_order: bool, stacklevel: int) -> bool:
+    """The promise, by whichever of its two names it was made."""
+    warnings.warn("trust_order is called in_order now", DeprecationWarning, stacklevel=stacklevel)
+    return in_order or trust_order
 
 
 def _cached_forward(model: nn.Module) -> CachedForward | None:

@@ -180,7 +180,7 @@ class Subject:
         self.plan, self.trusts = plan, trusts
         self.held: OrderedDict[Loop, None] = OrderedDict()  # as the drop-in holds them
         self.live = [run for run in self.live if isinstance(run, Own)]
-        options = {"trust_order": trusts, "max_trajectories": AT_ONCE}
+        options = {"in_order": trusts, "max_trajectories": AT_ONCE}
         enable_over(over(self.graphs), self.model, plan, self.operations, **options)
 
     def begin(self, job: Job) -> None:

@@ -30,7 +30,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 three = pytest.mark.parametrize("kind", THREE, ids=str)
-in_either_order = pytest.mark.parametrize("trust_order", [False, True])
+in_either_order = pytest.mark.parametrize("in_order", [False, True])
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def as_another_has_it(value: Any) -> Any:
 
 @in_either_order
 @three
-def test_the_second_call_equals_the_first(kind: Kind, pipe: Any, trust_order: bool) -> None:
+def test_the_second_call_equals_the_first(kind: Kind, pipe: Any, in_order: bool) -> None:
     """sglang#35054, diffusers#14093."""
     replayed = kind.draw(replaying(pipe))
-    enable(pipe, table_of(pipe), trust_order=trust_order)
+    enable(pipe, table_of(pipe), in_order=in_order)
     first, second, other, third = (kind.draw(pipe, rows) for rows in ((0, 1), (0, 1), (2, 3), (0, 1)))
     assert_same(first, replayed)
     assert torch.equal(first, second)
@@ -108,9 +108,9 @@ def test_a_run_after_one_that_ended_after_any_step(kind: Kind, pipe: Any) -> Non
 
 @three
 def test_a_run_after_one_that_ended_early_of_who_promised_an_order(kind: Kind, pipe: Any) -> None:
-    """KJNodes#371, under trust_order: at worst the call that breaks the promise is told so, and the next is right."""
+    """KJNodes#371, under in_order: at worst the call that breaks the promise is told so, and the next is right."""
     ts, call = timesteps(pipe), kind.call(pipe)
-    enable(pipe, table_of(pipe), trust_order=True)
+    enable(pipe, table_of(pipe), in_order=True)
     expected = run_of(pipe, call)
     for step in range(1, STEPS):
         drive(pipe.transformer, call, ts[:step])
@@ -274,17 +274,17 @@ def test_guidance_in_two_calls(kind: Kind, pipe: Any) -> None:
 
 @in_either_order
 @three
-def test_two_calls_that_look_alike_are_right_or_end_in_an_error(kind: Kind, pipe: Any, trust_order: bool) -> None:
+def test_two_calls_that_look_alike_are_right_or_end_in_an_error(kind: Kind, pipe: Any, in_order: bool) -> None:
     """vllm-omni#5287: those of an empty prompt are computed in full; who promised one a step is told so."""
     ts, call = timesteps(pipe), kind.call(pipe)
     plain = [[ask(pipe.transformer, call, t, 10 * lane + i) for i, t in enumerate(ts)] for lane in range(2)]
     oracles = [replaying(pipe).transformer for _ in range(2)]
-    enable(pipe, table_of(pipe), trust_order=trust_order)
-    with pytest.raises(TrajectoryError, match=r"^[^\n]*tensors of its own[^\n]*$") if trust_order else nullcontext():
+    enable(pipe, table_of(pipe), in_order=in_order)
+    with pytest.raises(TrajectoryError, match=r"^[^\n]*tensors of its own[^\n]*$") if in_order else nullcontext():
         for i, t in enumerate(ts):
             for lane in range(2):
                 ours = ask(pipe.transformer, call, t, 10 * lane + i)
-                if not trust_order:
+                if not in_order:
                     assert_same(ours, plain[lane][i])
     for oracle in oracles:  # and afterwards all is well
         other = as_another_has_it(call)

@@ -59,10 +59,10 @@ def attributes(model: nn.Module) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_disable_gives_back_the_model_to_the_bit(trust_order: bool, model: DiT) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_disable_gives_back_the_model_to_the_bit(in_order: bool, model: DiT) -> None:
     before, kept = answers(model), attributes(model)
-    assert enable(model, TABLE, trust_order=trust_order) is model
+    assert enable(model, TABLE, in_order=in_order) is model
     assert not any(map(torch.equal, answers(model), before))
     assert disable(model) is model
     assert attributes(model) == kept
@@ -110,7 +110,7 @@ def test_the_tables_b_unless_told_otherwise(model: DiT) -> None:
 
 def test_enabling_again_gives_the_new_table(model: DiT) -> None:
     before, kept = answers(model), attributes(model)
-    enable(enable(model, TABLE), Plan.uncached(TIMESTEPS, layered(DEPTH, BRANCHES)), trust_order=True)
+    enable(enable(model, TABLE), Plan.uncached(TIMESTEPS, layered(DEPTH, BRANCHES)), in_order=True)
     assert_close(answers(model), before)
     assert attributes(disable(model)) == kept
     assert_bitwise(answers(model), before)
@@ -235,10 +235,10 @@ def saved_and_loaded(model: DiT) -> DiT:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded])
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_a_copy_is_enabled_and_shares_nothing(duplicate: Callable[[DiT], DiT], trust_order: bool, model: DiT) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_copy_is_enabled_and_shares_nothing(duplicate: Callable[[DiT], DiT], in_order: bool, model: DiT) -> None:
     plain, xs = answers(model), latents(model)
-    enable(model, TABLE, trust_order=trust_order)
+    enable(model, TABLE, in_order=in_order)
     expected = drive(model, xs)
     drive(model, xs[:3])
     other = duplicate(model)

@@ -110,7 +110,7 @@ def test_host_cost_of_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     looked = 3 * host_cost.STEPS + 1  # in two rounds, the one before them, and when it was enabled
     assert len(looks) == 2 * looked  # of two drop-ins
     found = json.loads((tmp_path / "cost.json").read_text())
-    assert list(found["ways"]) == [host_cost.OWN_LOOP, host_cost.DEFAULT, host_cost.TRUSTING]
+    assert list(found["ways"]) == [host_cost.OWN_LOOP, host_cost.DEFAULT, host_cost.IN_ORDER]
     assert all(figure["median"] > 0 for way in found["ways"].values() for figure in way.values())
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "cost.json").rename(tmp_path / "host-cost.json")

@@ -273,9 +273,9 @@ FOREIGN: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_the_model_itself_answers(change: Change, trust_order: bool, model: DiT) -> None:
-    enable(model, plan_of(), trust_order=trust_order)
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_model_itself_answers(change: Change, in_order: bool, model: DiT) -> None:
+    enable(model, plan_of(), in_order=in_order)
     xs = latents(model)
     drive(model, xs[:2])
     change(model)

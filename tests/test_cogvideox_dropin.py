@@ -90,27 +90,27 @@ def give_up_after_three(pipe: Any, i: int, t: Any, named: dict[str, Any]) -> dic
     return named
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @only_video
-def test_a_run_that_begins_where_another_was_given_up(kind: Kind, pipe: Any, trust_order: bool) -> None:
+def test_a_run_that_begins_where_another_was_given_up(kind: Kind, pipe: Any, in_order: bool) -> None:
     """Of the same prompt, at the very step that would have come next."""
     ts = timesteps(pipe, len(TEN))
     plain, oracle = twin(pipe), replaying(pipe, by_timestep(pipe, TEN) | {ts[3]: NO})
-    enable(pipe, table_of(pipe, TEN), trust_order=trust_order)
+    enable(pipe, table_of(pipe, TEN), in_order=in_order)
     with pytest.raises(CancelledError):
         kind.draw(pipe, steps=len(TEN), strength=1.0, callback_on_step_end=give_up_after_three)
-    theirs = kind.draw(plain if trust_order else oracle, steps=len(TEN), strength=0.7)
+    theirs = kind.draw(plain if in_order else oracle, steps=len(TEN), strength=0.7)
     assert relative_error(kind.draw(pipe, steps=len(TEN), strength=0.7), theirs) < 1e-5
-    done = stats(pipe).originals if trust_order else stats(pipe).refreshed
-    assert done == {"a run did not begin with the first step": 7 if trust_order else 1}
+    done = stats(pipe).originals if in_order else stats(pipe).refreshed
+    assert done == {"a run did not begin with the first step": 7 if in_order else 1}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @only_2b
-def test_a_loop_that_makes_its_prompts_anew_at_each_step(kind: Kind, pipe: Any, trust_order: bool) -> None:
+def test_a_loop_that_makes_its_prompts_anew_at_each_step(kind: Kind, pipe: Any, in_order: bool) -> None:
     model, ts = pipe.transformer, timesteps(pipe, len(TEN))
-    enable(model, table_of(pipe, TEN), trust_order=trust_order)
+    enable(model, table_of(pipe, TEN), in_order=in_order)
     x, text = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 6, TEXT_WIDTH)
     for t in ts:
         model(x, text.clone(), torch.tensor([t]))
@@ -152,7 +152,7 @@ def test_trusting_the_order_never_takes_another_run_for_ours(kind: Kind, pipe: A
     expected = {n: kind.draw(replaying(pipe, by_timestep(pipe, TEN) | {ts[-n]: NO}), steps=10, strength=n / 10)
                 for n in (5, 10)}  # fmt: skip
     plain = kind.draw(pipe, steps=10, strength=0.5)
-    enable(pipe, table_of(pipe, TEN), trust_order=True)
+    enable(pipe, table_of(pipe, TEN), in_order=True)
     for n in (10, 5, 10, 10):
         try:
             ours = kind.draw(pipe, steps=10, strength=n / 10)

@@ -39,13 +39,13 @@ def assert_steps(done: Any, *steps: int) -> None:
     assert not done.refreshed | done.originals
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("kind", THREE, ids=str)
-def test_each_run_follows_the_table_of_its_steps(kind: Kind, trust_order: bool) -> None:
+def test_each_run_follows_the_table_of_its_steps(kind: Kind, in_order: bool) -> None:
     pipe = kind.pipeline()
     order = (5, 3, 3, 4, 5)
     expected = {steps: kind.draw(oracle(pipe, steps), steps=steps) for steps in TYPES}
-    enable(pipe, set_of(pipe, *TYPES), trust_order=trust_order)
+    enable(pipe, set_of(pipe, *TYPES), in_order=in_order)
     for steps in order:
         assert relative_error(kind.draw(pipe, steps=steps), expected[steps]) < 1e-5
     assert_steps(stats(pipe), *order)
@@ -147,7 +147,7 @@ def test_steps_of_no_table_are_said_once_and_computed(caplog: pytest.LogCaptureF
     assert "4 timesteps from 999 to" in said[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"trust_order": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"in_order": True}], ids=str)
 def test_a_schedule_of_no_table_follows_none_though_timesteps_are_shared(options: dict[str, Any]) -> None:
     """500 and 0 are a table's, 750 and 250 nobody's: whatever was followed before, 0 reuses nothing."""
     pipe = DIT.pipeline()
@@ -191,8 +191,8 @@ def test_of_a_module_alone_the_first_timestep_tells() -> None:
         ([first(900, TYPES[5]), CacheTable([950, 900, 0], [0, 2, 2])], {}, "900 is in the tables of 5 and 3 steps"),
         (
             [first(900, TYPES[5]), first(800, TYPES[3])],
-            {"trust_order": True},
-            "with trust_order nothing tells .* follows",
+            {"in_order": True},
+            "with in_order nothing tells .* follows",
         ),
     ],
 )

@@ -97,12 +97,12 @@ def test_graphs_give_the_bits_of_the_same_kernels_without(
     assert not engine.stats.eager
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_drop_in_by_graphs_gives_the_bits_of_the_same_kernels_without(trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_drop_in_by_graphs_gives_the_bits_of_the_same_kernels_without(in_order: bool) -> None:
     model, plan = model_in(torch.bfloat16), plan_of(PATTERNS["mixed"])
-    with patch.object(cached_forward, "Engine", Eager), ebcache_fast.enabled(model, plan, trust_order=trust_order):
+    with patch.object(cached_forward, "Engine", Eager), ebcache_fast.enabled(model, plan, in_order=in_order):
         expected = call_through(model, plan)
-    with ebcache_fast.enabled(model, plan, trust_order=trust_order, strict=True):
+    with ebcache_fast.enabled(model, plan, in_order=in_order, strict=True):
         for _ in range(2):
             outputs = call_through(model, plan)
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
@@ -121,7 +121,7 @@ def test_our_own_loop_never_waits(options: EngineOptions) -> None:
 
 def test_drop_in_that_trusts_the_order_never_waits_between_its_first_call_and_its_last() -> None:
     model, plan = model_in(torch.bfloat16), plan_of(PATTERNS["mixed"])
-    with ebcache_fast.enabled(model, plan, trust_order=True, strict=True):
+    with ebcache_fast.enabled(model, plan, in_order=True, strict=True):
         for _ in range(2):
             call_through(model, plan, slice(0, 1))
             generator = torch.Generator().manual_seed(2)

@@ -67,7 +67,7 @@ def draw_with_replays(pipe: Any, **options: Any) -> Tensor:
     return draw(pipe, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"trust_order": True}], ids=["", "trust_order"])
+@pytest.mark.parametrize("options", [{}, {"in_order": True}], ids=["", "in_order"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_uncached_it_is_the_pipeline_and_cached_the_method(
     pipe: Any, guidance_scale: float, options: dict[str, bool]

@@ -78,7 +78,7 @@ def own(graphs: FakeGraphs) -> tuple[list[bytes], Engine]:
 
 
 def drop_in(graphs: FakeGraphs) -> tuple[list[bytes], Engine]:
-    model = enable_over(over(graphs), tiny(), JOB.plan, whole_operations(graphs), trust_order=True)
+    model = enable_over(over(graphs), tiny(), JOB.plan, whole_operations(graphs), in_order=True)
     return bits(calls(model, JOB)), engine_of(model)
 
 
@@ -223,10 +223,10 @@ def test_a_call_of_the_drop_in_that_failed_can_be_made_again() -> None:
         assert (bits(answers), failures) == (ANSWERS, 1), fatal
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_a_run_begins_again_after_a_call_that_failed(trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_run_begins_again_after_a_call_that_failed(in_order: bool) -> None:
     graphs = FakeGraphs()
-    model = enable_over(over(graphs), tiny(), JOB.plan, whole_operations(graphs), trust_order=trust_order)
+    model = enable_over(over(graphs), tiny(), JOB.plan, whole_operations(graphs), in_order=in_order)
     calls(model, JOB)
     for fatal in range(graphs.replayed):
         graphs.fail_replay_at = graphs.replayed + fatal
@@ -322,10 +322,10 @@ def test_too_little_memory_for_our_own_loop(room: int) -> None:
     assert graphs.captures == 4
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_too_little_memory_for_the_drop_in(trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_too_little_memory_for_the_drop_in(in_order: bool) -> None:
     graphs, model, plain = FakeGraphs(), tiny(), tiny()
-    enable_over(over(graphs), model, JOB.plan, trust_order=trust_order)
+    enable_over(over(graphs), model, JOB.plan, in_order=in_order)
     with no_memory():
         assert bits(calls(model, JOB)) == bits(calls(plain, JOB))
     stats = engine_of(model).stats

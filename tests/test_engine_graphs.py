@@ -177,10 +177,10 @@ def test_another_table_of_equal_needs_shares_memory_and_what_kinds_of_step_it_ha
     assert graphs.captures == 6
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_the_drop_in_and_our_own_loop_share_nothing(trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_drop_in_and_our_own_loop_share_nothing(in_order: bool) -> None:
     graphs = FakeGraphs()
-    model = enable_over(over(graphs), tiny(), JOB.plan, graphs.wrap(ops.TORCH), trust_order=trust_order)
+    model = enable_over(over(graphs), tiny(), JOB.plan, graphs.wrap(ops.TORCH), in_order=in_order)
     calls(model, JOB)
     states(engine_of(model), JOB)
     calls(model, JOB)
@@ -294,7 +294,7 @@ def test_between_the_first_and_the_last_replay_of_our_own_loop_nothing_runs() ->
 
 def test_a_call_of_the_drop_in_that_is_trusted_copies_into_static_memory_and_hands_out_a_copy() -> None:
     graphs = FakeGraphs()
-    model = enable_over(over(graphs), tiny(), JOB.plan, graphs.wrap(ops.TORCH), trust_order=True)
+    model = enable_over(over(graphs), tiny(), JOB.plan, graphs.wrap(ops.TORCH), in_order=True)
     for _ in range(2):
         labels = labels_of(JOB)
         call(model, JOB, 0, labels)
@@ -329,9 +329,9 @@ def test_replays_of_our_own_loop_are_the_eager_bits(dtype: torch.dtype, sampler:
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
-@pytest.mark.parametrize(("trust_order", "scale"), [(False, 1.5), (True, 1.5), (True, 1.0)])
-def test_replays_of_the_drop_in_are_the_eager_bits(dtype: torch.dtype, trust_order: bool, scale: float) -> None:
-    job, options = replace(MIXED, scale=scale), {"trust_order": trust_order, "strict": True}
+@pytest.mark.parametrize(("in_order", "scale"), [(False, 1.5), (True, 1.5), (True, 1.0)])
+def test_replays_of_the_drop_in_are_the_eager_bits(dtype: torch.dtype, in_order: bool, scale: float) -> None:
+    job, options = replace(MIXED, scale=scale), {"in_order": in_order, "strict": True}
     replayed, eager = (
         calls(enable_over(make, tiny(dtype), job.plan, **options), job) for make in (over(FakeGraphs()), no_graphs)
     )

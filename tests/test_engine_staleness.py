@@ -122,7 +122,7 @@ def test_our_own_loop_follows(mutate: Callable[[DiT], object]) -> None:
 @pytest.mark.parametrize("mutate", EVERY.values(), ids=EVERY)
 def test_the_drop_in_that_is_trusted_follows(mutate: Callable[[DiT], object]) -> None:
     graphs, enabled, fresh = FakeGraphs(), tiny(), tiny()
-    enable_over(over(graphs), enabled, JOB.plan, graphs.wrap(ops.TORCH), trust_order=True)
+    enable_over(over(graphs), enabled, JOB.plan, graphs.wrap(ops.TORCH), in_order=True)
     before = bits(calls(enabled, JOB))
     for model in (enabled, fresh):
         change(model, mutate)

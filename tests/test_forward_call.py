@@ -18,10 +18,10 @@ X = latents(MODEL)[0]
 T = at(930, 3)
 
 
-@pytest.fixture(params=[False, True], ids=["", "trust_order"])
+@pytest.fixture(params=[False, True], ids=["", "in_order"])
 def model(request: pytest.FixtureRequest) -> Iterator[DiT]:
     """The model, enabled."""
-    yield enable(MODEL, plan_of(), trust_order=request.param)
+    yield enable(MODEL, plan_of(), in_order=request.param)
     disable(MODEL)
 
 

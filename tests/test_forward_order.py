@@ -359,14 +359,14 @@ def test_changed_weights_do_not_tell_runs_apart(model: DiT) -> None:
     assert sum(stats(model).refreshed.values()) == 2
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("limit", [2, 8])
-def test_threads_that_ask_for_the_same(trust_order: bool, limit: int, model: DiT) -> None:
+def test_threads_that_ask_for_the_same(in_order: bool, limit: int, model: DiT) -> None:
     """Each request is what it is alone or, where more take turns than there is memory for, in part in full."""
     xs = [latents(model, seed=i) for i in range(4)]
     cached = [naive_drive(model, each) for each in xs]
     full = [[full_step(model, x, t) for x, t in zip(each, TIMESTEPS, strict=True)] for each in xs]
-    enable(model, plan_of(), trust_order=trust_order, max_trajectories=limit)
+    enable(model, plan_of(), in_order=in_order, max_trajectories=limit)
     outs: list[list[list[Tensor]]] = [[] for _ in xs]
 
     def work(i: int) -> None:
@@ -384,7 +384,7 @@ def test_threads_that_ask_for_the_same(trust_order: bool, limit: int, model: DiT
             for ours in runs:
                 assert_close(ours, cached[i])
         assert not stats(model).refreshed
-    elif not trust_order:  # in full once, it goes on with the caches of that step
+    elif not in_order:  # in full once, it goes on with the caches of that step
         for i, runs in enumerate(outs):
             for ours in runs:
                 assert_close(ours[:1], full[i][:1])
@@ -474,10 +474,10 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch
 
 @pytest.mark.parametrize("first", MODES)
 @pytest.mark.parametrize("then", MODES)
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_modes_may_change_from_call_to_call(first: str, then: str, trust_order: bool, model: DiT) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_modes_may_change_from_call_to_call(first: str, then: str, in_order: bool, model: DiT) -> None:
     model.requires_grad_(False)
-    enable(model, plan_of(), strict=True, trust_order=trust_order)
+    enable(model, plan_of(), strict=True, in_order=in_order)
     xs = latents(model, steps=12)
     theirs = naive_drive(model, xs[:6]) + naive_drive(model, xs[6:])
     ours = []
@@ -489,8 +489,8 @@ def test_modes_may_change_from_call_to_call(first: str, then: str, trust_order: 
     assert stats(model).originals == {}
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_where_the_model_itself_has_to_answer(trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_where_the_model_itself_has_to_answer(in_order: bool) -> None:
     model = fresh_model(dtype=torch.float32)
     x, t = latents(model)[0], at(930, 3)
     asks = {
@@ -501,7 +501,7 @@ def test_where_the_model_itself_has_to_answer(trust_order: bool) -> None:
     answers = []
     for turn in range(3):  # without caching, with it, and strictly
         if turn:
-            enable(model, plan_of(), trust_order=trust_order, strict=turn == 2)
+            enable(model, plan_of(), in_order=in_order, strict=turn == 2)
         for i, (why, ask) in enumerate(asks.items()):
             model.train(i == 2)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=i == 1), torch.random.fork_rng():

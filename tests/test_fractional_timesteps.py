@@ -42,15 +42,15 @@ def drawn(kind: Kind, pipe: Any) -> Tensor:
     return kind.draw(pipe)
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 @both_kinds
-def test_a_pipeline_is_cached_by_its_very_timesteps(kind: Kind, name: str, trust_order: bool, tmp_path: Path) -> None:
+def test_a_pipeline_is_cached_by_its_very_timesteps(kind: Kind, name: str, in_order: bool, tmp_path: Path) -> None:
     pipe = with_scheduler(kind, SCHEDULERS[name]())
     expected = drawn(kind, replaying(pipe))
     assert relative_error(expected, drawn(kind, pipe)) > 1e-4
     table_of(pipe).save(tmp_path / "t.json")
-    enable(pipe, CacheTable.load(tmp_path / "t.json"), trust_order=trust_order)
+    enable(pipe, CacheTable.load(tmp_path / "t.json"), in_order=in_order)
     assert relative_error(drawn(kind, pipe), expected) < 1e-5
     done = stats(pipe)
     assert not done.refreshed | done.originals
@@ -66,14 +66,14 @@ def test_a_scheduler_of_two_calls_a_step_whose_timesteps_differ_is_cached_too() 
 
 
 @both_kinds
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_a_loop_of_flow_matching_is_cached(kind: Kind, trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_loop_of_flow_matching_is_cached(kind: Kind, in_order: bool) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(len(TYPES))
     ts, pipe = scheduler.timesteps.tolist(), kind.pipeline()
     call = kind.call(pipe)
     expected = drive_replaying(pipe, call, ts)
-    enable(pipe, CacheTable(scheduler.timesteps, TYPES), trust_order=trust_order)
+    enable(pipe, CacheTable(scheduler.timesteps, TYPES), in_order=in_order)
     found = drive(pipe.transformer, call, ts)
     assert max(map(relative_error, found, expected)) < 1e-5
     assert stats(pipe).steps == AS_TYPES
@@ -82,7 +82,7 @@ def test_a_loop_of_flow_matching_is_cached(kind: Kind, trust_order: bool) -> Non
 def test_a_promised_order_is_held_against_the_last_bit() -> None:
     model, y = fresh_model(), LABELS
     x, ts = latents(model)[0], torch.tensor([799.2, 400.6, 0.3])
-    enable(model, CacheTable(ts, [0, 2, 2]), trust_order=True)
+    enable(model, CacheTable(ts, [0, 2, 2]), in_order=True)
     with torch.no_grad():
         for step in (0, 1, 2):
             assert model(x, ts[step : step + 1], y).isfinite().all()

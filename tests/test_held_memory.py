@@ -66,7 +66,7 @@ def offload(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("enabled_first", [True, False], ids=["enabled first", "offloaded first"])
-@pytest.mark.parametrize("options", [{}, dict(trust_order=True)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(in_order=True)], ids=str)
 @pytest.mark.parametrize("kind", THREE, ids=str)
 def test_under_offload_nothing_is_held_while_others_run(
     kind: Kind, options: dict[str, bool], enabled_first: bool

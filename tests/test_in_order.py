@@ -1,5 +1,6 @@
 """The forward for callers who promise their order: the same numbers, and a broken promise never makes a picture."""
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -27,12 +28,12 @@ from ebcache_fast.models import DiT
 MODEL = fresh_model()
 XS = latents(MODEL)
 OTHERS = LABELS.flip(0) + 1
-BROKEN = r"^[^\n]*not the next step of its run[^\n]*trust_order$"
+BROKEN = r"^[^\n]*not the next step of its run[^\n]*in_order$"
 
 
 @pytest.fixture
 def model() -> Iterator[DiT]:
-    yield enable(MODEL, plan_of(), trust_order=True)
+    yield enable(MODEL, plan_of(), in_order=True)
     disable(MODEL)
 
 
@@ -176,7 +177,7 @@ def test_after_an_error_a_run_equals_a_fresh_one(fatal: int) -> None:
 
     model.final_layer.linear.register_forward_pre_hook(fail)
     expected = drive(enable(model, plan_of()), XS)
-    enable(model, plan_of(), trust_order=True)
+    enable(model, plan_of(), in_order=True)
     drive(model, XS[:fatal])
     armed.append(True)
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +193,7 @@ def test_a_run_that_begins_elsewhere_is_the_models_own(model: DiT) -> None:
     assert_bitwise([call(model, XS[0], t, LABELS) for t in TIMESTEPS[2:]], theirs)
     assert stats(model).originals == {"a run did not begin with the first step": 4}
     assert_next_run_is_right(model)
-    enable(model, plan_of(), trust_order=True, strict=True)
+    enable(model, plan_of(), in_order=True, strict=True)
     with pytest.raises(TrajectoryError, match=r"^[^\n]*did not begin with the first step; strict=False[^\n]*$"):
         call(model, XS[0], TIMESTEPS[2], LABELS)
 
@@ -200,7 +201,7 @@ def test_a_run_that_begins_elsewhere_is_the_models_own(model: DiT) -> None:
 @pytest.mark.parametrize("step", range(1, len(TIMESTEPS)))
 def test_weights_that_change_within_a_run(step: int) -> None:
     model = fresh_model()
-    enable(model, plan_of(), trust_order=True)
+    enable(model, plan_of(), in_order=True)
     drive(model, XS[:step])
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.add_(0.1)
@@ -216,3 +217,36 @@ def test_batches_of_different_sizes_may_take_turns(model: DiT) -> None:
     with enabled(model, plan_of()):
         assert_bitwise([out for out, _ in both], drive(model, XS))
         assert_bitwise([out for _, out in both], drive(model, xs, OTHERS[:2]))
+
+
+RENAMED = r"^trust_order is called in_order now$"
+
+
+def assert_promised(model: DiT) -> None:
+    theirs = expected()
+    assert_bitwise(drive(model, XS), theirs)
+    drive(model, XS[:2])
+    assert call(model, XS[2], 31, LABELS).isnan().all()
+
+
+def test_the_name_that_it_had_before_still_promises_and_says_its_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match=RENAMED) as said:
+        model = enable(fresh_model(), plan_of(), trust_order=True)
+    assert [warning.filename for warning in said] == [__file__]
+    assert_promised(model)
+
+
+def test_so_it_does_for_the_length_of_a_with_statement() -> None:
+    with warnings.catch_warnings(record=True) as said, enabled(fresh_model(), plan_of(), trust_order=True) as model:
+        assert_promised(model)
+    assert [(str(warning.message), warning.filename) for warning in said] == [
+        ("trust_order is called in_order now", __file__)
+    ]
+
+
+def test_the_name_that_it_had_before_may_say_no() -> None:
+    model = fresh_model()
+    with pytest.warns(DeprecationWarning, match=RENAMED):
+        enable(model, plan_of(), trust_order=False)
+    call(model, XS[0], 31, LABELS)
+    assert stats(model).refreshed

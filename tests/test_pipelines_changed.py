@@ -159,9 +159,9 @@ ONCE_A_RUN = [  # what steps share, the keys of the text among it, is otherwise 
 ]
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize(("kind", "path"), ONCE_A_RUN, ids=str)
-def test_hooks_that_say_another_thing_at_each_step(kind: Kind, pipe: Any, path: str, trust_order: bool) -> None:
+def test_hooks_that_say_another_thing_at_each_step(kind: Kind, pipe: Any, path: str, in_order: bool) -> None:
     ts, call = timesteps(pipe), kind.call(pipe)
     now = 1.0
 
@@ -175,7 +175,7 @@ def test_hooks_that_say_another_thing_at_each_step(kind: Kind, pipe: Any, path: 
 
     pipe.transformer.get_submodule(path).register_forward_hook(lambda _, args, out: now * out)
     plain = drawn()
-    enable(pipe, uncached(pipe), trust_order=trust_order)
+    enable(pipe, uncached(pipe), in_order=in_order)
     assert max(map(relative_error, drawn(), plain)) < 1e-5
     assert not stats(pipe).originals
 

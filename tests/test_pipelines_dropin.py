@@ -53,7 +53,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "guidance_scale", "trust_order"),
+    ("kind", "guidance_scale", "in_order"),
     [
         *((kind, 4.0, False) for kind in (*PIXARTS, *COGS)),
         *((kind, 1.0, False) for kind in (SIGMA, COG_5B)),
@@ -62,14 +62,14 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     ids=str,
 )
 def test_uncached_it_is_the_pipeline_and_cached_the_method(
-    kind: Kind, pipe: Any, guidance_scale: float, trust_order: bool
+    kind: Kind, pipe: Any, guidance_scale: float, in_order: bool
 ) -> None:
     draw = partial(kind.draw, guidance_scale=guidance_scale)
     plain, replayed = draw(pipe), draw(replaying(pipe))
     assert relative_error(replayed, plain) > 1e-3
-    assert enable(pipe, uncached(pipe), trust_order=trust_order) is pipe
+    assert enable(pipe, uncached(pipe), in_order=in_order) is pipe
     assert_same(draw(pipe), plain)
-    enable(pipe, table_of(pipe), trust_order=trust_order)
+    enable(pipe, table_of(pipe), in_order=in_order)
     for _ in range(2):
         assert_same(draw(pipe), replayed)
     counted = stats(pipe)
@@ -87,11 +87,11 @@ def test_pictures_and_films(kind: Kind, pipe: Any) -> None:
     assert_same(kind.draw(pipe, output_type="pt"), replayed)
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @both_models
-def test_prompts_that_change_from_run_to_run(kind: Kind, pipe: Any, trust_order: bool) -> None:
+def test_prompts_that_change_from_run_to_run(kind: Kind, pipe: Any, in_order: bool) -> None:
     other = replaying(pipe)
-    enable(pipe, table_of(pipe), trust_order=trust_order)
+    enable(pipe, table_of(pipe), in_order=in_order)
     for rows in ((0, 1), (2, 1), (0, 1), (0, 1), (4, 4, 3)):
         assert_same(kind.draw(pipe, rows), kind.draw(other, rows))
     assert not stats(pipe).originals
@@ -120,13 +120,13 @@ def test_negative_prompts(kind: Kind, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "trust_order"),
+    ("kind", "in_order"),
     [*((kind, False) for kind in (SIGMA, ALPHA_1024, COG_2B, COG_5B)), (SIGMA, True), (COG_2B, True)],
     ids=str,
 )
-def test_other_sizes_in_the_next_call(kind: Kind, pipe: Any, trust_order: bool) -> None:
+def test_other_sizes_in_the_next_call(kind: Kind, pipe: Any, in_order: bool) -> None:
     other = replaying(pipe)
-    enable(pipe, table_of(pipe), trust_order=trust_order)
+    enable(pipe, table_of(pipe), in_order=in_order)
     for size in ({}, *kind.other_sizes, {}):
         ours, theirs = (kind.draw(one, rows=(2,), **size) for one in (pipe, other))
         assert ours.shape == theirs.shape
@@ -182,12 +182,12 @@ def test_a_copy_is_enabled_by_itself(kind: Kind, pipe: Any) -> None:
 # ------------------------------------------------------------------------------------------ the module alone
 
 
-@pytest.mark.parametrize(("kind", "trust_order"), [(SIGMA, True), *((kind, False) for kind in LAYOUTS)], ids=str)
-def test_the_module_alone(kind: Kind, pipe: Any, trust_order: bool) -> None:
+@pytest.mark.parametrize(("kind", "in_order"), [(SIGMA, True), *((kind, False) for kind in LAYOUTS)], ids=str)
+def test_the_module_alone(kind: Kind, pipe: Any, in_order: bool) -> None:
     ts, call = timesteps(pipe), kind.call(pipe)
     replayed = drive_replaying(pipe, call, ts)
     model = pipe.transformer
-    assert enable(model, table_of(pipe), trust_order=trust_order) is model
+    assert enable(model, table_of(pipe), in_order=in_order) is model
     for _ in range(2):
         for ours, theirs in zip(drive(model, call, ts), replayed, strict=True):
             assert_same(ours, theirs)

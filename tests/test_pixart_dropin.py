@@ -60,13 +60,13 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("trust_order", [False, True])
-def test_masks_of_every_kind_that_change_from_run_to_run(pipe: Any, trust_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_masks_of_every_kind_that_change_from_run_to_run(pipe: Any, in_order: bool) -> None:
     ts, call = timesteps(pipe), SIGMA.call(pipe)
     expected, found = {}, {}
     for name, mask in MASKS.items():
         expected[name] = drive_replaying(pipe, call | dict(encoder_attention_mask=mask), ts)
-    enable(pipe, table_of(pipe), trust_order=trust_order)
+    enable(pipe, table_of(pipe), in_order=in_order)
     for name, mask in MASKS.items():
         found[name] = drive(pipe.transformer, call | dict(encoder_attention_mask=mask), ts)
         assert_all_same(found[name], expected[name])
@@ -214,7 +214,7 @@ def test_noise_is_scaled_once(kind: Kind, guidance_scale: float) -> None:
     pipe = kind.pipeline()
     replayed = kind.draw(replaying(pipe, eps_scale=0.8), guidance_scale=guidance_scale)
     assert relative_error(kind.draw(replaying(pipe), guidance_scale=guidance_scale), replayed) > 1e-3
-    for named in (dict(eps_scale=0.8), dict(eps_scale=0.8, trust_order=True)):
+    for named in (dict(eps_scale=0.8), dict(eps_scale=0.8, in_order=True)):
         enable(pipe, table_of(pipe), **named)
         assert relative_error(kind.draw(pipe, guidance_scale=guidance_scale), replayed) < 1e-5
     enable(pipe, table_of(pipe, eps_scale=0.8))

@@ -272,7 +272,7 @@ def test_what_is_computed_as_a_run_begins_is_computed_again(kind: Kind, name: st
     assert sum(stats(pipe).refreshed.values()) == 1
 
 
-@pytest.mark.parametrize("options", [dict(strict=True), dict(trust_order=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(strict=True), dict(in_order=True)], ids=str)
 def test_within_a_run_whoever_asked_for_an_error_gets_it(options: dict[str, bool]) -> None:
     model = fresh_model()
     xs, y = latents(model), torch.tensor([1, 4, 1])

@@ -20,10 +20,10 @@ PIPES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-def enabled(pipe: Any, trust_order: bool) -> Any:
+def enabled(pipe: Any, in_order: bool) -> Any:
     pipe.scheduler.set_timesteps(STEPS)
     types = [StepType.NO_CACHE, StepType.ATTN_MLP] * 2
-    return enable(pipe, CacheTable(pipe.scheduler.timesteps.tolist(), types), trust_order=trust_order)
+    return enable(pipe, CacheTable(pipe.scheduler.timesteps.tolist(), types), in_order=in_order)
 
 
 def draw(pipe: Any, **call: Any) -> torch.Tensor:
@@ -31,13 +31,13 @@ def draw(pipe: Any, **call: Any) -> torch.Tensor:
     return pipe(prompt="the dog", generator=torch.Generator().manual_seed(0), **call, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("trust_order", [False, True], ids=["", "trust_order"])
+@pytest.mark.parametrize("in_order", [False, True], ids=["", "in_order"])
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize(("make", "call"), PIPES.values(), ids=PIPES)
 def test_the_text_is_blamed_and_the_next_run_is_answered(
-    make: Callable[[], Any], call: dict[str, Any], which: int, trust_order: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Any], call: dict[str, Any], which: int, in_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = enabled(make(), trust_order)
+    pipe = enabled(make(), in_order)
     good = draw(pipe, **call)
     encode = type(pipe).encode_prompt
 
@@ -58,13 +58,13 @@ def test_it_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[object] = []
     look = signatures.ForwardCall.row_not_finite
     monkeypatch.setattr(signatures.ForwardCall, "row_not_finite", lambda call: looks.append(call) or look(call))
-    pipe = enabled(tiny_pixart_sigma(), trust_order=False)
+    pipe = enabled(tiny_pixart_sigma(), in_order=False)
     for runs in (1, 2):
         draw(pipe, **PICTURE)
         assert len(looks) == runs
 
 
 def test_latents_are_blamed_where_the_text_is_finite() -> None:
-    pipe = enabled(tiny_pixart_sigma(), trust_order=False)
+    pipe = enabled(tiny_pixart_sigma(), in_order=False)
     with pytest.raises(InputError, match="x holds a number that is not finite"):
         draw(pipe, **PICTURE, latents=torch.full((1, 4, 8, 8), float("nan")))

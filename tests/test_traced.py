@@ -47,7 +47,7 @@ WAYS: dict[str, Callable[[DiT, Any], Traced]] = {
     ),
     "vmap": lambda model, _: lambda x, t, y: torch.vmap(lambda *one: model(*(each[None] for each in one))[0])(x, t, y),
 }
-OTHERS = [("trace", dict(strict=True)), ("export", dict(strict=True)), ("trace", dict(trust_order=True))]
+OTHERS = [("trace", dict(strict=True)), ("export", dict(strict=True)), ("trace", dict(in_order=True))]
 
 
 @pytest.mark.filterwarnings("ignore")

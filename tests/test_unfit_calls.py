@@ -148,10 +148,10 @@ ANSWERED: dict[str, tuple[Tensor, Tensor, Tensor]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")
-@pytest.mark.parametrize("trust_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("arguments", ANSWERED.values(), ids=ANSWERED)
-def test_of_the_original_layout(arguments: tuple[Tensor, ...], trust_order: bool) -> None:
-    plain, model = fresh_model(), enable(fresh_model(), plan_of(), trust_order=trust_order)
+def test_of_the_original_layout(arguments: tuple[Tensor, ...], in_order: bool) -> None:
+    plain, model = fresh_model(), enable(fresh_model(), plan_of(), in_order=in_order)
     for before in range(2):
         assert torch.equal(ask(model, *arguments), ask(plain, *arguments))
         assert [*stats(model).originals.values()] == [before + 1]

@@ -42,7 +42,7 @@ both_positions = pytest.mark.parametrize("kind", [COG_2B, COG_5B], ids=str)
 def test_noise_is_scaled_once(kind: Kind, pipe: Any, guidance_scale: float) -> None:
     replayed = kind.draw(replaying(pipe, eps_scale=0.8), guidance_scale=guidance_scale)
     assert relative_error(kind.draw(replaying(pipe), guidance_scale=guidance_scale), replayed) > 1e-3
-    for named in (dict(eps_scale=0.8), dict(eps_scale=0.8, trust_order=True)):
+    for named in (dict(eps_scale=0.8), dict(eps_scale=0.8, in_order=True)):
         enable(pipe, table_of(pipe), **named)
         assert relative_error(kind.draw(pipe, guidance_scale=guidance_scale), replayed) < 1e-5
 

@@ -47,10 +47,10 @@ def trajectory(case: Case, engine: Engine) -> Trajectory:
     return run
 
 
-def drop_in(case: Case, *, trust_order: bool) -> Trajectory:
+def drop_in(case: Case, *, in_order: bool) -> Trajectory:
     """The model's own forward, answered by us. eps is scaled there, so the loop must not do it again."""
     model, t, labels = share_weights(case.model), timesteps_of(case), case.row_labels
-    enable(model, case.plan, trust_order=trust_order, strict=case.device.type == "cuda")
+    enable(model, case.plan, in_order=in_order, strict=case.device.type == "cuda")
     unscaled = replace(case, plan=replace(case.plan, eps_scale=1.0))
     return lambda: sample(unscaled, lambda x, i: model(x, t[i], labels))
 

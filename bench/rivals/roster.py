@@ -15,8 +15,8 @@ by_cache_dit = partial(Rival, is_another=True, needs=(*DIFFUSERS, "cache_dit"))
 RIVALS: tuple[Rival, ...] = (
     Rival(OURS, "our own loop, a graph a step type", partial(ours.own_loop, whole=False)),
     Rival(f"{OURS}, one graph", "our own loop, one graph for all steps", partial(ours.own_loop, whole=True)),
-    Rival(f"{OURS}, drop-in", "enable() around the model in a user's loop", partial(ours.drop_in, trust_order=False)),
-    Rival(f"{OURS}, drop-in, trust_order", "the same, nothing awaited", partial(ours.drop_in, trust_order=True)),
+    Rival(f"{OURS}, drop-in", "enable() around the model in a user's loop", partial(ours.drop_in, in_order=False)),
+    Rival(f"{OURS}, drop-in, in_order", "the same, nothing awaited", partial(ours.drop_in, in_order=True)),
     Rival(FP8, "our own loop, QKV and fc1 in float8", partial(ours.own_loop, whole=False, fp8=True), is_rounded=True),
     Rival(f"{OURS}, uncached", "our own loop, every step computed", partial(ours.own_loop, whole=False), False),
     Rival("P0", "the original's model in float32, TF32 products, eager, uncached", plain.original, False),

@@ -36,7 +36,7 @@ class Choice(Protocol):
         ...
 
 
-def choice_of(target: Any, courses: Sequence[Course], *, trust_order: bool) -> Choice | None:
+def choice_of(target: Any, courses: Sequence[Course], *, in_order: bool) -> Choice | None:
     """Who chooses for a pipeline, or a module alone; None where there is nothing to choose.
 
     InputError where nothing tells which course a run takes.
@@ -46,8 +46,8 @@ def choice_of(target: Any, courses: Sequence[Course], *, trust_order: bool) -> C
     if hasattr(target, "scheduler"):
         return ByScheduler(target, courses)
     remedy = "enable its pipeline, whose scheduler says which table a run follows, or one table alone"
-    if trust_order:
-        raise InputError(f"with trust_order nothing tells which table a {type(target).__name__} follows; {remedy}")
+    if in_order:
+        raise InputError(f"with in_order nothing tells which table a {type(target).__name__} follows; {remedy}")
     for course in courses:
         first = course.plan.timesteps[0]
         if len(sharing := [f"{len(other.plan)}" for other in courses if first in other.plan.timesteps]) > 1:

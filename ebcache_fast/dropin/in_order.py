@@ -50,7 +50,7 @@ class InOrderForward(CachedForward):
         raise TrajectoryError(
             "a call was not the next step of its run: other timesteps or labels; call the model once a step in the "
             f"order of the plan, {timesteps[0]:g} first, and let each run have tensors of its own, or enable "
-            "it without trust_order"
+            "it without in_order"
         )
 
     def _run(self, run: RunState, turn: Turn, t: float, call: ForwardCall) -> Tensor:

@@ -45,7 +45,6 @@ OF_TORCH = attrgetter(
     *("_addmm_activation", "_scaled_mm"),
 )
 DISPATCH, EMBEDDINGS = "diffusers.models.attention_dispatch", "diffusers.models.embeddings"
-DIFFUSERS = frozenset({DISPATCH, EMBEDDINGS})
 
 
 class Numerics(NamedTuple):
@@ -63,7 +62,7 @@ class Numerics(NamedTuple):
         casts = torch.is_autocast_enabled(kind)
         autocast = (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if casts else ()
         order = tuple(torch._C._get_sdp_priority_order())
-        of_diffusers = () if DIFFUSERS.isdisjoint(sys.modules) else _of_diffusers()
+        of_diffusers = _of_diffusers() if EMBEDDINGS in sys.modules or DISPATCH in sys.modules else ()
         hooks = (*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values())
         functions = (*OF_FUNCTIONAL(functional), *OF_TORCH(torch), *of_diffusers, *hooks)
         return cls(autocast, tuple(map(call, SETTINGS)), order, functions)
