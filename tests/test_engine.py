@@ -149,7 +149,13 @@ def test_memory_is_what_the_plan_announced(types: list[StepType], cfg_scale: flo
 
 @given(live=st.sets(st.sampled_from(EVERY_SLOT)))
 def test_only_live_slots_have_memory_of_their_own(live: set[Slot]) -> None:
-    cache = FeatureCache(SHAPE, Memory(live=tuple(sorted(live))), 2, torch.float64, torch.device("cpu"))
+    cache = FeatureCache(
+        SHAPE,
+        Memory(live=tuple(sorted(live)), unread=tuple(sorted(set(EVERY_SLOT) - live))),
+        2,
+        torch.float64,
+        torch.device("cpu"),
+    )
     addresses = {slot: cache.slot(slot).data_ptr() for slot in EVERY_SLOT}
     shared = {addresses[slot] for slot in EVERY_SLOT if slot not in live}
     assert len({addresses[slot] for slot in live} - shared) == len(live)

@@ -110,7 +110,7 @@ class BufferSet:
     def load(self, plan: Plan, row_labels: Tensor, context: Context, scale: float) -> None:
         """Make ready for a run under ``plan`` over rows of these labels (R,), guided by ``scale``."""
         buffers = self.buffers
-        buffers.modulation.load(plan.timesteps, row_labels, context)
+        buffers.modulation.load(plan.timesteps, row_labels, context, plan.factors)
         settings = buffers.guide.settings
         settings.copy_(torch.tensor([scale, plan.eps_scale], dtype=settings.dtype, device="cpu"))
         if self.spec.ending is Ending.PREDICT_GUARDED:
@@ -146,10 +146,15 @@ class BufferSet:
         self._count(ready)
 
     def _lower(self, dispatch: Dispatch) -> Program:
-        float8 = frozenset[int]() if self._float8 is None else self._float8.sites
-        shapes = self._denoiser.shape.site_shapes
         return lower(
-            dispatch.plan, shapes, self.spec.memory, samples=self._samples, steps=dispatch.steps, float8=float8
+            dispatch.plan,
+            self._denoiser.shape.site_shapes,
+            self.spec.memory,
+            samples=self._samples,
+            steps=dispatch.steps,
+            float8=frozenset[int]() if self._float8 is None else self._float8.sites,
+            tokens=self._denoiser.shape.tokens,
+            is_guided=self.spec.copies == 2,
         )
 
     def _capture(self, programs: Programs, room: int, *, strict: bool) -> None:

@@ -137,7 +137,9 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
             out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
             update=update(),
             guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
-            modulation=ModulationTable(denoiser, spec.steps + SPARE_ROWS, spec.conditions, stream_rows),
+            modulation=ModulationTable(
+                denoiser, spec.steps + SPARE_ROWS, spec.conditions, stream_rows, spec.memory.extra
+            ),
             cache=FeatureCache(denoiser.shape, spec.memory, spec.rows, weight.dtype, weight.device),
             constants=Workspace(weight.dtype, weight.device),
             workspace=Workspace(weight.dtype, weight.device),

@@ -16,7 +16,7 @@ class FeatureCache:
     """
 
     def __init__(self, shape: ModelShape, memory: Memory, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._memory, self._scratches = memory, _scratches(shape, memory)
+        self._memory, self._scratches = memory, memory.scratches(shape.site_shapes)
         count = memory.slots_for(shape)
         self._slots = torch.empty(count, rows, shape.tokens, shape.width, dtype=dtype, device=device)
 
@@ -31,6 +31,11 @@ class FeatureCache:
         return memory.slots_for(shape) * rows * shape.slot_elements * dtype.itemsize
 
     @property
+    def shape(self) -> torch.Size:
+        """That of a slot, (N, T, D)."""
+        return self._slots.shape[1:]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self._slots.nbytes
@@ -43,7 +48,7 @@ class FeatureCache:
     def slot(self, slot: Slot) -> Tensor:
         """The memory of one slot, (N, T, D)."""
         place = self._memory.place_of(slot)
-        return self._slots[len(self._memory.live) + self._scratches.get(slot.first, 0) if place is None else place]
+        return self._slots[len(self._memory.live) + self._scratches[slot] if place is None else place]
 
     def output(self, site: int) -> Tensor:
         """The memory of a site's output, (N, T, D)."""
@@ -67,15 +72,3 @@ class FeatureCache:
 def every_output(shape: ModelShape) -> Memory:
     """Memory of plans that keep what each site puts out."""
     return Memory(live=tuple(map(Slot.of, range(len(shape.sites)))))
-
-
-def _scratches(shape: ModelShape, memory: Memory) -> dict[int, int]:
-    """Which scratch a site's output goes to: those of one group of parallel sites go apart."""
-    found: dict[int, int] = {}
-    place = 0
-    for site, of_site in enumerate(shape.site_shapes):
-        place = place if of_site.is_parallel else 0
-        if memory.place_of(Slot.of(site)) is None:
-            found[site] = place
-            place += 1
-    return found

@@ -1,5 +1,6 @@
 """The modulation of a whole trajectory, computed before it starts from the live parameters."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor, nn
 
 from ebcache_fast.models.denoiser import Context, Denoiser, Modulation
 from ebcache_fast.operands import Norm
+from ebcache_fast.plan import Term
+
+Factors = Sequence[Sequence[float]]  # of each step, of each extra term
 
 
 def count_distinct(conditions: Tensor) -> int:
@@ -17,16 +21,19 @@ def count_distinct(conditions: Tensor) -> int:
 class ModulationTable:
     """Static memory for the modulation of ``steps`` steps and ``conditions`` distinct ones, read by ``rows`` rows.
 
+    extra: terms that have gates of their own besides the sites': with a factor of each step's, or without a gate.
     A row is one of the batch, or a single token of one where tokens of a row differ in their conditions.
 
     Timesteps and labels are known before sampling, so no step runs the conditioning MLPs. What it holds belongs to
     one trajectory: no product of a weight outlives that.
     """
 
-    def __init__(self, denoiser: Denoiser, steps: int, conditions: int, rows: int) -> None:
+    def __init__(self, denoiser: Denoiser, steps: int, conditions: int, rows: int, extra: Sequence[Term] = ()) -> None:
         self._denoiser = denoiser
         shape, weight = denoiser.shape, denoiser.weight()
         self.sites = weight.new_empty(steps, len(shape.sites), 3, conditions, shape.width)
+        self._terms = tuple(extra)
+        self._extra = weight.new_empty(steps, len(self._terms), conditions, shape.width)
         self.head = weight.new_empty(steps, 2, conditions, shape.width)
         self.row_of = torch.zeros(rows, dtype=torch.int32, device=weight.device)
         self._distinct = self.row_of.new_zeros(1, dtype=torch.int64)
@@ -43,14 +50,25 @@ class ModulationTable:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it consists of."""
-        return self.sites, self.head, self.row_of
+        return self.sites, self._extra, self.head, self.row_of
 
-    def load(self, timesteps: tuple[float, ...], labels: Tensor, context: Context = ()) -> None:
-        """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once."""
+    def load(
+        self, timesteps: tuple[float, ...], labels: Tensor, context: Context = (), factors: Factors | None = None
+    ) -> None:
+        """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once.
+
+        factors: of each extra term at each step; 1 where they are not given.
+        """
         self._distinct, row_of = torch.unique(self._denoiser.conditions(labels), return_inverse=True)
         self._context = context
         self.row_of.copy_(row_of)
         self._fill(0, timesteps)
+        for step, of_step in enumerate(factors or ()):
+            for i, (term, factor) in enumerate(zip(self._terms, of_step, strict=True)):
+                if term.gate is None:
+                    self._extra[step, i] = factor
+                else:
+                    torch.mul(self.sites[step, term.gate, 2], factor, out=self._extra[step, i])
 
     @property
     def context(self) -> Context:
@@ -75,8 +93,9 @@ class ModulationTable:
 
     def gates(self, column: tuple[bool, int], count: int) -> Tensor:
         """The gates of so many columns from this one on, (S, count, U, D)."""
-        _, first = column
-        return self.sites[:, first : first + count, 2]
+        is_extra, first = column
+        columns = slice(first, first + count)
+        return self._extra[:, columns] if is_extra else self.sites[:, columns, 2]
 
     def _fill(self, first: int, timesteps: tuple[float, ...]) -> None:
         steps, conditions = slice(first, first + len(timesteps)), len(self._distinct)

@@ -54,10 +54,12 @@ class Runner:
         self._modulation, self._guide, self._workspace = modulation, guide, workspace
         self._constants, self._means = constants, Means(operations, workspace, constants)
         self._float8, self._sites = float8, denoiser.shape.sites
+        self._normed = [shape.is_normed for shape in denoiser.shape.site_shapes]
         self.clock = StepClock(modulation.row_of)
         # To the fused operations a row is what has one condition: a single token where the text among them has its own.
         tokens = 1 if denoiser.text_tokens else denoiser.shape.tokens
         self._stream_shape = len(modulation.row_of), tokens, denoiser.shape.width
+        self._rows = len(modulation.row_of) * tokens // denoiser.shape.tokens  # of the batch
         self._table: dict[str, Callable[[Launch, _Step, At], None]] = {
             names.EMBED: self._embed,
             names.EMBED_NORM: self._embed_norm,
@@ -69,6 +71,11 @@ class Runner:
             names.SUMS: self._make_sums,
             names.HEAD: self._head,
             names.RUN: self._run_steps,
+            names.SELECT: self._select,
+            names.GATHER: self._gather,
+            names.SCATTER: self._scatter,
+            names.COPY: self._copy,
+            names.SUBTRACT: self._subtract,
         }
 
     def predict(self, program: Program, x: Tensor, cache: FeatureCache, out: Tensor) -> None:
@@ -108,12 +115,12 @@ class Runner:
         self._ends.embed_norm_modulate(step.x, self._norm(launch), at, h, step.u)
 
     def _residual(self, launch: Launch, step: _Step, at: At) -> None:
-        pending = self._pending(launch.terms, step.cache)
+        pending = self._pending(launch.terms, step)
         self._operations.gated_residual(self._buffer("h"), pending.branches, pending.gates, at)
 
     def _residual_norm(self, launch: Launch, step: _Step, at: At) -> None:
         step.u, step.quantised = self._buffer("u"), None
-        h, pending = self._buffer("h"), self._pending(launch.terms, step.cache)
+        h, pending = self._buffer("h"), self._pending(launch.terms, step)
         branches, gates = pending.branches, pending.gates
         self._operations.gated_residual_norm_modulate(h, branches, gates, self._norm(launch), at, step.u)
 
@@ -121,19 +128,66 @@ class Runner:
         if self._float8_of(launch) is None:  # its layer is not as plain as it was
             self._residual_norm(launch, step, at)
             return
-        h, pending = self._buffer("h"), self._pending(launch.terms, step.cache)
+        h, pending = self._buffer("h"), self._pending(launch.terms, step)
         values = self._workspace.buffer("u", *h.shape, dtype=FLOAT8)
         step.quantised = u = Quantised(values, self._workspace.buffer("scales of u", *h.shape[:2], dtype=torch.float32))
         branches, gates = pending.branches, pending.gates
         self._operations.gated_residual_norm_quantise(h, branches, gates, self._norm(launch), at, u)
 
     def _branch(self, launch: Launch, step: _Step, at: At) -> None:
-        slot, site = step.cache.slot(launch.out or Slot.of(launch.site)), self._sites[launch.site]
+        site, means = self._sites[launch.site], self._means
+        if launch.tokens:
+            self._denoiser.run_branch(*site, *self._of_tokens(launch), means)
+            return
+        out = self._value(launch.out, step)
+        if launch.window:
+            means = means._replace(window=launch.window)
         if step.quantised is not None and self._float8 is not None:
-            self._float8.run(site, step.quantised, slot, self._means)
+            self._float8.run(site, step.quantised, out, means)
+        elif launch.is_shared:
+            (conditional, unconditional), u = out.chunk(2), step.u.view(out.shape).chunk(2)[0]
+            self._denoiser.run_branch(*site, u, conditional, means)
+            self._operations.copy(conditional, unconditional)
         else:
-            self._denoiser.run_branch(*site, step.u.view(slot.shape), slot, self._means)
-        step.u, step.quantised = self._buffer("h"), None
+            u = step.u if self._normed[launch.site] else self._buffer("h")
+            self._denoiser.run_branch(*site, u.view(out.shape), out, means)
+
+    def _select(self, launch: Launch, step: _Step, at: At) -> None:
+        values = self._value(launch.sources[0], step)
+        scores = self._workspace.buffer("scores", *values.shape[:2])
+        torch.linalg.vector_norm(values, dim=2, out=scores)
+        self._operations.select_tokens(scores, launch.tokens, self._chosen(launch, len(values)))
+
+    def _gather(self, launch: Launch, step: _Step, at: At) -> None:
+        u, _ = self._of_tokens(launch)
+        self._operations.gather_tokens(step.u.view(len(u), -1, u.shape[2]), self._chosen(launch, len(u)), u)
+
+    def _scatter(self, launch: Launch, step: _Step, at: At) -> None:
+        _, made = self._of_tokens(launch)
+        self._operations.scatter_tokens(made, self._chosen(launch, len(made)), self._value(launch.out, step))
+
+    def _copy(self, launch: Launch, step: _Step, at: At) -> None:
+        self._operations.copy(self._value(launch.sources[0], step), self._value(launch.out, step))
+
+    def _subtract(self, launch: Launch, step: _Step, at: At) -> None:
+        minuend, subtrahend = (self._value(source, step) for source in launch.sources)
+        self._operations.subtract(minuend, subtrahend, self._value(launch.out, step))
+
+    def _value(self, slot: Slot | None, step: _Step) -> Tensor:
+        """The memory of a slot (R, T, D), or of the stream."""
+        if slot is None:
+            return self._buffer("h").view(step.cache.shape)
+        if slot.meaning in names.WITHIN_A_STEP:
+            return self._workspace.buffer(f"{slot.meaning} {slot.first} {slot.last}", *step.cache.shape)
+        return step.cache.slot(slot)
+
+    def _chosen(self, launch: Launch, rows: int) -> Tensor:
+        return self._workspace.buffer("chosen", rows, launch.tokens, dtype=torch.int32)
+
+    def _of_tokens(self, launch: Launch) -> tuple[Tensor, Tensor]:
+        """Input and output of a branch over its chosen tokens, (R, k, D) each."""
+        shape = self._rows, launch.tokens, self._stream_shape[2]
+        return self._workspace.buffer("u of tokens", *shape), self._workspace.buffer("output of tokens", *shape)
 
     def _sum(self, launch: Launch, step: _Step, at: At) -> None:
         h = self._buffer("h")
@@ -143,7 +197,7 @@ class Runner:
         self._gated_sum(launch, step.cache, at, None, self._sums(step.steps))
 
     def _head(self, launch: Launch, step: _Step, at: At) -> None:
-        step.head(self._buffer("h"), self._pending(launch.terms, step.cache), at)
+        step.head(self._buffer("h"), self._pending(launch.terms, step), at)
 
     def _run_steps(self, launch: Launch, step: _Step, at: At) -> None:
         step.run(self._sums(step.steps), at)
@@ -154,9 +208,9 @@ class Runner:
         slots = cache.slots(first.slot, count).view(count, *self._stream_shape)
         self._operations.gated_sum(slots, self._modulation.gates(cache.column_of(first), count), at, base, sums)
 
-    def _pending(self, terms: tuple[Term, ...], cache: FeatureCache) -> Pending:
-        slots = [cache.slot(term.slot).view(self._stream_shape) for term in terms]
-        return Pending(slots, [self._modulation.gate(cache.column_of(term)) for term in terms])
+    def _pending(self, terms: tuple[Term, ...], step: _Step) -> Pending:
+        slots = [self._value(term.slot, step).view(self._stream_shape) for term in terms]
+        return Pending(slots, [self._modulation.gate(step.cache.column_of(term)) for term in terms])
 
     def _norm(self, launch: Launch) -> Norm:
         return self._modulation.norm(launch.site, cast(nn.LayerNorm, self._denoiser.norm(*self._sites[launch.site])))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ebcache_fast.models.cogvideox_sizes import CogVideoXContext, CogVideoXSizes
 from ebcache_fast.models.denoiser import TEXT, Context, Means, Modulation, Scratch
-from ebcache_fast.models.diffusers_layers import attend, feed_forward_into, heads_of, is_usual_attention
+from ebcache_fast.models.diffusers_layers import feed_forward_into, heads_of, is_usual_attention, refuse_window
 from ebcache_fast.models.dit_layout import mlp, self_attention
 from ebcache_fast.models.layers import linear_into
 from ebcache_fast.operands import Linear, Patches
@@ -98,22 +98,23 @@ class CogVideoXDenoiser(CogVideoXSizes):
         if branch is Branch.MLP:
             feed_forward_into(block.ff, u, out, means)
         elif is_usual_attention(block.attn1, "CogVideoXAttnProcessor2_0", also=("norm_q", "norm_k")):
-            linear_into(block.attn1.to_out[0], self._attend(block.attn1, u, means.constants), out)
+            linear_into(block.attn1.to_out[0], self._attend(block.attn1, u, means), out)
         else:
+            refuse_window(block.attn1, means)
             text, video = u[:, : self.text_tokens], u[:, self.text_tokens :]
             rotary = self._rotary(means.constants)
             video, text = block.attn1(video, encoder_hidden_states=text, image_rotary_emb=rotary)
             torch.cat([text, video], dim=1, out=out)
 
-    def _attend(self, attention: Any, u: Tensor, constants: Scratch) -> Tensor:
+    def _attend(self, attention: Any, u: Tensor, means: Means) -> Tensor:
         """Attention over text and video before its output projection, (N, T, D) -> (N, T, D)."""
         q, k, v = (heads_of(attention, each(u)) for each in (attention.to_q, attention.to_k, attention.to_v))
         q = q if attention.norm_q is None else attention.norm_q(q)
         k = k if attention.norm_k is None else attention.norm_k(k)
-        rotary = self._rotary(constants)
+        rotary = self._rotary(means.constants)
         if rotary is not None:
             q, k = (_rotated(each, rotary, self.text_tokens) for each in (q, k))
-        return attend(q, k, v)
+        return means.attend(q, k, v).transpose(1, 2).flatten(2)
 
     def patches(self, constants: Scratch) -> Patches:
         proj = self.patch_embed.proj

@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ebcache_fast.operands import Linear, Patches
 from ebcache_fast.ops import Operations
@@ -43,6 +44,15 @@ class Means(NamedTuple):
     operations: Operations
     scratch: Scratch  # what it holds means nothing between two branches
     constants: Scratch  # what `Denoiser.prepare` wrote
+    window: int = 0  # of tokens that self-attention reaches, half of them on either side; 0 for all
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of heads (N, heads, T, d), within the window if there is one."""
+        if not self.window:
+            return F.scaled_dot_product_attention(q, k, v)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        self.operations.window_attention(q, k, v, self.window, out)
+        return out
 
 
 class Denoiser(Protocol):

@@ -97,9 +97,19 @@ def feed_forward_into(feed_forward: Any, u: Tensor, out: Tensor, means: Means) -
 def self_attention_into(attention: Any, u: Tensor, out: Tensor, means: Means) -> None:
     """Write ``attention(u)``, (N, T, D), into ``out``; of the usual kind through the fused operations."""
     if not is_usual_attention(attention):
+        refuse_window(attention, means)
         out.copy_(attention(u))
         return
     linear_into(attention.to_out[0], _attend(attention, u, means), out)
+
+
+def refuse_window(attention: Any, means: Means) -> None:
+    """InputError where a module of another kind, which runs as it is, is to attend within a window."""
+    if means.window:
+        raise InputError(
+            f"a {type(attention).__name__} of another kind runs as it is, and takes no window of {means.window} "
+            "tokens; compute or reuse its output instead"
+        )
 
 
 def heads_of(attention: Any, projected: Tensor) -> Tensor:
@@ -117,9 +127,9 @@ def _attend(attention: Any, u: Tensor, means: Means) -> Tensor:
     """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
     n, tokens, width = u.shape
     projections = attention.to_q, attention.to_k, attention.to_v
-    if means.operations.attention is None:
+    if means.operations.attention is None or means.window:
         q, k, v = (heads_of(attention, each(u)) for each in projections)
-        return attend(q, k, v)
+        return means.attend(q, k, v).transpose(1, 2).flatten(2)
     packed = means.scratch.buffer("qkv", n, tokens, 3 * width)
     for each, part in zip(projections, packed.chunk(3, dim=2), strict=True):
         linear_into(each, u, part)

@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ebcache_fast.models.denoiser import Context, Means, Modulation, Scratch
 from ebcache_fast.models.dit import unpatchify
@@ -180,14 +179,14 @@ def attend(attention: Any, qkv: Tensor, means: Means) -> Tensor:
     n, tokens, width = *qkv.shape[:2], qkv.shape[2] // 3
     heads = attention.num_heads
     has_norms = hasattr(attention, "q_norm")  # timm's: identities in the original
-    if means.operations.attention is not None and not has_norms:
+    if means.operations.attention is not None and not has_norms and not means.window:
         out = means.scratch.buffer("attention", n, tokens, width)
         means.operations.attention(qkv, heads, out)
         return out
     q, k, v = qkv.view(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     if has_norms:
         q, k = attention.q_norm(q), attention.k_norm(k)  # (N, heads, T, D / heads), as v
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+    return means.attend(q, k, v).transpose(1, 2).reshape(n, tokens, width)
 
 
 def _widen(mlp: Any, u: Tensor, means: Means) -> Tensor:

@@ -11,8 +11,20 @@ from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.model_shape import ModelShape, repeated
 from ebcache_fast.plan.plan import Plan
 from ebcache_fast.plan.program import LONGEST_RUN, Launch, Program, Slot, Term
-from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
+from ebcache_fast.plan.rules import (
+    COMPUTE,
+    REUSE,
+    Compute,
+    Forecast,
+    FullAndWindow,
+    Reuse,
+    Rule,
+    SharedByGuidance,
+    Tokens,
+    Window,
+)
 from ebcache_fast.plan.sites import Branch, Site, SiteShape, branch_names, layered
+from ebcache_fast.plan.spans import KeepSpan, SkipSpan
 from ebcache_fast.plan.step_plan import StepPlan, StepType
 from ebcache_fast.plan.timesteps import MAX_INT, exact_timestep, exact_timesteps, shown
 
@@ -22,18 +34,27 @@ __all__ = [
     "MAX_INT",
     "REUSE",
     "Branch",
+    "Compute",
+    "Forecast",
+    "FullAndWindow",
+    "KeepSpan",
     "Launch",
     "Memory",
     "ModelShape",
     "Plan",
     "Program",
+    "Reuse",
     "Rule",
+    "SharedByGuidance",
     "Site",
     "SiteShape",
+    "SkipSpan",
     "Slot",
     "StepPlan",
     "StepType",
     "Term",
+    "Tokens",
+    "Window",
     "branch_names",
     "exact_timestep",
     "exact_timesteps",

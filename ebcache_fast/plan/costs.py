@@ -1,14 +1,24 @@
 """What programs cost on a model of given sizes: counts over their launches."""
 
 from ebcache_fast.plan.model_shape import ModelShape
-from ebcache_fast.plan.program import Program
+from ebcache_fast.plan.program import BRANCH, Launch, Program
 
 
 def branch_macs(program: Program, shape: ModelShape) -> int:
     """Multiply-accumulates of the branches that a program runs, for one row of the batch."""
-    return sum(shape.site_shapes[site].macs for site in program.branches)
+    return sum(_macs(launch, shape) for launch in program if launch.name == BRANCH)
 
 
 def branch_weights(program: Program, shape: ModelShape) -> int:
     """Parameters that these branches read."""
-    return sum(shape.site_shapes[site].weights for site in program.branches)
+    return sum(shape.site_shapes[site].weights for site in dict.fromkeys(program.branches))
+
+
+def _macs(launch: Launch, shape: ModelShape) -> int:
+    """Of one branch: of all its tokens and rows, or of those that are chosen."""
+    macs = shape.site_shapes[launch.site].macs
+    if launch.window:  # scores and sums reach so many tokens of all
+        macs -= 2 * shape.tokens * max(0, shape.tokens - launch.window - 1) * shape.width
+    if launch.tokens:
+        macs = macs * launch.tokens // shape.tokens
+    return macs // 2 if launch.is_shared else macs

@@ -4,16 +4,22 @@ from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
 
+from ebcache_fast.errors import TableError
 from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.program import (
     BRANCH,
+    COPY,
     EMBED,
     EMBED_NORM,
+    GATHER,
     HEAD,
     RESIDUAL,
     RESIDUAL_NORM,
     RESIDUAL_QUANTISE,
     RUN,
+    SCATTER,
+    SELECT,
+    SUBTRACT,
     SUM,
     SUMS,
     WITHOUT_STEP,
@@ -29,16 +35,40 @@ FUSED_TERMS = 2  # that one fused launch adds
 class Emitter:
     """Collects the launches of one step. Terms wait until somebody needs the stream, and are added with what does.
 
-    memory: where slots lie. float8: sites that take their input so.
+    memory: where slots lie. float8: sites that take their input so. tokens: how many the stream has, is_guided: whether
+    unconditional rows follow the conditional ones; None where that is not known yet.
     """
 
-    def __init__(self, sites: Sequence[SiteShape], memory: Memory, float8: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        sites: Sequence[SiteShape],
+        memory: Memory,
+        float8: frozenset[int] = frozenset(),
+        tokens: int | None = None,
+        is_guided: bool | None = None,
+    ) -> None:
         self._sites, self._memory, self._float8 = sites, memory, float8
+        self._tokens, self._is_guided = tokens, is_guided
         self._launches: list[Launch] = []
         self._pending: list[Term] = []
         self._held: list[Term] = []  # of a group of parallel sites that is not done
         self._is_embedded = False
         self._has_input = False  # the group's
+
+    def check_tokens(self, site: int, count: int) -> None:
+        """Raise TableError unless there are so many tokens."""
+        if self._tokens is not None and count > self._tokens:
+            raise TableError(
+                f"{self._sites[site].site}: tokens: expected at most the model's {self._tokens}, got {count}; use fewer"
+            )
+
+    def check_guided(self, site: int) -> None:
+        """Raise TableError unless the batch is guided."""
+        if self._is_guided is False:
+            raise TableError(
+                f"{self._sites[site].site}: a share needs classifier-free guidance, whose unconditional rows take it, "
+                "and here is none; use COMPUTE there, or guide"
+            )
 
     def begin(self, site: int) -> None:
         """Go on to a site; one that runs in parallel with the one before shares its input."""
@@ -46,14 +76,14 @@ class Emitter:
             self._pending += self._held
             self._held, self._has_input = [], False
 
-    def input(self, site: int) -> None:
-        """What the branch of a site takes: the stream up to date, normalised and modulated."""
+    def input(self, site: int, *, is_plain: bool = False) -> None:
+        """What the branch of a site takes: the stream up to date, normalised and modulated; ``is_plain``: no float8."""
         if self._has_input:
             return
         self._has_input = True
         if not self._sites[site].is_normed:
-            self.stream()
-        elif site in self._float8:
+            self._bring_up_to_date()
+        elif site in self._float8 and not is_plain:
             self._embed()
             self._emit(RESIDUAL_QUANTISE, self._last_terms(), site)
         elif self._is_embedded or self._pending:
@@ -63,16 +93,44 @@ class Emitter:
             self._is_embedded = True
             self._emit(EMBED_NORM, (), site)
 
-    def branch(self, site: int, out: Slot) -> None:
-        """Run the branch of a site over its input into a slot."""
-        self._emit(BRANCH, (), site, out)
+    def branch(self, site: int, out: Slot, *, window: int = 0, is_shared: bool = False) -> None:
+        """Run the branch of a site over its input into a slot.
 
-    def add(self, slot: Slot, gate: int | None, *, is_weighted: bool = False) -> None:
+        window: tokens that attention reaches, half of them on either side. is_shared: for the conditional rows alone,
+        whose output is the unconditional ones' too.
+        """
+        self._launches.append(Launch(BRANCH, (), site, out, window=window, is_shared=is_shared))
+
+    def branch_of_tokens(self, site: int, slot: Slot, tokens: int) -> None:
+        """Run the branch of a site over the tokens of which a slot is largest, and put what it gives in their place."""
+        self._launches += [
+            Launch(SELECT, (), site, sources=(slot,), tokens=tokens),
+            Launch(GATHER, (), site, tokens=tokens),
+            Launch(BRANCH, (), site, tokens=tokens),
+            Launch(SCATTER, (), site, slot, sources=(slot,), tokens=tokens),
+        ]
+
+    def copy(self, out: Slot) -> None:
+        """Keep the stream as it is now."""
+        self.stream()
+        self._launches.append(Launch(COPY, (), out=out, sources=(None,)))
+
+    def subtract(self, minuend: Slot | None, subtrahend: Slot, out: Slot) -> None:
+        """Keep the difference of two slots, or of the stream, None, and a slot."""
+        if minuend is None:
+            self.stream()
+        self._launches.append(Launch(SUBTRACT, (), out=out, sources=(minuend, subtrahend)))
+
+    def add(self, slot: Slot, gate: int | None, *, law: str = "") -> None:
         """Add gate x factor x slot to the stream."""
-        self._held.append(Term(slot, gate, is_weighted))
+        self._held.append(Term(slot, gate, law))
 
     def stream(self) -> None:
         """Bring the stream up to date."""
+        self._pending, self._held = self._pending + self._held, []
+        self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
         self._embed()
         if last := self._last_terms():
             self._emit(RESIDUAL, last)

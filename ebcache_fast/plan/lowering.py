@@ -18,17 +18,27 @@ def lower(
     samples: bool,
     steps: int = 1,
     float8: frozenset[int] = frozenset(),
+    tokens: int | None = None,
+    is_guided: bool | None = None,
 ) -> Program:
     """The program of one step on a model of these sites.
 
     memory: of the whole plan. samples: whether our own loop runs it, and the sampler's step with it; then ``steps``
     equal ones may run at once if nothing but a sum of neighbouring slots is left of them. float8: sites, counted
-    through the model, that take their input so.
+    through the model, that take their input so. tokens, is_guided: see `Emitter`, which refuses what does not fit.
     """
-    emitter = Emitter(site_shapes, memory, float8)
+    emitter = Emitter(site_shapes, memory, float8, tokens, is_guided)
+    enter = {span.first: span for span in step.spans}
+    leave = {span.last: span for span in step.spans}
+    skipped = {site for span in step.spans if span.skips for site in range(span.first, span.last + 1)}
     for site, rule in enumerate(step.rules):
         emitter.begin(site)
-        rule.emit(site, emitter)
+        if site in enter:
+            enter[site].enter(emitter)
+        if site not in skipped:
+            rule.emit(site, emitter)
+        if site in leave:
+            leave[site].leave(emitter)
     return Program(emitter.end(samples=samples), step.sites, steps)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Self
 
 from ebcache_fast.plan.model_shape import ModelShape
-from ebcache_fast.plan.program import Program, Slot, Term
+from ebcache_fast.plan.program import WITHIN_A_STEP, Program, Slot, Term
 from ebcache_fast.plan.sites import SiteShape
 
 
@@ -20,28 +20,34 @@ class Memory:
 
     live: tuple[Slot, ...] = ()
     extra: tuple[Term, ...] = ()
+    unread: tuple[Slot, ...] = ()  # written, and read by nobody
 
     @classmethod
     def of(cls, programs: Iterable[Program]) -> Self:
         """What these programs need, over a whole run."""
         programs = tuple(programs)
         terms = {term for program in programs for launch in program for term in launch.terms}
-        return cls(
-            live=tuple(sorted({slot for program in programs for slot in program.reads})),
-            extra=tuple(sorted(term for term in terms if term.is_weighted or term.gate is None)),
-        )
+        live = {slot for program in programs for slot in program.reads}
+        written = {slot for program in programs for slot in program.writes if slot.meaning not in WITHIN_A_STEP}
+        extra = (term for term in terms if term.law or term.gate is None)
+        return cls(tuple(sorted(live)), tuple(sorted(extra)), tuple(sorted(written - live)))
 
-    def scratches_for(self, site_shapes: Iterable[SiteShape]) -> int:
-        """How many slots of scratch a model of these sites needs: of sites in parallel, each one of its own."""
-        live, longest, group = frozenset(self.live), 0, 0
-        for i, shape in enumerate(site_shapes):
-            group = (group if shape.is_parallel else 0) + (Slot.of(i) not in live)
-            longest = max(longest, group)
-        return longest
+    def scratches(self, site_shapes: Iterable[SiteShape]) -> dict[Slot, int]:
+        """Which scratch each slot that nobody reads goes to, counted from 0.
+
+        One serves all that wait for nothing at the same time: not the outputs of one group of parallel sites, nor what
+        has different meanings.
+        """
+        places: list[int] = []  # in the group
+        for shape in site_shapes:
+            places.append(places[-1] + 1 if shape.is_parallel else 0)
+        kinds = {slot: (slot.meaning, places[slot.first]) for slot in self.unread}
+        number = {kind: i for i, kind in enumerate(sorted(set(kinds.values())))}
+        return {slot: number[kind] for slot, kind in kinds.items()}
 
     def slots_for(self, shape: ModelShape) -> int:
         """How many slots have memory on a model: those that are live, and scratch."""
-        return len(self.live) + self.scratches_for(shape.site_shapes)
+        return len(self.live) + len(set(self.scratches(shape.site_shapes).values()))
 
     def place_of(self, slot: Slot) -> int | None:
         """Where a live slot lies among them; None for one that nobody reads."""
@@ -49,7 +55,7 @@ class Memory:
 
     def column_of(self, term: Term) -> tuple[bool, int]:
         """The gate of a term: whether it is an extra one or a site's own, and its column."""
-        own = term.gate is not None and not term.is_weighted
+        own = term.gate is not None and not term.law
         return (False, term.gate or 0) if own else (True, self._extra[term])
 
     def are_neighbours(self, one: Term, other: Term) -> bool:

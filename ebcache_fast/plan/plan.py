@@ -10,6 +10,7 @@ from typing import Self
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.costs import branch_macs, branch_weights
+from ebcache_fast.plan.factors import factors_of
 from ebcache_fast.plan.lowering import bare, draft, lower, verify
 from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.model_shape import ModelShape
@@ -85,6 +86,11 @@ class Plan:
     def memory(self) -> Memory:
         """The slots that some step reads, over the whole run, and where they lie."""
         return Memory.of(self._drafts.values())
+
+    @cached_property
+    def factors(self) -> tuple[tuple[float, ...], ...]:
+        """The factor of each extra term of the memory, at each step."""
+        return factors_of(map(self._drafts.__getitem__, self.steps), self.memory.extra)
 
     def collapses(self, step: StepPlan) -> bool:
         """Whether one launch can sum all that a step adds, so that our own loop may run several at once."""

@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from ebcache_fast.plan.sites import Site
 
-OUTPUT = "output"  # what a slot of one site usually holds: the branch's ungated output
+# What slots hold.
+OUTPUT = "output"  # of one site: the branch's ungated output
+REST = "rest"  # of one site: what full attention adds to attention within a window
+CHANGE = "change"  # of several sites: what they add to the stream, gated
+MARK = "mark"  # the stream as it was before several sites
+WINDOW = "window"  # an output of attention within a window
+WITHIN_A_STEP = frozenset({MARK, WINDOW})  # which no later step reads
 
 # Which launches there are; all but `WITHOUT_STEP` read which step it is.
 EMBED = "embed"  # h = tokens of x
@@ -19,8 +25,13 @@ SUM = "sum"  # h += terms of neighbouring slots
 SUMS = "sums"  # a sum of neighbouring slots for each of some coming steps, without x
 HEAD = "head"  # output, or the sampler's step, of h + terms
 RUN = "run"  # as many whole steps as there are sums
-BRANCH = "branch"  # a slot = the branch of a site over its input; without modulation
-WITHOUT_STEP = frozenset({EMBED, BRANCH})
+BRANCH = "branch"  # out = the branch of a site over its input, or over the chosen tokens of it
+SELECT = "select"  # choose the tokens of which a slot is largest
+GATHER = "gather"  # take them from the input
+SCATTER = "scatter"  # put them into a slot
+COPY = "copy"  # out = h
+SUBTRACT = "subtract"  # out = one slot, or h, less another
+WITHOUT_STEP = frozenset({EMBED, BRANCH, SELECT, GATHER, SCATTER, COPY, SUBTRACT})
 LONGEST_RUN = 3  # steps of which one pass over the slots makes the sums
 
 
@@ -47,7 +58,7 @@ class Term(NamedTuple):
 
     slot: Slot
     gate: int | None  # of which site; None for 1
-    is_weighted: bool = False  # by a factor of each step's own; else 1
+    law: str = ""  # of `factors.LAWS`, which makes a factor for each step; none is 1
 
 
 class Launch(NamedTuple):
@@ -57,6 +68,10 @@ class Launch(NamedTuple):
     terms: tuple[Term, ...] = ()  # added to the stream, in this order
     site: int = -1  # of which the input is made, or the branch is run
     out: Slot | None = None  # what is written
+    sources: tuple[Slot | None, ...] = ()  # what is read besides terms; None for the stream
+    window: int = 0  # of the branch's attention, in tokens; 0 for all of them
+    tokens: int = 0  # how many are chosen; 0 for all of them
+    is_shared: bool = False  # the conditional rows' output is the unconditional ones' too
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,8 @@ class Program:
         found: dict[Slot, None] = {}
         written: set[Slot] = set()
         for launch in self:
-            found |= dict.fromkeys(term.slot for term in launch.terms if term.slot not in written)
+            slots = (*(term.slot for term in launch.terms), *filter(None, launch.sources))
+            found |= dict.fromkeys(slot for slot in slots if slot not in written)
             if launch.out is not None:
                 written.add(launch.out)
         return tuple(found)
@@ -140,6 +156,9 @@ def _line(launch: Launch, program: Program, layer: int) -> str:
     if launch.site >= 0:
         parts.append(_named(program.sites[launch.site], layer))
     parts.append(_terms(launch.terms, program, layer))
+    parts += [f"of {'the stream' if one is None else _slot(one, program, layer)}" for one in launch.sources]
+    parts += [f"{name} {value}" for name in ("window", "tokens") if (value := getattr(launch, name))]
+    parts += ["for both"] * launch.is_shared
     if launch.out is not None and launch.out != Slot.of(launch.site):
         parts.append(f"-> {_slot(launch.out, program, layer)}")
     if program.steps > 1:
@@ -152,7 +171,7 @@ def _terms(terms: tuple[Term, ...], program: Program, layer: int) -> str:
         return ""
     if len(terms) > 3:
         return f"+ {_slot(terms[0].slot, program, layer)} .. {_slot(terms[-1].slot, program, layer)} ({len(terms)})"
-    return " ".join(f"+ {'c ' * term.is_weighted}{_slot(term.slot, program, layer)}" for term in terms)
+    return " ".join(f"+ {term.law and f'{term.law} '}{_slot(term.slot, program, layer)}" for term in terms)
 
 
 def _slot(slot: Slot, program: Program, layer: int) -> str:

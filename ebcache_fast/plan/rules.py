@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from ebcache_fast.errors import TableError
 from ebcache_fast.plan.emitter import Emitter
-from ebcache_fast.plan.program import Slot
+from ebcache_fast.plan.program import REST, WINDOW, Slot
+from ebcache_fast.plan.sites import Branch, Site
 
 
 class Rule(Protocol):
@@ -15,6 +17,10 @@ class Rule(Protocol):
         """Whether the branch of its site runs, wholly or in part."""
         ...
 
+    def check(self, site: Site) -> None:
+        """Raise TableError for a site that can't take it."""
+        ...
+
     def emit(self, site: int, emitter: Emitter) -> None:
         """Say what is done at a site, counted through the model."""
         ...
@@ -22,14 +28,19 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Compute:
-    """Run the branch, and keep its output."""
+    """Run the branch, and keep its output; ``age`` says as which of several."""
 
+    age: int = 0
     runs_branch = True
+
+    def check(self, site: Site) -> None:
+        if self.age < 0:
+            raise TableError(f"{site}: age: expected 0 or more, got {self.age}")
 
     def emit(self, site: int, emitter: Emitter) -> None:
         emitter.input(site)
-        emitter.branch(site, Slot.of(site))
-        emitter.add(Slot.of(site), site)
+        emitter.branch(site, Slot.of(site, self.age))
+        emitter.add(Slot.of(site, self.age), site)
 
     def __str__(self) -> str:
         return "COMPUTE"
@@ -39,13 +50,118 @@ class Compute:
 class Reuse:
     """Add the output that is kept, with this step's gate."""
 
+    age: int = 0
     runs_branch = False
 
+    def check(self, site: Site) -> None:
+        if self.age < 0:
+            raise TableError(f"{site}: age: expected 0 or more, got {self.age}")
+
     def emit(self, site: int, emitter: Emitter) -> None:
-        emitter.add(Slot.of(site), site)
+        emitter.add(Slot.of(site, self.age), site)
 
     def __str__(self) -> str:
         return "REUSE"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Add what the last ``order`` + 1 outputs that were computed forecast, with this step's gate.
+
+    They are kept by `Compute` of ages 0 to ``order``, in turn.
+    Source: TaylorSeer, Liu et al., arXiv 2503.06923.
+    """
+
+    order: int
+    runs_branch = False
+
+    def check(self, site: Site) -> None:
+        if not 0 <= self.order <= 4:
+            raise TableError(f"{site}: order: expected 0 to 4, got {self.order}; differences of more are noise")
+
+    def emit(self, site: int, emitter: Emitter) -> None:
+        for age in range(self.order + 1):
+            emitter.add(Slot.of(site, age), site, law="taylor")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Run the MLP over the ``count`` tokens of which the kept output is largest, and reuse that of all others.
+
+    Source: token-wise caching, Zou et al., arXiv 2410.05317, section 3.2; the score is the norm of what is kept.
+    """
+
+    count: int
+    runs_branch = True
+
+    def check(self, site: Site) -> None:
+        if site.branch is not Branch.MLP:
+            raise TableError(f"{site}: tokens: expected MLP, which mixes none, got {site.branch.name}; use REUSE there")
+        if self.count < 1:
+            raise TableError(f"{site}: tokens: expected 1 or more, got {self.count}; use REUSE for none")
+
+    def emit(self, site: int, emitter: Emitter) -> None:
+        emitter.check_tokens(site, self.count)
+        emitter.input(site, is_plain=True)
+        emitter.branch_of_tokens(site, Slot.of(site), self.count)
+        emitter.add(Slot.of(site), site)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Run self-attention within a window of ``width`` tokens, and add what full attention added to that when kept.
+
+    Source: DiTFastAttn, Yuan et al., arXiv 2406.08552, window attention with residual sharing; the difference is taken
+    after the output projection, which is linear.
+    """
+
+    width: int
+    runs_branch = True
+
+    def check(self, site: Site) -> None:
+        if site.branch is not Branch.SELF_ATTN:
+            raise TableError(f"{site}: window: expected SELF_ATTN, got {site.branch.name}; use COMPUTE or REUSE there")
+        if self.width < 1:
+            raise TableError(f"{site}: window: expected 1 token or more, got {self.width}")
+
+    def emit(self, site: int, emitter: Emitter) -> None:
+        emitter.input(site)
+        emitter.branch(site, Slot.of(site, meaning=WINDOW), window=self.width)
+        emitter.add(Slot.of(site, meaning=WINDOW), site)
+        emitter.add(Slot.of(site, meaning=REST), site)
+
+
+@dataclass(frozen=True)
+class FullAndWindow(Window):
+    """Run self-attention, keep its output, and what it adds to attention within a window, for `Window` to add."""
+
+    def emit(self, site: int, emitter: Emitter) -> None:
+        output, window = Slot.of(site), Slot.of(site, meaning=WINDOW)
+        emitter.input(site)
+        emitter.branch(site, output)
+        emitter.branch(site, window, window=self.width)
+        emitter.subtract(output, window, Slot.of(site, meaning=REST))
+        emitter.add(output, site)
+
+
+@dataclass(frozen=True)
+class SharedByGuidance:
+    """Run the branch for the conditional rows alone, and keep its output for the unconditional ones too.
+
+    Source: DiTFastAttn, Yuan et al., arXiv 2406.08552, attention sharing across CFG.
+    """
+
+    runs_branch = True
+
+    def check(self, site: Site) -> None:
+        if site.branch is Branch.CROSS_ATTN:
+            raise TableError(f"{site}: a share: rows attend to texts of their own there; use COMPUTE or REUSE")
+
+    def emit(self, site: int, emitter: Emitter) -> None:
+        emitter.check_guided(site)
+        emitter.input(site)
+        emitter.branch(site, Slot.of(site), is_shared=True)
+        emitter.add(Slot.of(site), site)
 
 
 COMPUTE, REUSE = Compute(), Reuse()

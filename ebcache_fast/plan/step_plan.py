@@ -9,6 +9,7 @@ from typing import Self
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
 from ebcache_fast.plan.sites import Branch, Site, branch_names, layered
+from ebcache_fast.plan.spans import SpanRule
 
 
 class StepType(IntEnum):
@@ -51,16 +52,31 @@ _REUSES = {
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One rule a site. Raises TableError without a site, or for another number of rules than sites."""
+    """One rule a site, and rules over spans of them, of which some skip what is inside.
+
+    Raises TableError without a site, for another number of rules than sites, for a rule at a site that can't take it,
+    and for spans that leave the model, or overlap.
+    """
 
     sites: tuple[Site, ...]
     rules: tuple[Rule, ...]
+    spans: tuple[SpanRule, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise TableError(f"sites: expected one or more, each once, got {list(map(str, self.sites))}")
         if len(self.rules) != len(self.sites):
             raise TableError(f"rules: expected one per site, {len(self.sites)}, got {len(self.rules)}")
+        for site, rule in zip(self.sites, self.rules, strict=True):
+            rule.check(site)
+        end = 0
+        for span in self.spans:
+            if not end <= span.first <= span.last < len(self.sites):
+                raise TableError(
+                    f"span {span.first} to {span.last}: expected sites from {end} to {len(self.sites) - 1}, in order; "
+                    "let spans follow each other within the model"
+                )
+            end = span.last + 1
 
     @classmethod
     def uniform(cls, step_type: StepType, sites: tuple[Site, ...]) -> Self:
@@ -93,7 +109,7 @@ class StepPlan:
     def step_type(self) -> StepType | None:
         """The step type this plan equals, the first that does; None where layers differ."""
         branches = tuple(dict.fromkeys(site.branch for site in self.sites))
-        types = (step_type for step_type in StepType if step_type.fits(branches))
+        types = (step_type for step_type in StepType if step_type.fits(branches) and not self.spans)
         return next((each for each in types if StepPlan.uniform(each, self.sites).rules == self.rules), None)
 
     @property
@@ -104,12 +120,16 @@ class StepPlan:
     @cached_property
     def computed(self) -> tuple[Site, ...]:
         """The sites of which the branch runs, in order of execution."""
-        return tuple(site for site, rule in zip(self.sites, self.rules, strict=True) if rule.runs_branch)
+        return tuple(site for i, site in enumerate(self.sites) if self._runs(i))
 
     @cached_property
     def reused(self) -> tuple[Site, ...]:
         """The sites of which it does not, in order of execution."""
-        return tuple(site for site, rule in zip(self.sites, self.rules, strict=True) if not rule.runs_branch)
+        return tuple(site for i, site in enumerate(self.sites) if not self._runs(i))
+
+    def _runs(self, site: int) -> bool:
+        is_skipped = any(span.skips and span.first <= site <= span.last for span in self.spans)
+        return self.rules[site].runs_branch and not is_skipped
 
     @property
     def computes_nothing(self) -> bool:

@@ -1,0 +1,285 @@
+"""Rules of steps against a naive float64 loop over the model's own layers, eagerly and as fake graphs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from fake_graphs import FakeGraphs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import relative_error, tiny_dit
+from torch import Tensor
+
+from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.engine import Batch, Engine
+from ebcache_fast.engine.graphs import no_graphs
+from ebcache_fast.errors import TableError
+from ebcache_fast.models import DiT, as_denoiser
+from ebcache_fast.plan import (
+    COMPUTE,
+    REUSE,
+    Branch,
+    Compute,
+    Forecast,
+    FullAndWindow,
+    KeepSpan,
+    Plan,
+    Reuse,
+    Rule,
+    SharedByGuidance,
+    SkipSpan,
+    StepPlan,
+    StepType,
+    Tokens,
+    Window,
+    layered,
+)
+from ebcache_fast.plan.factors import taylor
+
+DEPTH, ROWS = 3, 4
+SITES = layered(DEPTH, (Branch.SELF_ATTN, Branch.MLP))
+MODEL = tiny_dit(7, depth=DEPTH, input_size=16)  # 16 tokens
+TIMESTEPS = (931, 800, 655, 420, 300, 111, 40, 3)
+LABELS = torch.tensor([1, 4, 2, 5])
+FULL = StepPlan.uniform(StepType.NO_CACHE, SITES)
+
+
+def each(attention: Rule, mlp: Rule) -> StepPlan:
+    """The same rules in all layers."""
+    return StepPlan(SITES, (attention, mlp) * DEPTH)
+
+
+def plan_of(*steps: StepPlan) -> Plan:
+    return Plan(steps, TIMESTEPS[: len(steps)])
+
+
+# ------------------------------------------------------------------------------------------- the naive loop
+
+
+class Kept(NamedTuple):
+    """What the naive loop remembers: of each site, by age, outputs and their steps; rests; changes of spans."""
+
+    outputs: dict[tuple[int, int], tuple[int, Tensor]]
+    rests: dict[int, Tensor]
+    changes: dict[tuple[int, int], Tensor]
+
+
+def windowed(model: DiT, layer: int, u: Tensor, width: int) -> Tensor:
+    """Attention of a layer, one token at a time, over those at most half of ``width`` away."""
+    attention = model.blocks[layer].attn
+    heads, tokens = attention.num_heads, u.shape[1]
+    q, k, v = (one.unflatten(2, (heads, -1)) for one in attention.qkv(u).chunk(3, dim=2))
+    out = torch.empty_like(q)
+    for i in range(tokens):
+        near = [j for j in range(tokens) if abs(i - j) <= width // 2]
+        scores = torch.einsum("nhd,njhd->nhj", q[:, i], k[:, near]) / math.sqrt(q.shape[-1])
+        out[:, i] = torch.einsum("nhj,njhd->nhd", scores.softmax(dim=2), v[:, near])
+    return attention.proj(out.flatten(2))
+
+
+def forecast(values: Sequence[tuple[int, Tensor]], now: int) -> Tensor:
+    """TaylorSeer's recurrence on the tensors themselves."""
+    recent = sorted(values, key=lambda one: -one[0])
+    differences, total = [value for _, value in recent], torch.zeros_like(recent[0][1])
+    for order in range(len(recent)):
+        total = total + differences[0] * (now - recent[0][0]) ** order / math.factorial(order)
+        differences = [
+            (differences[i] - differences[i + 1]) / (recent[i][0] - recent[i + 1][0])
+            for i in range(len(differences) - 1)
+        ]
+    return total
+
+
+@torch.no_grad()
+def naive(plan: Plan, xs: Tensor, y: Tensor) -> list[Tensor]:
+    """Every step's output for rows of these labels, branch by branch."""
+    kept, found = Kept({}, {}, {}), []
+    for now, (step, t) in enumerate(zip(plan.steps, plan.timesteps, strict=True)):
+        c = MODEL.t_embedder(torch.full((len(y),), t)) + MODEL.y_embedder(y)
+        h = MODEL.x_embedder(xs[now]) + MODEL.pos_embed
+        skipped_to, before = -1, h
+        for site, rule in enumerate(step.rules):
+            for span in step.spans:
+                if span.first == site:
+                    before = h
+                    if isinstance(span, SkipSpan):
+                        h, skipped_to = h + kept.changes[span.first, span.last], span.last
+            if site > skipped_to:
+                h = naive_site(kept, site, rule, h, c, now)
+            for span in step.spans:
+                if span.last == site and isinstance(span, KeepSpan):
+                    kept.changes[span.first, span.last] = h - before
+        side, patch = xs.shape[-1] // MODEL.patch_size, MODEL.patch_size
+        grid = MODEL.final_layer(h, c).view(len(y), side, side, patch, patch, -1)
+        found.append(torch.einsum("nhwpqc->nchpwq", grid).reshape(len(y), -1, *xs.shape[3:]))
+    return found
+
+
+def naive_site(kept: Kept, site: int, rule: Rule, h: Tensor, c: Tensor, now: int) -> Tensor:
+    """The stream after one site."""
+    layer, is_mlp = divmod(site, 2)
+    block = MODEL.blocks[layer]
+    shift, scale, gate = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=2)[3 * is_mlp : 3 * is_mlp + 3]
+    u = (block.norm2 if is_mlp else block.norm1)(h) * (1 + scale) + shift
+    run = block.mlp if is_mlp else block.attn
+    match rule:
+        case Compute(age):
+            out = run(u)
+            kept.outputs[site, age] = now, out
+        case Reuse(age):
+            out = kept.outputs[site, age][1]
+        case Forecast(order):
+            out = forecast([kept.outputs[site, age] for age in range(order + 1)], now)
+        case Tokens(count):
+            out = kept.outputs[site, 0][1].clone()
+            for row in range(len(out)):
+                largest = sorted(range(out.shape[1]), key=lambda i: -float(out[row, i].norm()))[:count]
+                out[row, largest] = run(u[row : row + 1, largest])[0]
+            kept.outputs[site, 0] = now, out
+        case FullAndWindow(width):
+            out = run(u)
+            kept.outputs[site, 0], kept.rests[site] = (now, out), out - windowed(MODEL, layer, u, width)
+        case Window(width):
+            out = windowed(MODEL, layer, u, width) + kept.rests[site]
+        case SharedByGuidance():
+            out = run(u[: len(u) // 2]).repeat(2, 1, 1)
+            kept.outputs[site, 0] = now, out
+    return h + gate * out
+
+
+# ---------------------------------------------------------------------------------------------- the engine
+
+
+def latents(steps: int) -> Tensor:
+    """(steps, rows, C, H, W); the halves of a guided batch are alike."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(steps, ROWS // 2, 4, 16, 16, generator=generator, dtype=torch.float64).repeat(1, 2, 1, 1, 1)
+
+
+def ours(plan: Plan, xs: Tensor, *, guided: bool = False, graphs: FakeGraphs | None = None) -> list[Tensor]:
+    engine = Engine(MODEL, make_graphs=no_graphs if graphs is None else lambda _: graphs)
+    batch = Batch(LABELS, ROWS // 2 if guided else ROWS, 0, as_denoiser(MODEL).latent_shape)
+    run = engine.forward_run(plan, batch, Ending.PREDICT)
+    return [run.predict(i, xs[i]).clone() for i in range(len(plan))]
+
+
+W, K = 5, 6
+CASES: dict[str, tuple[StepPlan, ...]] = {
+    "reuse": (FULL, each(REUSE, COMPUTE), each(REUSE, REUSE)),
+    "forecast of order 0": (FULL, each(Forecast(0), Forecast(0))),
+    "forecast of order 1": (FULL, each(Compute(1), Compute(1)), *[each(Forecast(1), Forecast(1))] * 2),
+    "forecast of order 2, unevenly": (
+        FULL,
+        each(Compute(1), Compute(1)),
+        each(Forecast(1), Compute(2)),
+        each(Compute(2), Forecast(2)),
+        each(Forecast(2), Forecast(2)),
+        each(Compute(0), REUSE),
+        each(Forecast(2), Forecast(2)),
+    ),
+    "tokens": (FULL, each(REUSE, Tokens(K)), each(REUSE, Tokens(1)), each(REUSE, REUSE)),
+    "all tokens": (FULL, each(REUSE, Tokens(16))),
+    "window": (each(FullAndWindow(W), COMPUTE), *[each(Window(W), COMPUTE)] * 2, each(REUSE, REUSE)),
+    "window and reuse": (each(FullAndWindow(W), COMPUTE), each(Window(W), REUSE), each(REUSE, Tokens(K))),
+    "span": (
+        StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(2, 5),)),
+        StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(2, 5),)),
+        StepPlan(SITES, (REUSE, *[COMPUTE] * 5), (SkipSpan(2, 5),)),
+    ),
+    "spans": (
+        StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(0, 1), KeepSpan(2, 2), KeepSpan(4, 5))),
+        StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(0, 1), SkipSpan(4, 5))),
+        StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(2, 2),)),
+        StepPlan(SITES, (REUSE,) * 6, (SkipSpan(0, 1), SkipSpan(2, 2), SkipSpan(4, 5))),
+    ),
+    "the whole model": (
+        StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(0, 5),)),
+        *[StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(0, 5),))] * 2,
+    ),
+}
+GUIDED: dict[str, tuple[StepPlan, ...]] = {
+    "shared attention": (FULL, each(SharedByGuidance(), COMPUTE), each(REUSE, REUSE)),
+    "all shared": (each(SharedByGuidance(), SharedByGuidance()), each(REUSE, SharedByGuidance())),
+}
+EVERY = {name: (steps, False) for name, steps in CASES.items()} | {
+    name: (steps, True) for name, steps in GUIDED.items()
+}
+
+
+@pytest.mark.parametrize(("steps", "guided"), EVERY.values(), ids=EVERY)
+def test_against_the_naive_loop(steps: tuple[StepPlan, ...], guided: bool) -> None:
+    plan = plan_of(*steps)
+    xs = latents(len(plan))
+    for mine, theirs in zip(ours(plan, xs, guided=guided), naive(plan, xs, LABELS), strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize(("steps", "guided"), EVERY.values(), ids=EVERY)
+def test_as_graphs(steps: tuple[StepPlan, ...], guided: bool) -> None:
+    """Captured once for each distinct step, and to the bit what they are eagerly."""
+    plan, graphs = plan_of(*steps), FakeGraphs()
+    xs = latents(len(plan))
+    captured = ours(plan, xs, guided=guided, graphs=graphs)
+    assert all(map(torch.equal, captured, ours(plan, xs, guided=guided)))
+    assert graphs.captures == len(set(plan.steps))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_mixture(data: st.DataObject) -> None:
+    attention = st.sampled_from((COMPUTE, REUSE, FullAndWindow(W), Window(W), Forecast(0)))
+    mlp = st.sampled_from((COMPUTE, REUSE, Tokens(K), Forecast(0)))
+    rows = data.draw(st.lists(st.tuples(*[attention, mlp] * DEPTH), min_size=1, max_size=4))
+    plan = plan_of(each(FullAndWindow(W), COMPUTE), *(StepPlan(SITES, row) for row in rows))
+    xs = latents(len(plan))
+    for mine, theirs in zip(ours(plan, xs), naive(plan, xs, LABELS), strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ factors
+
+
+@given(steps=st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True), ahead=st.integers(1, 9))
+def test_a_forecast_is_exact_where_it_must_be(steps: list[int], ahead: int) -> None:
+    """Factors add up to one; of two values or fewer the forecast is the line through them."""
+    recent = sorted(steps, reverse=True)
+    factors = taylor(recent, recent[0] + ahead)
+    assert sum(factors) == 1
+    if len(recent) > 1:
+        line = taylor(recent[:2], recent[0] + ahead)
+        assert sum(f * s for f, s in zip(line, recent, strict=False)) == recent[0] + ahead
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: each(COMPUTE, Window(3)), r"0\.mlp: window: expected SELF_ATTN, got MLP; "),
+        (lambda: each(Window(0), COMPUTE), r"0\.self_attn: window: expected 1 token or more, got 0"),
+        (lambda: each(Tokens(3), COMPUTE), r"0\.self_attn: tokens: expected MLP, .*got SELF_ATTN; "),
+        (lambda: each(COMPUTE, Tokens(0)), r"0\.mlp: tokens: expected 1 or more, got 0"),
+        (lambda: each(Forecast(-1), COMPUTE), r"0\.self_attn: order: expected 0 to 4, got -1"),
+        (lambda: each(Compute(-1), COMPUTE), r"0\.self_attn: age: expected 0 or more, got -1"),
+        (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(4, 6),)), r"span 4 to 6: expected sites from 0 to 5"),
+        (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(0, 2), KeepSpan(2, 3))), r"span 2 to 3: .* from 3 to 5"),
+        (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(3, 2),)), r"span 3 to 2: "),
+        (lambda: plan_of(FULL, each(Forecast(1), REUSE)), r"steps\[1\]: SELF_ATTN of layer 0 reads an output"),
+        (lambda: plan_of(FULL, each(Window(3), REUSE)), r"steps\[1\]: SELF_ATTN of layer 0 reads an? rest"),
+        (lambda: plan_of(FULL, StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(0, 1),))), r"steps\[1\]: .* reads an? change"),
+        (lambda: ours(plan_of(FULL, each(REUSE, Tokens(17))), latents(2)), r"0\.mlp: tokens: .* model's 16, got 17"),
+        (lambda: ours(plan_of(each(SharedByGuidance(), COMPUTE)), latents(1)), r"a share needs classifier-free"),
+    ],
+)
+def test_what_does_not_fit_is_one_typed_line(make: object, problem: str) -> None:
+    with pytest.raises(TableError, match=problem) as caught:
+        make()  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_share_of_cross_attention_is_refused() -> None:
+    with pytest.raises(TableError, match=r"0\.cross_attn: a share: rows attend to texts of their own"):
+        StepPlan(layered(1, (Branch.CROSS_ATTN,)), (SharedByGuidance(),))
