@@ -64,6 +64,7 @@ class BufferSet:
         self._backend, self._why_no_graphs = graphs, why_no_graphs
         self._graphs: dict[Programs, Graph] = {}
         self._refused: dict[Programs, str] = {}
+        self._lowered: dict[tuple[Dispatch, frozenset[int]], Program] = {}
         self._streams = StreamOrder(buffers.x.device)
         self._strict = False
         self._samples = spec.ending not in (Ending.PREDICT, Ending.PREDICT_GUARDED)  # else it hands outputs out
@@ -85,7 +86,8 @@ class BufferSet:
         What can't be captured will run eagerly, and is counted; CaptureError instead if ``strict``.
         """
         self._strict = strict
-        lowered = {work: tuple(map(self._lower, work)) for work in dict.fromkeys(works)}
+        float8 = frozenset[int]() if self._float8 is None else self._float8.sites
+        lowered = {work: tuple(self._lower(one, float8) for one in work) for work in dict.fromkeys(works)}
         for programs in lowered.values():
             if programs not in self._graphs and programs not in self._refused:
                 self._capture(programs, room, strict=strict)
@@ -145,17 +147,20 @@ class BufferSet:
         self._next_step = step + len(ready.names)
         self._count(ready)
 
-    def _lower(self, dispatch: Dispatch) -> Program:
-        return lower(
+    def _lower(self, dispatch: Dispatch, float8: frozenset[int]) -> Program:
+        if (known := self._lowered.get((dispatch, float8))) is not None:
+            return known
+        self._lowered[dispatch, float8] = program = lower(
             dispatch.plan,
             self._denoiser.shape.site_shapes,
             self.spec.memory,
             samples=self._samples,
             steps=dispatch.steps,
-            float8=frozenset[int]() if self._float8 is None else self._float8.sites,
+            float8=float8,
             tokens=self._denoiser.shape.tokens,
             is_guided=self.spec.copies == 2,
         )
+        return program
 
     def _capture(self, programs: Programs, room: int, *, strict: bool) -> None:
         if self._backend is None:

@@ -89,7 +89,8 @@ class ModulationTable:
 
     def gate(self, column: tuple[bool, int]) -> Tensor:
         """The gate in a column, of `Memory.column_of`, (S, U, D)."""
-        return self.gates(column, 1)[:, 0]
+        is_extra, place = column
+        return self._extra[:, place] if is_extra else self.sites[:, place, 2]
 
     def gates(self, column: tuple[bool, int], count: int) -> Tensor:
         """The gates of so many columns from this one on, (S, count, U, D)."""

@@ -36,9 +36,8 @@ class StepScheduler:
     def dispatches(self) -> tuple[Dispatch, ...]:
         """The whole plan for our own loop: steps of which nothing but a sum is left, in runs of up to `LONGEST_RUN`."""
         found: list[Dispatch] = []
-        collapse = {step: self.plan.collapses(step) for step in dict.fromkeys(self.plan.steps)}
         for plan in self.plan.steps:
-            if collapse[plan] and found and found[-1].plan == plan and found[-1].steps < LONGEST_RUN:
+            if plan in self.plan.collapsing and found and found[-1].plan == plan and found[-1].steps < LONGEST_RUN:
                 found[-1] = Dispatch(plan, found[-1].steps + 1)
             else:
                 found.append(Dispatch(plan, 1))

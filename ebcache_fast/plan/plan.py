@@ -92,9 +92,12 @@ class Plan:
         """The factor of each extra term of the memory, at each step."""
         return factors_of(map(self._drafts.__getitem__, self.steps), self.memory.extra)
 
-    def collapses(self, step: StepPlan) -> bool:
-        """Whether one launch can sum all that a step adds, so that our own loop may run several at once."""
-        return lower(step, bare(step.sites), self.memory, samples=True).launches[-1].name == RUN
+    @cached_property
+    def collapsing(self) -> frozenset[StepPlan]:
+        """The steps of which one launch can sum all that they add, so that our own loop may run several at once."""
+        sites = bare(self.sites)
+        lowered = {step: lower(step, sites, self.memory, samples=True) for step in self._drafts}
+        return frozenset(step for step, program in lowered.items() if program.launches[-1].name == RUN)
 
     def counts(self) -> Counter[StepType | None]:
         """How many steps there are of each type; None counts those that fit no type."""

@@ -78,6 +78,13 @@ class StepPlan:
                 )
             end = span.last + 1
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rules, self.spans))
+
     @classmethod
     def uniform(cls, step_type: StepType, sites: tuple[Site, ...]) -> Self:
         """The plan that treats the sites of all layers as ``step_type`` says.
