@@ -12,15 +12,23 @@ from ebcache_fast.plan import (
     COMPUTE,
     REUSE,
     Branch,
+    Compute,
+    Forecast,
+    FullAndWindow,
+    KeepSpan,
     Memory,
     Plan,
     Program,
     Rule,
+    SharedByGuidance,
     SiteShape,
+    SkipSpan,
     Slot,
     StepPlan,
     StepType,
     Term,
+    Tokens,
+    Window,
     layered,
     lower,
     verify,
@@ -29,6 +37,7 @@ from ebcache_fast.plan import program as names
 
 XL = layered(28, (Branch.SELF_ATTN, Branch.MLP))
 EVERY_RULE: list[Rule] = [COMPUTE, REUSE]
+INPUTS = (names.EMBED_NORM, names.RESIDUAL_NORM, names.RESIDUAL_QUANTISE)
 
 
 @st.composite
@@ -99,7 +108,11 @@ def test_what_holds_for_every_program(
         assert program.launches[-1].name == (names.RUN if samples and not computed else names.HEAD)
         reading = [launch.name for launch in program if launch.name not in names.WITHOUT_STEP]
         assert len(reading) > 1  # the first takes the step over, the last hands it on
-        assert sum(launch.name in (names.EMBED, names.EMBED_NORM, names.SUMS) for launch in program) == 1
+        begins = [launch.name in (names.EMBED, names.EMBED_NORM, names.SUMS) for launch in program]
+        assert begins == [True] + [False] * (len(program) - 1)
+        inputs = [launch.site for launch in program if launch.name in INPUTS]
+        groups = {max(j for j in range(i + 1) if not shapes[j].is_parallel) for i in computed if shapes[i].is_normed}
+        assert len(inputs) == len(groups)  # sites in parallel share theirs
         for launch in program:
             assert len(launch.terms) <= 2 or launch.name in (names.SUM, names.SUMS)
             if len(launch.terms) > 2:
@@ -207,6 +220,49 @@ def test_a_program_can_be_read() -> None:
         "run                 x 3",
     ]
     assert "sum                 + 1.self_attn .. 26.mlp (52)" in str(program_of(masked({0, 27})))
+
+
+def test_every_kind_of_launch_can_be_read() -> None:
+    sites = layered(3, (Branch.SELF_ATTN, Branch.MLP))
+    kept = StepPlan(sites, (FullAndWindow(7), COMPUTE, Compute(1), COMPUTE, COMPUTE, COMPUTE), (KeepSpan(4, 5),))
+    step = StepPlan(sites, (Window(7), Tokens(3), Forecast(1), SharedByGuidance(), REUSE, REUSE), (SkipSpan(4, 5),))
+    shapes = [SiteShape(site.layer, site.branch, 1, 1) for site in sites]
+    plan = Plan((StepPlan.uniform(StepType.NO_CACHE, sites), kept, step), (2, 1, 0))
+    first, second = (str(lower(each, shapes, plan.memory, samples=True)).splitlines() for each in plan.steps[1:])
+    assert first == [
+        "embed_norm          0.self_attn",
+        "branch              0.self_attn",
+        "branch              0.self_attn  window 7  -> 0.self_attn window",
+        "subtract            of 0.self_attn less 0.self_attn window  -> 0.self_attn rest",
+        "residual_norm       0.mlp  + 0.self_attn",
+        "branch              0.mlp",
+        "residual_norm       1.self_attn  + 0.mlp",
+        "branch              1.self_attn  -> 1.self_attn [1]",
+        "residual_norm       1.mlp  + 1.self_attn [1]",
+        "branch              1.mlp",
+        "residual            + 1.mlp",
+        "copy                of the stream  -> 2.self_attn..2.mlp mark",
+        "residual_norm       2.self_attn",
+        "branch              2.self_attn",
+        "residual_norm       2.mlp  + 2.self_attn",
+        "branch              2.mlp",
+        "residual            + 2.mlp",
+        "subtract            of the stream less 2.self_attn..2.mlp mark  -> 2.self_attn..2.mlp change",
+        "head",
+    ]
+    assert second == [
+        "embed_norm          0.self_attn",
+        "branch              0.self_attn  window 7  -> 0.self_attn window",
+        "residual_norm       0.mlp  + 0.self_attn window + 0.self_attn rest",
+        "select              0.mlp  of 0.mlp  tokens 3",
+        "gather              0.mlp  tokens 3",
+        "branch              0.mlp  tokens 3",
+        "scatter             0.mlp  of 0.mlp  tokens 3",
+        "residual            + 0.mlp + taylor 1.self_attn",
+        "residual_norm       1.mlp  + taylor 1.self_attn [1]",
+        "branch              1.mlp  for both",
+        "head                + 1.mlp + 2.self_attn..2.mlp change",
+    ]
 
 
 def test_a_program_is_a_key() -> None:

@@ -14,7 +14,7 @@ UNUSED = shutil.ignore_patterns("__pycache__", "results", "*.egg-info", ".*")
 PACKAGE = "ebcache_fast.kernels"
 PLAN = "ebcache_fast/plan"
 ENGINE = (PLAN, "ebcache_fast/engine", "ebcache_fast/dropin")
-PLAN_TESTS = tuple(f"tests/test_{name}.py" for name in ("programs", "plan", "step_scheduler", "cache_table"))
+PLAN_TESTS = tuple(f"tests/test_{name}.py" for name in ("programs", "plan", "rules", "step_scheduler"))
 ENGINE_ENTRIES = (  # what runs all of it
     "ebcache_fast.engine.engine",
     "ebcache_fast.dropin",

@@ -156,7 +156,8 @@ def _line(launch: Launch, program: Program, layer: int) -> str:
     if launch.site >= 0:
         parts.append(_named(program.sites[launch.site], layer))
     parts.append(_terms(launch.terms, program, layer))
-    parts += [f"of {'the stream' if one is None else _slot(one, program, layer)}" for one in launch.sources]
+    sources = ("the stream" if one is None else _slot(one, program, layer) for one in launch.sources)
+    parts += ["of " + " less ".join(sources)] * bool(launch.sources)
     parts += [f"{name} {value}" for name in ("window", "tokens") if (value := getattr(launch, name))]
     parts += ["for both"] * launch.is_shared
     if launch.out is not None and launch.out != Slot.of(launch.site):
