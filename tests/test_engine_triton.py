@@ -16,15 +16,38 @@ from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
+from ebcache_fast.plan import (
+    COMPUTE,
+    REUSE,
+    Branch,
+    Compute,
+    Forecast,
+    FullAndWindow,
+    KeepSpan,
+    Plan,
+    Rule,
+    SharedByGuidance,
+    SkipSpan,
+    StepPlan,
+    StepType,
+    Tokens,
+    Window,
+    layered,
+)
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 LABELS = torch.tensor([1, 4])
 DEPTH = 2
+SITES = layered(DEPTH, BRANCHES)
 MIXED = [NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, NO]
 TRITON = replace(ops.own_matmul_operations(), attention=None)  # SDPA, as by default
+
+
+def _each(attention: Rule, mlp: Rule) -> StepPlan:
+    """The same rules in all layers."""
+    return StepPlan(SITES, (attention, mlp) * DEPTH)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +66,7 @@ def model_in(dtype: torch.dtype, **sizes: object) -> DiT:
 
 
 def plan_of(types: list[StepType], sampler: str = "ddpm", eps_scale: float = 1.0) -> Plan:
-    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, layered(DEPTH, BRANCHES), eps_scale)
+    return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, SITES, eps_scale)
 
 
 @torch.no_grad()
@@ -157,3 +180,31 @@ def test_a_layer_with_a_hook_runs_as_a_module(part: str) -> None:
     hooked = run(models[0], plan_of(MIXED), ops.TORCH, CPU)
     assert relative_error(hooked, plain) > 1e-3
     assert relative_error(run(models[1], plan_of(MIXED), TRITON, DEVICE), hooked) <= 1e-5
+
+
+RULES: dict[str, tuple[StepPlan, ...]] = {
+    "windows and tokens": (
+        _each(FullAndWindow(2), COMPUTE),
+        _each(Window(2), Tokens(3)),
+        _each(REUSE, Tokens(1)),
+    ),
+    "forecasts": (
+        _each(COMPUTE, COMPUTE),
+        _each(Compute(1), Compute(1)),
+        _each(Forecast(1), Forecast(1)),
+        _each(Forecast(1), COMPUTE),
+    ),
+    "a share, and spans": (
+        StepPlan(SITES, (SharedByGuidance(), COMPUTE) * DEPTH, (KeepSpan(1, 2),)),
+        StepPlan(SITES, (REUSE, COMPUTE) * DEPTH, (SkipSpan(1, 2),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", RULES.values(), ids=RULES)
+def test_every_rule_over_the_kernels(steps: tuple[StepPlan, ...]) -> None:
+    """Window attention in its own kernel too."""
+    plan = Plan(steps, make_sampler("ddim", len(steps)).timesteps, 0.97)
+    kernels = replace(TRITON, window_attention=ops.own_matmul_operations().window_attention)
+    exact = run(model_in(torch.float64), plan, ops.TORCH, CPU, sampler="ddim")
+    assert relative_error(run(model_in(torch.float32), plan, kernels, DEVICE, sampler="ddim"), exact) < 1e-5

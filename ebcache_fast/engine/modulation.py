@@ -31,9 +31,10 @@ class ModulationTable:
     def __init__(self, denoiser: Denoiser, steps: int, conditions: int, rows: int, extra: Sequence[Term] = ()) -> None:
         self._denoiser = denoiser
         shape, weight = denoiser.shape, denoiser.weight()
-        self.sites = weight.new_empty(steps, len(shape.sites), 3, conditions, shape.width)
+        sites, more = len(shape.sites), -(-len(extra) // 3)  # one table: the operations take gates of equal strides
+        self._vectors = weight.new_empty(steps, sites + more, 3, conditions, shape.width)
+        self.sites, self._extra = self._vectors[:, :sites], self._vectors[:, sites:].flatten(1, 2)
         self._terms = tuple(extra)
-        self._extra = weight.new_empty(steps, len(self._terms), conditions, shape.width)
         self.head = weight.new_empty(steps, 2, conditions, shape.width)
         self.row_of = torch.zeros(rows, dtype=torch.int32, device=weight.device)
         self._distinct = self.row_of.new_zeros(1, dtype=torch.int64)
@@ -50,7 +51,7 @@ class ModulationTable:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it consists of."""
-        return self.sites, self._extra, self.head, self.row_of
+        return self._vectors, self.head, self.row_of
 
     def load(
         self, timesteps: tuple[float, ...], labels: Tensor, context: Context = (), factors: Factors | None = None
