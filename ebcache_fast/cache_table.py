@@ -1,23 +1,27 @@
-"""CacheTable: the type of step that runs at each timestep, and the one strict JSON format it is kept in."""
+"""CacheTable: what runs at each timestep and what is reused, and the one strict JSON format that says it."""
 
 import os
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from numbers import Real
-from operator import index
 from pathlib import Path
 from typing import Any, Self
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import MAX_INT, ModelShape, Plan, StepType, exact_timesteps, shown
+from ebcache_fast.plan import ModelShape, Plan, StepPlan, StepType, exact_timesteps
 from ebcache_fast.retiming import steps_as_far
+from ebcache_fast.table_checks import as_eps_scale, as_fingerprint, as_step_types, check_first, check_lengths
 from ebcache_fast.table_file import naming, read_json, write_json
-from ebcache_fast.table_fit import check_origin, check_sizes
-from ebcache_fast.table_schema import SET_FORMAT, TABLE_FORMAT, Provenance, SamplerSpec, TableFile
+from ebcache_fast.table_fit import check_origin, check_sites, check_sizes
+from ebcache_fast.table_schema import (
+    SET_FORMAT,
+    TABLE_FORMAT,
+    Provenance,
+    SamplerSpec,
+)
+from ebcache_fast.table_steps import arguments_of, spelt
 
 __all__ = ["CacheTable", "Provenance", "SamplerSpec", "named_tables"]
 
@@ -29,48 +33,87 @@ class CacheTable:
     Args:
         timesteps: numbers >= 0 in execution order, strictly decreasing: those that the sampler gives its model, to the
             last bit. Whole ones become ints; numpy's and torch's scalars are taken too.
-        step_types: one StepType (or its code) per timestep, the first NO_CACHE.
+        step_types: one StepType (or its code) per timestep, the first NO_CACHE; with ``step_plans`` theirs, None for
+            each that fits no type.
         eps_scale: the factor b on the predicted noise, in (0, 1].
         sampler: whose timesteps these are, if known.
         model: the sizes of the only model the table is for, ``dict(shape.fingerprint)``; None accepts any. Its
             in_channels are kept, and not compared.
         made: where the table comes from.
         allow_amplify: lets ``eps_scale`` exceed 1. The file keeps it, so that amplifying stays deliberate.
+        step_plans: what each step does at each site, for a model of exactly these sites; None where the types say it
+            all, for any model. `from_plan` gives them.
 
     Raises:
         TableError: one of these does not hold; the message names the field.
     """
 
     timesteps: tuple[float, ...]  # whole ones are ints
-    step_types: tuple[StepType, ...]
+    step_types: tuple[StepType | None, ...]
     eps_scale: float
     sampler: SamplerSpec | None
     model: tuple[tuple[str, int], ...] | None  # sorted by name
     made: Provenance | None = field(hash=False)
     allow_amplify: bool
+    step_plans: tuple[StepPlan, ...] | None
 
     def __init__(
         self,
         timesteps: Iterable[float],
-        step_types: Iterable[int],
+        step_types: Iterable[int | None],
         eps_scale: float = 1.0,
         sampler: SamplerSpec | None = None,
         model: Mapping[str, int] | Iterable[tuple[str, int]] | None = None,
         made: Provenance | None = None,
         allow_amplify: bool = False,
+        step_plans: Iterable[StepPlan] | None = None,
     ) -> None:
+        steps = None if step_plans is None else tuple(step_plans)
         values = {
             "timesteps": exact_timesteps(timesteps),
-            "step_types": tuple(_as_step_type(f"step_types[{i}]", s) for i, s in enumerate(step_types)),
-            "eps_scale": _as_eps_scale(eps_scale, allow_amplify),
+            "step_types": as_step_types(step_types, steps),
+            "eps_scale": as_eps_scale(eps_scale, allow_amplify),
             "sampler": sampler,
-            "model": None if model is None else _as_fingerprint(model),
+            "model": None if model is None else as_fingerprint(model),
             "made": made,
             "allow_amplify": bool(allow_amplify),
+            "step_plans": steps,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        self._check_steps()
+        check_lengths(self.timesteps, self.step_types, sampler, made)
+        if steps is None:
+            check_first(self.step_types)
+        else:
+            Plan(steps, self.timesteps, self.eps_scale)  # or steps that read what none stored
+            spelt(steps)  # or rules that no file can name
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: Plan,
+        *,
+        sampler: SamplerSpec | None = None,
+        model: Mapping[str, int] | Iterable[tuple[str, int]] | None = None,
+        made: Provenance | None = None,
+        allow_amplify: bool = False,
+    ) -> Self:
+        """The table whose `plan` is this one on a model of its sites.
+
+        A plan that has a type for each step is a table of these types, for any model unless ``model`` says which.
+        Raises TableError as the class does, and for a rule that `plan.registry.register_rule` has not named.
+        """
+        types = [step.step_type for step in plan.steps]
+        return cls(
+            plan.timesteps,
+            types,
+            plan.eps_scale,
+            sampler=sampler,
+            model=model,
+            made=made,
+            allow_amplify=allow_amplify,
+            step_plans=plan.steps if None in types else None,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -89,14 +132,15 @@ class CacheTable:
         write_json(path, self.document())
 
     def document(self) -> dict[str, Any]:
-        """The file, as a JSON object."""
+        """The file, as a JSON object: of version 2 where types do not say what each step does, else of 1."""
+        steps = self.step_plans
         return {
             "format": TABLE_FORMAT,
-            "schema": 1,
+            "schema": 1 if steps is None else 2,
             "model": None if self.model is None else dict(self.model),
             "sampler": None if self.sampler is None else self.sampler.model_dump(),
             "timesteps": self.timesteps,
-            "step_types": [step_type.name for step_type in self.step_types],
+            **({"step_types": self.type_names} if steps is None else spelt(steps)),
             "eps_scale": self.eps_scale,
             "allow_amplify": self.allow_amplify,
             "made": None if self.made is None else self.made.model_dump(),
@@ -110,16 +154,7 @@ class CacheTable:
                 f"format: expected {TABLE_FORMAT!r}, got {SET_FORMAT!r}, tables for several numbers of steps; load it "
                 "with TableSet.load"
             )
-        file = TableFile(**document)
-        return cls(
-            timesteps=file.timesteps,
-            step_types=[StepType[name] for name in file.step_types],
-            eps_scale=file.eps_scale,
-            sampler=file.sampler,
-            model=file.model,
-            made=file.made,
-            allow_amplify=file.allow_amplify,
-        )
+        return cls(**arguments_of(document))
 
     @classmethod
     def _from_file(cls, source: Traversable) -> Self:
@@ -134,25 +169,36 @@ class CacheTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def step_type_at(self, timestep: float) -> StepType:
-        """The type of the step that runs at ``timestep``; TableError where none does."""
+    @property
+    def type_names(self) -> list[str]:
+        """The name of each step's type, "MIXED" where it fits none."""
+        return ["MIXED" if step_type is None else step_type.name for step_type in self.step_types]
+
+    def step_type_at(self, timestep: float) -> StepType | None:
+        """The type of the step that runs at ``timestep``, None where it fits none; TableError where none does."""
         if timestep not in self.timesteps:
             raise TableError(f"timestep: expected one of the table's, {reprlib.repr(self.timesteps)}, got {timestep}")
         return self.step_types[self.timesteps.index(timestep)]
 
     def retime(self, timesteps: Iterable[float], sampler: SamplerSpec | None = None) -> Self:
-        """The same step types at another sampler's ``timesteps``, step by step where they are as many.
+        """The same steps at another sampler's ``timesteps``, one by one where they are as many.
 
-        Where they are not, each step takes the type of the one that is as far into the run; the first stays NO_CACHE.
+        Where they are not, each step does what the one does that is as far into the run; the first stays the first.
         What a calibration saw at each step is left out then. See docs/bundled_model.md for how near that comes to a
         table that is calibrated for so many steps.
         """
         exact = exact_timesteps(timesteps)
         if len(exact) == len(self):
             return replace(self, timesteps=exact, sampler=sampler)
-        types = [self.step_types[i] for i in steps_as_far(len(self), len(exact))]
-        made = self.made and self.made.moved_from(len(self))
-        return replace(self, timesteps=exact, step_types=(StepType.NO_CACHE, *types[1:]), sampler=sampler, made=made)
+        sources = steps_as_far(len(self), len(exact))
+        return replace(
+            self,
+            timesteps=exact,
+            step_types=tuple(self.step_types[i] for i in sources),
+            sampler=sampler,
+            made=self.made and self.made.moved_from(len(self)),
+            step_plans=None if self.step_plans is None else tuple(self.step_plans[i] for i in sources),
+        )
 
     def check(self, shape: ModelShape, timesteps: Iterable[float]) -> None:
         """Raise TableError, naming what differs, unless the table is for this model and these timesteps."""
@@ -173,32 +219,16 @@ class CacheTable:
     def plan(self, shape: ModelShape) -> Plan:
         """The plan of a run on a model of this ``shape``; TableError where the table is for another one."""
         self._check_model(shape)
-        return Plan.from_types(self.step_types, self.timesteps, shape.sites, self.eps_scale)
+        if self.step_plans is not None:
+            return Plan(self.step_plans, self.timesteps, self.eps_scale)
+        types = [step_type for step_type in self.step_types if step_type is not None]
+        return Plan.from_types(types, self.timesteps, shape.sites, self.eps_scale)
 
     def _check_model(self, shape: ModelShape) -> None:
         check_sizes(self.model, shape)
+        if self.step_plans is not None:
+            check_sites(self.step_plans[0].sites, shape)
         check_origin(self.made, self.step_types, shape.branches)
-
-    def _check_steps(self) -> None:
-        lengths = {"step_types": len(self.step_types)}
-        if self.sampler is not None:
-            lengths["sampler.steps"] = self.sampler.steps
-        if self.made is not None:
-            lengths |= {f"made.errors.{name}": len(errors) for name, errors in self.made.errors.items()}
-            lengths |= {f"made.votes.{name}": len(votes) for name, votes in self.made.votes.items()}
-        for name, length in lengths.items():
-            if length != len(self):
-                raise TableError(f"{name}: expected {len(self)}, one per timestep, got {length}")
-        if self.sampler is not None and self.timesteps[0] >= self.sampler.train_steps:
-            raise TableError(
-                f"timesteps[0]: expected less than sampler.train_steps, {self.sampler.train_steps}, "
-                f"got {self.timesteps[0]}"
-            )
-        if self.step_types[0] is not StepType.NO_CACHE:
-            raise TableError(
-                f"step_types[0]: expected NO_CACHE, got {self.step_types[0].name}; "
-                "the first executed step has nothing to reuse"
-            )
 
 
 def named_tables() -> tuple[str, ...]:
@@ -209,31 +239,3 @@ def named_tables() -> tuple[str, ...]:
 
 def _shelf() -> Traversable:
     return files("ebcache_fast") / "assets" / "tables"
-
-
-def _as_int(name: str, value: object, highest: int = MAX_INT) -> int:
-    try:
-        number = index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = -1
-    if isinstance(value, bool) or not 0 <= number <= highest:
-        raise TableError(f"{name}: expected an integer from 0 to {highest}, got {shown(value)}")
-    return number
-
-
-def _as_step_type(name: str, value: object) -> StepType:
-    return StepType(_as_int(name, value, max(StepType)))
-
-
-def _as_eps_scale(value: float, allow_amplify: bool) -> float:
-    highest = sys.float_info.max if allow_amplify else 1.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= highest:
-        raise TableError(
-            f"eps_scale: expected a number above 0 and at most 1, got {shown(value)}; "
-            "with allow_amplify it may be any finite number above 0"
-        )
-    return float(value)
-
-
-def _as_fingerprint(model: Mapping[str, int] | Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted((name, _as_int(f"model.{name}", size)) for name, size in dict(model).items()))

@@ -11,7 +11,8 @@ from ebcache_fast.cache_table import CacheTable, named_tables
 from ebcache_fast.calibration_target import TOLERANCE
 from ebcache_fast.compare import Result
 from ebcache_fast.fallback import Fallback
-from ebcache_fast.plan import ModelShape, Plan, StepType
+from ebcache_fast.plan import ModelShape, Plan
+from ebcache_fast.plan.sites import described
 from ebcache_fast.presets import default_device
 from ebcache_fast.timeline import Timeline
 
@@ -27,6 +28,7 @@ STYLES = {
     "CROSS_ATTENTION": "red",
     "SELF_ATTN_MLP": "bright_green",
     "CROSS_ATTN_MLP": "cyan",
+    "MIXED": "white",
 }
 SIGNS = {
     "NO_CACHE": "#",
@@ -37,6 +39,7 @@ SIGNS = {
     "CROSS_ATTENTION": "c",
     "SELF_ATTN_MLP": "S",
     "CROSS_ATTN_MLP": "C",
+    "MIXED": "x",
 }
 SHORT = {
     "NO_CACHE": "NO",
@@ -116,25 +119,28 @@ def print_table(table: CacheTable) -> None:
     from rich.text import Text
 
     console = Console()
-    used = sorted(dict.fromkeys(table.step_types))
+    names = table.type_names
+    used = [name for name in SHORT if name in names]
     if console.color_system is None or console.no_color:  # a file, a pipe, NO_COLOR: blocks would all be the same
-        strip, signs = Text("".join(SIGNS[kind.name] for kind in table.step_types)), SIGNS
+        strip, signs = Text("".join(SIGNS[name] for name in names)), SIGNS
     else:
-        strip, signs = Text.assemble(*(("█", STYLES[kind.name]) for kind in table.step_types)), {}
-    counts = (f"{signs.get(kind.name, '')} {kind.name} {table.step_types.count(kind)}".strip() for kind in used)
+        strip, signs = Text.assemble(*(("█", STYLES[name]) for name in names)), {}
+    counts = (f"{signs.get(name, '')} {name} {names.count(name)}".strip() for name in used)
     console.print(strip)
     console.print(Text("  ".join(counts)))
     first, last = table.timesteps[0], table.timesteps[-1]
     lines = [f"{len(table)} steps, timesteps {first} to {last}, eps_scale {table.eps_scale:g}"]
     lines += [f"sampler: {table.sampler.name}"] if table.sampler else []
     lines += ["model: " + ", ".join(f"{k} {v}" for k, v in table.model)] if table.model else ["model: any"]
+    if table.step_plans is not None:
+        lines.append(f"sites: {described(table.step_plans[0].sites)}")
     if table.made is not None:
         lines.append(f"made by {table.made.by} from {table.made.source}")
         lines += [f"  {name} = {value}" for name, value in table.made.options.items()]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    runs = [(kind, len(list(group))) for kind, group in groupby(table.step_types)]
-    line = " ".join(f"{SHORT[StepType(kind).name]}x{length}" for kind, length in runs)
+    runs = [(name, len(list(group))) for name, group in groupby(names)]
+    line = " ".join(f"{SHORT[name]}x{length}" for name, length in runs)
     console.print(line, markup=False, soft_wrap=True)
 
 

@@ -17,6 +17,10 @@ NPY = b"\x93NUMPY"
 MAX_BYTES = 4 * 2**20  # far above any real table: a wrong path must not fill the memory
 
 
+class Rows(list[str]):
+    """Strings that are laid out one a line."""
+
+
 @contextmanager
 def naming(source: object) -> Iterator[None]:
     """Put the name of ``source`` before the message of a TableError raised inside."""
@@ -69,8 +73,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
-    """Put ``document`` in the place of the file, wholly or, with a TableError, not at all."""
+    """Put ``document`` in the place of the file, wholly or, with a TableError, not at all, as where it is too large."""
     text = _layout(document) + "\n"
+    if len(text) > MAX_BYTES:
+        raise TableError(f"{path}: expected a table of at most {MAX_BYTES} bytes, got {len(text)}; nothing is written")
     with replacing(Path(path), TableError) as partial:
         partial.write_text(text, encoding="ascii")
 
@@ -81,8 +87,8 @@ def key_shown(name: str) -> str:
 
 
 def _layout(value: object, indent: str = "") -> str:
-    """JSON with one key a line and every list on one line, but for lists of objects."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+    """JSON with one key a line and every list on one line, but for lists of objects and `Rows`."""
+    if isinstance(value, list) and value and (isinstance(value, Rows) or all(isinstance(each, dict) for each in value)):
         inner = indent + "  "
         return "[\n" + ",\n".join(inner + _layout(item, inner) for item in value) + f"\n{indent}]"
     if not isinstance(value, dict) or not value:

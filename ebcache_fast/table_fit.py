@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Branch, ModelShape, StepType, branch_names
+from ebcache_fast.plan import Branch, ModelShape, Site, StepType, branch_names
+from ebcache_fast.plan.sites import described
 from ebcache_fast.table_schema import Provenance
 
 SMOOTHCACHE = "SmoothCache (arXiv 2411.10510)"  # as `Provenance.by` names it
@@ -27,7 +28,15 @@ def check_sizes(model: tuple[tuple[str, int], ...] | None, shape: ModelShape) ->
         raise TableError(f"model: the table is for {'; '.join(differing)}; use a table made for this model")
 
 
-def check_origin(made: Provenance | None, step_types: Iterable[StepType], branches: tuple[Branch, ...]) -> None:
+def check_sites(sites: tuple[Site, ...], shape: ModelShape) -> None:
+    """Raise TableError, naming what differs, unless a table that has rules for these sites is for this shape."""
+    if sites != shape.sites:
+        raise TableError(
+            f"sites: the table is for {described(sites)}, not {described(shape.sites)}; use a table made for this model"
+        )
+
+
+def check_origin(made: Provenance | None, step_types: Iterable[StepType | None], branches: tuple[Branch, ...]) -> None:
     """Raise TableError where an imported schedule lists a branch that the model lacks, or can't say which it lists.
 
     Tables that the first version imported do not know whether ATTENTION, of a model with cross-attention, was meant

@@ -11,6 +11,7 @@ from ebcache_fast.table_file import key_shown
 
 TABLE_FORMAT: Final = "ebcache-fast.cache-table"
 SET_FORMAT: Final = "ebcache-fast.cache-tables"
+MAX_LAYERS = 10_000
 
 
 class _Record(BaseModel):
@@ -87,18 +88,39 @@ class Provenance(_Record):
         return self.model_copy(update=moved)
 
 
-class TableFile(_Record):
-    """The file, key by key: every key must be there, and no other. Sequences stand in execution order."""
+class AnyTableFile(_Record):
+    """What the file of a table has in either version."""
 
     format: Literal["ebcache-fast.cache-table"]  # TABLE_FORMAT
-    version: int = Field(alias="schema", ge=1, le=1)
     model: dict[str, Count] | None
     sampler: SamplerSpec | None
     timesteps: PerStep[Timestep]
-    step_types: PerStep[StepName]
     eps_scale: float
     allow_amplify: bool
     made: Provenance | None
+
+
+class TableFile(AnyTableFile):
+    """The file, key by key: every key must be there, and no other. Sequences stand in execution order."""
+
+    version: int = Field(alias="schema", ge=1, le=1)
+    step_types: PerStep[StepName]
+
+
+class Layers(_Record):
+    """Layers that run the same branches, in this order."""
+
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    branches: PerStep[Literal["SELF_ATTN", "CROSS_ATTN", "MLP"]]
+
+
+class SitedTableFile(AnyTableFile):
+    """The file of a table whose sites differ (version 2); `table_steps` reads its last three keys."""
+
+    version: int = Field(alias="schema", ge=2, le=2)
+    sites: PerStep[Layers]
+    kinds: dict[str, dict[str, Scalar]]
+    steps: PerStep[str]
 
 
 class TableSetFile(_Record):

@@ -518,7 +518,8 @@ def test_a_truncated_file_is_refused(length: int, folder: Path) -> None:
     ("key", "value", "problem"),
     [
         ("format", '"other"', "format: expected 'ebcache-fast.cache-table', got 'other'"),
-        ("schema", "2", "schema: expected less than or equal to 1, got 2"),
+        ("schema", "2", "sites: missing"),
+        ("schema", "3", "schema: expected 1 or 2, got 3; "),
         ("schema", "true", "schema: expected a valid integer, got True"),
         ("sampler.steps", "3.0", "sampler.steps: expected a valid integer, got 3.0"),
         ("sampler", "5", "sampler: "),

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "noise_schedule", "files"),
     ("table_file", "timeline"),
     ("table_schema",),
-    ("table_fit", "retiming"),
+    ("table_fit", "table_checks", "table_steps", "retiming"),
     ("cache_table",),
     ("table_importers", "table_set"),
     ("operands", "sampler_step", "reference_tokens"),

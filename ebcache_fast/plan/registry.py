@@ -1,0 +1,147 @@
+"""Rules by name: what a table's file may speak of, those of other packages too."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import Any, TypeVar, get_type_hints
+
+from ebcache_fast.errors import TableError
+from ebcache_fast.plan.rules import Compute, Reuse, Rule
+from ebcache_fast.plan.timesteps import MAX_INT, shown
+
+GROUP = "ebcache_fast.policies"  # of entry points; loading one registers what it has
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+BUILT_IN: Mapping[str, type[Rule]] = MappingProxyType({"compute": Compute, "reuse": Reuse})
+
+_AnyRule = TypeVar("_AnyRule", bound=type[Any])
+
+
+class RuleRegistry:
+    """Rule classes by the names that files call them by.
+
+    It changes while other packages are imported, as decorators have no other place to leave what they find. Entry
+    points of the group `GROUP` are loaded once, and not before a name is asked for that nothing has registered; one
+    that fails is an error only then, so that a broken package can't spoil tables that need nothing of it.
+    """
+
+    def __init__(self, rules: Mapping[str, type[Rule]] = BUILT_IN) -> None:
+        self._rules: dict[str, type[Rule]] = {}
+        for name, rule in rules.items():
+            self.register(name)(rule)
+
+    def register(self, name: str) -> Callable[[_AnyRule], _AnyRule]:
+        """Decorate a frozen dataclass, whose fields are the rule's arguments (int or str), to give it a name.
+
+        Raises TableError for a name that is taken or malformed, and for a class that is no such rule.
+        """
+
+        def registered(rule: _AnyRule) -> _AnyRule:
+            if NAME.fullmatch(name) is None:
+                raise TableError(f"rule {shown(name)}: expected a name of a-z, 0-9 and _ that begins with a letter")
+            _check_class(name, rule)
+            other = self._rules.get(name)
+            if other is not None and _origin(other) != _origin(rule):
+                raise TableError(
+                    f"rule {name!r}: the name is taken by {other.__module__}.{other.__qualname__}; register "
+                    f"{rule.__module__}.{rule.__qualname__} under another one"
+                )
+            self._rules[name] = rule
+            return rule
+
+        return registered
+
+    def make(self, name: str, arguments: Mapping[str, object]) -> Rule:
+        """The rule of a name with these arguments; TableError, saying what is known, for one that there is not."""
+        if name not in self._rules:
+            problems = self._plugin_problems
+        if name not in self._rules:
+            broken = f"; {problems[0]}" if problems else ""
+            raise TableError(
+                f"rule {shown(name)} is unknown: expected one of {', '.join(sorted(self._rules))}; install the package "
+                f"that registers it{broken}"
+            )
+        rule, types = self._rules[name], argument_types(self._rules[name])
+        _check_arguments(name, arguments, types)
+        try:
+            return rule(**arguments)
+        except Exception as error:  # whatever other people's rules raise
+            raise TableError(f"rule {name!r}: {_line(error)}") from error
+
+    def describe(self, rule: Rule) -> tuple[str, dict[str, int | str]]:
+        """Name and arguments of a rule, of which `make` makes an equal one; TableError for one without a name."""
+        name = next((name for name, known in self._rules.items() if known is type(rule)), None)
+        if name is None:
+            kind = type(rule)
+            raise TableError(
+                f"rule {kind.__module__}.{kind.__qualname__} has no name, expected one of "
+                f"{', '.join(sorted(self._rules))}; register it with register_rule(name)"
+            )
+        types = argument_types(type(rule))
+        arguments = {argument: getattr(rule, argument) for argument in types}
+        _check_arguments(name, arguments, types)
+        return name, arguments
+
+    @cached_property
+    def _plugin_problems(self) -> tuple[str, ...]:
+        """What went wrong where the entry points were loaded, which is done once, here."""
+        problems = []
+        for entry in entry_points(group=GROUP):
+            try:
+                entry.load()
+            except (Exception, SystemExit) as error:  # whatever other people's modules raise
+                problems.append(f"the entry point {entry.name!r} of {GROUP} ({entry.value}) failed: {_line(error)}")
+        return tuple(problems)
+
+
+def argument_types(rule: type[Any]) -> dict[str, type]:
+    """The arguments of a rule's class, which are its fields, and their types."""
+    hints = get_type_hints(rule)
+    return {field.name: hints[field.name] for field in fields(rule)}
+
+
+def _check_class(name: str, rule: Any) -> None:
+    is_frozen = isinstance(rule, type) and is_dataclass(rule) and rule.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if not is_frozen or not callable(getattr(rule, "emit", None)) or not hasattr(rule, "runs_branch"):
+        raise TableError(
+            f"rule {name!r}: expected a frozen dataclass with emit(site, emitter) and runs_branch, got {shown(rule)}"
+        )
+    for argument, kind in argument_types(rule).items():
+        if kind not in (int, str) or argument == "rule":
+            raise TableError(
+                f"rule {name!r}: expected arguments of int or str, none of them called rule, got {argument}: {kind}"
+            )
+
+
+def _check_arguments(name: str, arguments: Mapping[str, object], types: Mapping[str, type]) -> None:
+    if arguments.keys() != types.keys():
+        raise TableError(
+            f"rule {name!r}: expected {_listed(types)}, got {_listed(arguments)}; give each argument, and no other"
+        )
+    for argument, value in arguments.items():
+        if type(value) is not types[argument] or (isinstance(value, int) and abs(value) > MAX_INT):
+            raise TableError(
+                f"rule {name!r}: {argument}: expected {'a string' if types[argument] is str else 'an integer'}, got "
+                f"{shown(value)}"
+            )
+
+
+def _listed(arguments: Mapping[str, object]) -> str:
+    return f"the arguments {', '.join(map(shown, sorted(arguments)))}" if arguments else "no argument"
+
+
+def _origin(rule: type[Any]) -> tuple[str, str, str]:
+    """What stays the same where a module is run again; in a notebook each cell is a file of its own."""
+    source = "" if rule.__module__ == "__main__" else rule.emit.__code__.co_filename
+    return rule.__module__, rule.__qualname__, source
+
+
+def _line(error: BaseException) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first:.200}"
+
+
+RULES = RuleRegistry()
+register_rule = RULES.register

@@ -1,0 +1,341 @@
+"""Tables whose sites differ: any plan is kept and comes back, and no wrong file passes for one."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebcache_fast import console
+from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec
+from ebcache_fast.errors import TableError
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, Site, SiteShape, StepPlan, StepType, layered
+from ebcache_fast.table_file import MAX_BYTES
+from ebcache_fast.table_set import TableSet, load_tables
+
+C, R = COMPUTE, REUSE
+BOTH = (Branch.SELF_ATTN, Branch.MLP)
+NO_CACHE, ATTN_MLP = StepType.NO_CACHE, StepType.ATTN_MLP
+
+
+def shape_of(sites: tuple[Site, ...]) -> ModelShape:
+    shapes = tuple(SiteShape(site.layer, site.branch, 1, 1) for site in sites)
+    return ModelShape(8, 4, shapes, fixed_macs=1, fixed_weights=1, fingerprint=(("width", 8),))
+
+
+def plan_of(sites: tuple[Site, ...], *rows: str) -> Plan:
+    """A plan of rows of c and r, a letter a site."""
+    steps = [StepPlan(sites, tuple({"c": C, "r": R}[kind] for kind in row)) for row in rows]
+    return Plan(tuple(steps), tuple(range(10 * len(steps), 0, -10)), 0.95)
+
+
+SITES = (*layered(3, BOTH), Site(3, Branch.SELF_ATTN))
+PLAN = plan_of(SITES, "ccccccc", "rccrcrr", "rrrrrrr", "rcrcrcc", "rcrcrcc")
+TABLE = CacheTable.from_plan(
+    PLAN,
+    sampler=SamplerSpec(name="ddim", steps=5, train_steps=1000),
+    model={"width": 8},
+    made=Provenance(by="a test", source="", votes={"MLP": (1, 2, 3, 4, 5)}),
+)
+FILE = """{
+  "format": "ebcache-fast.cache-table",
+  "schema": 2,
+  "model": {
+    "width": 8
+  },
+  "sampler": {
+    "name": "ddim",
+    "steps": 5,
+    "train_steps": 1000
+  },
+  "timesteps": [50, 40, 30, 20, 10],
+  "sites": [
+    {
+      "layers": 3,
+      "branches": ["SELF_ATTN", "MLP"]
+    },
+    {
+      "layers": 1,
+      "branches": ["SELF_ATTN"]
+    }
+  ],
+  "kinds": {
+    "c": {
+      "rule": "compute"
+    },
+    "r": {
+      "rule": "reuse"
+    }
+  },
+  "steps": [
+    "c",
+    "r c*2 r c r*2",
+    "r",
+    "(r c)*3 c",
+    "(r c)*3 c"
+  ],
+  "eps_scale": 0.95,
+  "allow_amplify": false,
+  "made": {
+    "by": "a test",
+    "source": "",
+    "options": {},
+    "errors": {},
+    "votes": {
+      "MLP": [1, 2, 3, 4, 5]
+    }
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_disk() -> Iterator[None]:
+    """No test pulls the plug, so none need wait until the disk has everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tables")
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Any plan of any sites."""
+    branches = st.lists(st.sampled_from(Branch), min_size=1, max_size=3, unique=True)
+    groups = draw(st.lists(st.tuples(st.integers(1, 4), branches), min_size=1, max_size=3))
+    layers = [names for count, names in groups for _ in range(count)]
+    sites = tuple(Site(layer, branch) for layer, names in enumerate(layers) for branch in names)
+    rows = draw(st.lists(st.lists(st.sampled_from("cr"), min_size=len(sites), max_size=len(sites)), max_size=4))
+    return plan_of(sites, "c" * len(sites), *map("".join, rows))
+
+
+def problem_of(path: Path, text: str | None = None) -> str:
+    """The message that loading gives: one line that begins with the path."""
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(TableError) as caught:
+        CacheTable.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert len(message) < 500
+    return message.removeprefix(f"{path}: ")
+
+
+def test_the_file_is_the_documented_one(tmp_path: Path) -> None:
+    TABLE.save(tmp_path / "t.json")
+    assert (tmp_path / "t.json").read_text() == FILE
+    assert CacheTable.load(tmp_path / "t.json") == TABLE
+
+
+@given(plan=plans())
+def test_any_plan_comes_back_from_its_file(plan: Plan, folder: Path) -> None:
+    table = CacheTable.from_plan(plan)
+    table.save(folder / "t.json")
+    loaded = CacheTable.load(folder / "t.json")
+    assert (loaded, hash(loaded), repr(loaded)) == (table, hash(table), repr(table))
+    assert loaded.plan(shape_of(plan.sites)) == plan
+    has_types = all(step.step_type is not None for step in plan.steps)
+    assert json.loads((folder / "t.json").read_text())["schema"] == (1 if has_types else 2)
+    assert loaded.step_types == tuple(step.step_type for step in plan.steps)
+
+
+@given(plan=plans(), start=st.integers(0, 2000), length=st.integers(0, 9), instead=st.binary(max_size=3))
+def test_damaged_bytes_give_a_valid_table_or_one_line(
+    plan: Plan, start: int, length: int, instead: bytes, folder: Path
+) -> None:
+    path = folder / "damaged.json"
+    CacheTable.from_plan(plan).save(path)
+    whole = path.read_bytes()
+    start %= len(whole)
+    path.write_bytes(whole[:start] + instead + whole[start + length :])
+    try:
+        table = CacheTable.load(path)
+    except TableError:
+        problem_of(path)
+        return
+    document = json.loads(path.read_bytes())
+    if table.step_plans is not None:  # read as written: nothing in it has a second spelling
+        assert document["steps"] == table.document()["steps"] or document["kinds"] != table.document()["kinds"]
+        assert document["sites"] == table.document()["sites"]
+
+
+def changed(**values: Any) -> str:
+    return json.dumps(json.loads(FILE) | values)
+
+
+KINDS = {"c": {"rule": "compute"}, "r": {"rule": "reuse"}}
+FIVE = ["c", "r", "r", "r", "(r c)*3 c"]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"schema": 3}, "schema: expected 1 or 2, got 3; install"),
+        ({"schema": 2.0}, "schema: expected a valid integer"),
+        ({"schema": True}, "schema: "),
+        ({"schema": 1}, "step_types: missing"),
+        ({"step_types": []}, "step_types: unknown key; leave it out"),
+        ({"sites": []}, "sites: expected one or more layers, got none"),
+        ({"sites": {}}, "sites: "),
+        ({"sites": [{"layers": 0, "branches": ["MLP"]}]}, "sites[0].layers: "),
+        ({"sites": [{"layers": 10**9, "branches": ["MLP"]}]}, "sites[0].layers: expected less than or equal to 10000"),
+        ({"sites": [{"layers": 2, "branches": ["MLP", "MLP"]}]}, "sites[0].branches: expected one or more, each once"),
+        ({"sites": [{"layers": 2, "branches": []}]}, "sites[0].branches: expected one or more, each once"),
+        ({"sites": [{"layers": 2, "branches": ["FF"]}]}, "sites[0].branches[0]: expected 'SELF_ATTN'"),
+        ({"sites": [{"layers": 2, "branches": ["MLP"]}] * 2}, "sites[1]: expected other branches than the layers befo"),
+        ({"sites": [{"layers": 2, "branches": ["MLP"]}]}, "steps[1]: expected 2 kinds, one for each site, got 7"),
+        ({"kinds": {}}, "steps[0]: kind c is unknown"),
+        ({"kinds": KINDS | {"f": {"rule": "frobnicate"}}}, "kinds.f: rule 'frobnicate' is unknown: expected one of "),
+        ({"kinds": KINDS | {"f": {"rule": ""}}}, "kinds.f: rule '' is unknown: "),
+        ({"kinds": KINDS | {"f": {}}}, "kinds.f: rule: expected the name of a rule, got None"),
+        ({"kinds": KINDS | {"f": {"rule": 1}}}, "kinds.f: rule: expected the name of a rule, got 1"),
+        ({"kinds": KINDS | {"r": {"rule": "reuse", "age": 1}}}, "kinds.r: rule 'reuse': expected no argument, got the"),
+        ({"kinds": KINDS | {"r2": {"rule": "reuse"}}}, "kinds.r2: expected another rule than r is; name each"),
+        ({"kinds": KINDS | {"R": {"rule": "reuse"}}}, "kinds.R: expected a name of a-z"),
+        ({"kinds": KINDS | {"a\nb": {"rule": "reuse"}}}, r"kinds.a\nb: expected a name of a-z"),
+        ({"kinds": KINDS | {"r": ["reuse"]}}, "kinds.r: "),
+        ({"kinds": KINDS | {"r": {"rule": "reuse", "x": [1]}}}, "kinds.r.x: "),
+        ({"kinds": KINDS, "steps": ["c"] * 5}, "kinds.r: no step has it; leave it out"),
+        ({"steps": FIVE[:-1]}, "step_types: expected 5, one per timestep, got 4"),
+        ({"steps": [*FIVE[:-1], 3]}, "steps[4]: expected a valid string"),
+        ({"steps": [*FIVE[:-1], "q"]}, "steps[4]: kind q is unknown: expected one of c, r; "),
+        ({"steps": [*FIVE[:-1], ""]}, "steps[4]: expected kinds such as c, "),
+        ({"steps": [*FIVE[:-1], "r  c*6"]}, "steps[4]: expected kinds such as c, "),
+        ({"steps": [*FIVE[:-1], "r*0 c*7"]}, "steps[4]: expected kinds such as c, "),
+        ({"steps": [*FIVE[:-1], "((r c)*2 r)*1"]}, "steps[4]: expected kinds such as c, "),
+        ({"steps": [*FIVE[:-1], "r c*5"]}, "steps[4]: expected 7 kinds, one for each site, got 6"),
+        ({"steps": [*FIVE[:-1], "r c*9999999"]}, "steps[4]: expected 7 kinds, one for each site, got 10000000"),
+        ({"steps": [*FIVE[:-1], "r c c c c c c"]}, "steps[4]: expected the spelling 'r c*6', got 'r c c"),
+        ({"steps": [*FIVE[:-1], "r*7"]}, "steps[4]: expected the spelling 'r', got 'r*7'"),
+        ({"steps": [*FIVE[:-1], "r c r c r c c"]}, "steps[4]: expected the spelling '(r c)*3 c', got "),
+        (
+            {"steps": ["r c*6", "c", "c", "c", "c"]},
+            "steps[0]: SELF_ATTN of layer 0 reads an output that no step st",
+        ),
+        ({"steps": "crrrr"}, "steps: "),
+        ({"timesteps": [50, 40, 30, 20]}, "step_types: expected 4, one per timestep, got 5"),
+        ({"eps_scale": 1.5}, "eps_scale: "),
+        ({"sampler": {"name": "ddim", "steps": 4, "train_steps": 1000}}, "sampler.steps: expected 5"),
+    ],
+)
+def test_what_such_a_file_can_not_be(values: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    assert problem_of(tmp_path / "wrong.json", changed(**values)).startswith(problem)
+
+
+@pytest.mark.parametrize("key", ["sites", "kinds", "steps"])
+def test_no_key_may_be_missing(key: str, tmp_path: Path) -> None:
+    document = json.loads(FILE)
+    del document[key]
+    assert problem_of(tmp_path / "t.json", json.dumps(document)) == f"{key}: missing; every key must be there"
+
+
+def test_other_names_of_kinds_are_read_too(tmp_path: Path) -> None:
+    text = (
+        FILE.replace('"c":', '"all":').replace('"r":', '"kept":').replace('"c",', '"all",').replace('"r",', '"kept",')
+    )
+    text = text.replace("r c*2 r c r*2", "kept all*2 kept all kept*2").replace("(r c)*3 c", "(kept all)*3 all")
+    (tmp_path / "t.json").write_text(text)
+    assert CacheTable.load(tmp_path / "t.json") == TABLE
+
+
+def test_a_file_of_few_bytes_can_not_fill_the_memory(tmp_path: Path) -> None:
+    """1,000 rows of 30,000 sites."""
+    sites = [{"layers": 10_000, "branches": ["SELF_ATTN", "CROSS_ATTN", "MLP"]}]
+    rows = ["c", *(f"c*{n} r*{30_000 - n}" for n in range(2, 1001))]
+    text = changed(sites=sites, steps=rows, timesteps=list(range(1000, 0, -1)))
+    assert problem_of(tmp_path / "t.json", text).startswith(
+        "steps: expected at most 4194304 rules, got 1000 rows of 30"
+    )
+
+
+def test_a_table_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    table = CacheTable([1, 0], [0, 1], made=Provenance(by="x" * MAX_BYTES, source=""))
+    with pytest.raises(TableError, match=r"t\.json: expected a table of at most 4194304 bytes, got 4\d+; nothing is"):
+        table.save(path)
+    assert not path.exists()
+
+
+# Using one
+
+
+def test_it_is_for_its_sites_alone() -> None:
+    assert TABLE.plan(shape_of(SITES)) == PLAN
+    other = layered(4, BOTH)
+    for ask in (TABLE.plan, lambda shape: TABLE.check(shape, TABLE.timesteps)):
+        with pytest.raises(TableError, match=r"^sites: the table is for 3 layers of SELF_ATTN \+ MLP, then 1 layers"):
+            ask(shape_of(other))
+    with pytest.raises(TableError, match=r"^model: .*width 9, not 8"):
+        replace(TABLE, model={"width": 9}).plan(shape_of(SITES))
+
+
+def test_a_plan_of_types_is_a_table_of_the_first_version() -> None:
+    plan = plan_of(layered(2, BOTH), "cccc", "rcrc", "rrrr")
+    table = CacheTable.from_plan(plan)
+    assert table == CacheTable(plan.timesteps, [0, 1, 2], 0.95)
+    assert table.document()["schema"] == 1
+
+
+def test_a_file_that_speaks_of_sites_keeps_to_them_even_where_types_would_do(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(changed(steps=["c", "r", "r", "c", "c"]))
+    table = CacheTable.load(tmp_path / "t.json")
+    assert table.step_types == (NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE, NO_CACHE)
+    with pytest.raises(TableError, match=r"^sites: "):
+        table.plan(shape_of(layered(5, BOTH)))
+    table.save(tmp_path / "again.json")
+    assert CacheTable.load(tmp_path / "again.json") == table
+
+
+def test_types_are_those_of_the_steps() -> None:
+    assert TABLE.step_types == (NO_CACHE, None, ATTN_MLP, None, None)
+    assert TABLE.type_names == ["NO_CACHE", "MIXED", "ATTN_MLP", "MIXED", "MIXED"]
+    assert TABLE.step_type_at(40) is None
+    with pytest.raises(TableError, match=r"^step_types: expected those of step_plans"):
+        replace(TABLE, step_types=(NO_CACHE, *[ATTN_MLP] * 4))
+
+
+def test_retime_moves_what_each_step_does() -> None:
+    same = TABLE.retime([9, 8, 7, 6, 5])
+    assert same == replace(TABLE, timesteps=(9, 8, 7, 6, 5), sampler=None)
+    three = TABLE.retime([9, 8, 7])
+    assert three.plan(shape_of(SITES)).steps == tuple(PLAN.steps[i] for i in (0, 2, 4))
+    more = TABLE.retime(range(9, 0, -1))
+    assert more.step_plans is not None
+    assert more.step_plans[0] == PLAN.steps[0]
+    assert TABLE.retime([7]).plan(shape_of(SITES)).steps == PLAN.steps[:1]
+
+
+def test_amplifying_is_deliberate_in_a_plan_too() -> None:
+    with pytest.raises(TableError, match=r"^eps_scale: .* allow_amplify"):
+        CacheTable.from_plan(replace(PLAN, eps_scale=1.5))
+    assert CacheTable.from_plan(replace(PLAN, eps_scale=1.5), allow_amplify=True).eps_scale == 1.5
+
+
+def test_layers_that_are_not_counted_from_0_are_refused() -> None:
+    with pytest.raises(TableError, match=r"^sites: expected layers in order from 0, got \[1, 3\]"):
+        CacheTable.from_plan(plan_of((Site(1, Branch.MLP), Site(3, Branch.MLP)), "cc", "rc"))
+
+
+def test_a_set_of_tables_holds_it(tmp_path: Path) -> None:
+    tables = TableSet([CacheTable([2, 1], [0, 1]), TABLE])
+    tables.save(tmp_path / "set.json")
+    assert load_tables(tmp_path / "set.json") == tables
+
+
+def test_it_is_shown_to_people(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table(TABLE)
+    out = capsys.readouterr().out
+    assert "#x.xx" in out
+    assert "x MIXED 3" in out
+    assert "sites: 3 layers of SELF_ATTN + MLP, then 1 layers of SELF_ATTN" in out
+    assert "NOx1 mixedx1 A+Mx1 mixedx2" in out
