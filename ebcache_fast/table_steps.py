@@ -6,19 +6,21 @@ a row of kinds for each step, one for each site in the order in which the model 
     c                  every site
     c*4 r c            4 sites, then one, then one
     (r c)*28           28 times r c
+    c + k              every site; and what k says of a span of sites
 
 A row has one spelling: from left to right the repeated pattern of up to `LONGEST` kinds that covers most sites, the
-shortest of those, else a single kind. Any other is refused, with the right one.
+shortest of those, else a single kind; then the rules over spans, in order. Any other is refused, with the right one.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, cast
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import Branch, Rule, Site, StepPlan, StepType, shown
-from ebcache_fast.plan.registry import RULES, RuleRegistry
+from ebcache_fast.plan.registry import RULES, AnyRule, RuleRegistry
+from ebcache_fast.plan.spans import SpanRule
 from ebcache_fast.table_file import Rows, key_shown, naming
 from ebcache_fast.table_schema import AnyTableFile, Layers, SitedTableFile, TableFile
 
@@ -28,15 +30,20 @@ MAX_RULES = 2**22  # of a table, each row counted once: a wrong file must not fi
 _KIND, _TIMES = "[a-z][a-z0-9_]{0,39}", r"\*([1-9][0-9]{0,6})"
 _ITEM = rf"({_KIND})(?:{_TIMES})?|\(({_KIND}(?: {_KIND})*)\){_TIMES}"
 _ITEMS = re.compile(_ITEM)
-_ROW = re.compile(rf"(?:{_ITEM})(?: (?:{_ITEM}))*")
+_ROW = re.compile(rf"((?:{_ITEM})(?: (?:{_ITEM}))*)(?: \+ (?P<spans>{_KIND}(?: {_KIND})*))?")
 
 
 def spelt(steps: Sequence[StepPlan], registry: RuleRegistry = RULES) -> dict[str, Any]:
     """The keys ``sites``, ``kinds`` and ``steps`` of the file; TableError for a rule or sites that it can't hold."""
-    kinds: dict[Rule, str] = {}
-    for rule in dict.fromkeys(chain.from_iterable(step.rules for step in dict.fromkeys(steps))):
+    kinds: dict[AnyRule, str] = {}
+    distinct = dict.fromkeys(steps)
+    rules: Iterable[AnyRule] = chain.from_iterable((*step.rules, *step.spans) for step in distinct)
+    for rule in dict.fromkeys(rules):
         kinds[rule] = _free(registry.describe(rule)[0][0], kinds.values())
-    rows = {step: _row([kinds[rule] for rule in step.rules]) for step in dict.fromkeys(steps)}
+    rows = {
+        step: " + ".join(filter(None, (_row([kinds[rule] for rule in step.rules]), _spans(step, kinds))))
+        for step in distinct
+    }
     named = {name: registry.describe(rule) for rule, name in kinds.items()}
     return {
         "sites": [layers.model_dump(mode="json") for layers in _layers(steps[0].sites)],
@@ -85,9 +92,9 @@ def steps_of(
     for i, row in enumerate(rows):
         if row not in plans:
             with naming(f"steps[{i}]"):
-                names = _names(row, rules, len(sites))
-            used.update(names)
-            plans[row] = StepPlan(sites, tuple(map(rules.__getitem__, names)))
+                names, spans = _names(row, rules, len(sites))
+                plans[row] = StepPlan(sites, *_split(rules, names, spans))
+            used.update(names, spans)
     if unused := next((name for name in rules if name not in used), None):
         raise TableError(f"kinds.{unused}: no step has it; leave it out")
     return tuple(map(plans.__getitem__, rows))
@@ -119,8 +126,8 @@ def _sites(layers: tuple[Layers, ...]) -> tuple[Site, ...]:
     return tuple(found)
 
 
-def _rules(kinds: Mapping[str, Mapping[str, object]], registry: RuleRegistry) -> dict[str, Rule]:
-    rules: dict[str, Rule] = {}
+def _rules(kinds: Mapping[str, Mapping[str, object]], registry: RuleRegistry) -> dict[str, AnyRule]:
+    rules: dict[str, AnyRule] = {}
     for name, given in kinds.items():
         with naming(f"kinds.{key_shown(name)}"):
             if re.fullmatch(_KIND, name) is None:
@@ -134,22 +141,41 @@ def _rules(kinds: Mapping[str, Mapping[str, object]], registry: RuleRegistry) ->
     return rules
 
 
-def _names(row: str, rules: Mapping[str, Rule], sites: int) -> list[str]:
-    """The kind of each site."""
-    if _ROW.fullmatch(row) is None:
+def _names(row: str, rules: Mapping[str, AnyRule], sites: int) -> tuple[list[str], list[str]]:
+    """The kind of each site, and those of spans."""
+    if (match := _ROW.fullmatch(row)) is None:
         raise TableError(f"expected kinds such as c, c*4 r or (r c)*28, got {shown(row)}")
+    spans, row = (match["spans"] or "").split(), match[1]
     parts = [(m[1] or m[3], int(m[2] or m[4] or 1)) for m in _ITEMS.finditer(row)]
     patterns = [(names.split(" "), times) for names, times in parts]
-    if unknown := next((name for names, _ in patterns for name in names if name not in rules), None):
-        raise TableError(f"kind {unknown} is unknown: expected one of {', '.join(rules)}; name it in kinds")
+    for name in chain(chain.from_iterable(names for names, _ in patterns), spans):
+        if name not in rules:
+            raise TableError(f"kind {name} is unknown: expected one of {', '.join(rules)}; name it in kinds")
     if row in rules:
-        return [row] * sites
+        return [row] * sites, spans
     if (count := sum(len(names) * times for names, times in patterns)) != sites:
         raise TableError(f"expected {sites} kinds, one for each site, got {count}")
     names = [name for pattern, times in patterns for name in pattern * times]
     if row != (right := _row(names)):
         raise TableError(f"expected the spelling {shown(right)}, got {shown(row)}")
-    return names
+    return names, spans
+
+
+def _split(
+    rules: Mapping[str, AnyRule], names: Iterable[str], spans: Iterable[str]
+) -> tuple[tuple[Rule, ...], tuple[SpanRule, ...]]:
+    """The rules of these names; TableError for one of spans where one of sites stands, or the other way round."""
+    for name in names:
+        if not hasattr(rules[name], "emit"):
+            raise TableError(f"kind {name} is for spans of sites; write it after the sites' kinds and a +")
+    for name in spans:
+        if not hasattr(rules[name], "enter"):
+            raise TableError(f"kind {name} is for single sites, expected one for spans after the +")
+    return tuple(cast(Rule, rules[name]) for name in names), tuple(cast(SpanRule, rules[name]) for name in spans)
+
+
+def _spans(step: StepPlan, kinds: Mapping[AnyRule, str]) -> str:
+    return " ".join(kinds[span] for span in step.spans)
 
 
 def _row(names: Sequence[str]) -> str:

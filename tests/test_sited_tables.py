@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,31 @@ from hypothesis import strategies as st
 from ebcache_fast import console
 from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, Site, SiteShape, StepPlan, StepType, layered
+from ebcache_fast.plan import (
+    COMPUTE,
+    REUSE,
+    Branch,
+    KeepSpan,
+    ModelShape,
+    Plan,
+    Rule,
+    Site,
+    SiteShape,
+    SkipSpan,
+    StepPlan,
+    StepType,
+    layered,
+)
+from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, SharedByGuidance, Tokens, Window
 from ebcache_fast.table_file import MAX_BYTES
 from ebcache_fast.table_set import TableSet, load_tables
 
 C, R = COMPUTE, REUSE
+RULES: dict[Branch, list[Rule]] = {
+    Branch.SELF_ATTN: [C, R, Window(2), FullAndWindow(2), SharedByGuidance()],
+    Branch.CROSS_ATTN: [C, R, Compute(1), Reuse(1), Forecast(1)],
+    Branch.MLP: [C, R, Tokens(3), Tokens(4), Forecast(0), Forecast(1), SharedByGuidance()],
+}
 BOTH = (Branch.SELF_ATTN, Branch.MLP)
 NO_CACHE, ATTN_MLP = StepType.NO_CACHE, StepType.ATTN_MLP
 
@@ -109,13 +130,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Any plan of any sites."""
+    """Any plan of any sites: of plain rules, or of every rule after two steps that keep all that rules may read."""
     branches = st.lists(st.sampled_from(Branch), min_size=1, max_size=3, unique=True)
     groups = draw(st.lists(st.tuples(st.integers(1, 4), branches), min_size=1, max_size=3))
     layers = [names for count, names in groups for _ in range(count)]
     sites = tuple(Site(layer, branch) for layer, names in enumerate(layers) for branch in names)
-    rows = draw(st.lists(st.lists(st.sampled_from("cr"), min_size=len(sites), max_size=len(sites)), max_size=4))
-    return plan_of(sites, "c" * len(sites), *map("".join, rows))
+    is_plain, last = draw(st.booleans()), len(sites) - 1
+    rows = draw(st.lists(st.tuples(*[st.sampled_from([C, R] if is_plain else RULES[s.branch]) for s in sites])))
+    steps = [StepPlan(sites, row) for row in rows]
+    if not is_plain:
+        spans = st.sampled_from([(), (KeepSpan(0, last),), (SkipSpan(0, last),)])
+        kept = [FullAndWindow(2) if site.branch is Branch.SELF_ATTN else Compute(1) for site in sites]
+        steps = [StepPlan(sites, tuple(kept), (KeepSpan(0, last),))]
+        steps += [StepPlan(sites, row, draw(spans)) for row in rows]
+    steps = [StepPlan.uniform(NO_CACHE, sites), *steps]
+    return Plan(tuple(steps), tuple(range(10 * len(steps), 0, -10)), 0.95)
 
 
 def problem_of(path: Path, text: str | None = None) -> str:
@@ -199,7 +228,20 @@ FIVE = ["c", "r", "r", "r", "(r c)*3 c"]
         ({"kinds": KINDS | {"f": {"rule": ""}}}, "kinds.f: rule '' is unknown: "),
         ({"kinds": KINDS | {"f": {}}}, "kinds.f: rule: expected the name of a rule, got None"),
         ({"kinds": KINDS | {"f": {"rule": 1}}}, "kinds.f: rule: expected the name of a rule, got 1"),
-        ({"kinds": KINDS | {"r": {"rule": "reuse", "age": 1}}}, "kinds.r: rule 'reuse': expected no argument, got the"),
+        (
+            {"kinds": KINDS | {"r": {"rule": "reuse", "kept": 1}}},
+            "kinds.r: rule 'reuse': expected the arguments 'age'",
+        ),
+        (
+            {"kinds": KINDS | {"r": {"rule": "reuse", "age": "1"}}},
+            "kinds.r: rule 'reuse': age: expected an integer",
+        ),
+        ({"kinds": KINDS | {"r": {"rule": "reuse", "age": True}}}, "kinds.r: rule 'reuse': age: expected an integer"),
+        ({"kinds": KINDS | {"r": {"rule": "reuse", "age": -1}}}, "steps[1]: 0.self_attn: age: expected 0 or more"),
+        (
+            {"kinds": KINDS | {"t": {"rule": "tokens"}}},
+            "kinds.t: rule 'tokens': expected the arguments 'count', got",
+        ),
         ({"kinds": KINDS | {"r2": {"rule": "reuse"}}}, "kinds.r2: expected another rule than r is; name each"),
         ({"kinds": KINDS | {"R": {"rule": "reuse"}}}, "kinds.R: expected a name of a-z"),
         ({"kinds": KINDS | {"a\nb": {"rule": "reuse"}}}, r"kinds.a\nb: expected a name of a-z"),
@@ -264,6 +306,26 @@ def test_a_table_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> 
     with pytest.raises(TableError, match=r"t\.json: expected a table of at most 4194304 bytes, got 4\d+; nothing is"):
         table.save(path)
     assert not path.exists()
+
+
+def test_rules_over_spans_follow_those_of_sites(tmp_path: Path) -> None:
+    sites = layered(4, BOTH)
+    kept = StepPlan(sites, (C,) * 8, (KeepSpan(0, 3), KeepSpan(4, 7)))
+    table = CacheTable.from_plan(Plan((kept, StepPlan(sites, (C,) * 4 + (R,) * 4, (SkipSpan(0, 3),))), (9, 8)))
+    table.save(tmp_path / "t.json")
+    document = json.loads((tmp_path / "t.json").read_text())
+    assert document["steps"] == ["c + k k2", "c*4 r*4 + s"]
+    assert document["kinds"]["k2"] == {"rule": "keep_span", "first": 4, "last": 7}
+    assert CacheTable.load(tmp_path / "t.json") == table
+    for row, problem in (
+        ("c + k2 k", r"steps\[0\]: span 0 to 3: expected sites from 8"),
+        ("c + c", r"steps\[0\]: kind c is for single sites, expected one for spans"),
+        ("k", r"steps\[0\]: kind k is for spans of sites; write it after"),
+        ("c + ", r"steps\[0\]: expected kinds such as"),
+        ("c + q", r"steps\[0\]: kind q is unknown"),
+    ):
+        wrong = json.dumps(document | {"steps": [row, "c*4 r*4 + s"]})
+        assert re.match(problem, problem_of(tmp_path / "wrong.json", wrong))
 
 
 # Using one

@@ -2,19 +2,35 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields
 from functools import cached_property
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan.rules import Compute, Reuse, Rule
+from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, Rule, SharedByGuidance, Tokens, Window
+from ebcache_fast.plan.spans import KeepSpan, SkipSpan, SpanRule
 from ebcache_fast.plan.timesteps import MAX_INT, shown
 
 GROUP = "ebcache_fast.policies"  # of entry points; loading one registers what it has
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-BUILT_IN: Mapping[str, type[Rule]] = MappingProxyType({"compute": Compute, "reuse": Reuse})
+AnyRule = Rule | SpanRule
+BUILT_IN: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        "compute": Compute,
+        "reuse": Reuse,
+        "forecast": Forecast,
+        "tokens": Tokens,
+        "window": Window,
+        "full_and_window": FullAndWindow,
+        "shared_by_guidance": SharedByGuidance,
+        "keep_span": KeepSpan,
+        "skip_span": SkipSpan,
+    }
+)
+_OF_SITES = ("check", "emit", "runs_branch")
+_OF_SPANS = ("enter", "leave", "skips")
 
 _AnyRule = TypeVar("_AnyRule", bound=type[Any])
 
@@ -27,13 +43,13 @@ class RuleRegistry:
     that fails is an error only then, so that a broken package can't spoil tables that need nothing of it.
     """
 
-    def __init__(self, rules: Mapping[str, type[Rule]] = BUILT_IN) -> None:
-        self._rules: dict[str, type[Rule]] = {}
+    def __init__(self, rules: Mapping[str, type[Any]] = BUILT_IN) -> None:
+        self._rules: dict[str, type[Any]] = {}
         for name, rule in rules.items():
             self.register(name)(rule)
 
     def register(self, name: str) -> Callable[[_AnyRule], _AnyRule]:
-        """Decorate a frozen dataclass, whose fields are the rule's arguments (int or str), to give it a name.
+        """Decorate a rule of sites or spans, a frozen dataclass of arguments that are int or str, to give it a name.
 
         Raises TableError for a name that is taken or malformed, and for a class that is no such rule.
         """
@@ -53,7 +69,7 @@ class RuleRegistry:
 
         return registered
 
-    def make(self, name: str, arguments: Mapping[str, object]) -> Rule:
+    def make(self, name: str, arguments: Mapping[str, object]) -> AnyRule:
         """The rule of a name with these arguments; TableError, saying what is known, for one that there is not."""
         if name not in self._rules:
             problems = self._plugin_problems
@@ -63,14 +79,15 @@ class RuleRegistry:
                 f"rule {shown(name)} is unknown: expected one of {', '.join(sorted(self._rules))}; install the package "
                 f"that registers it{broken}"
             )
-        rule, types = self._rules[name], argument_types(self._rules[name])
-        _check_arguments(name, arguments, types)
+        rule = self._rules[name]
+        _check_arguments(name, arguments, rule)
         try:
-            return rule(**arguments)
+            made: AnyRule = rule(**arguments)
         except Exception as error:  # whatever other people's rules raise
             raise TableError(f"rule {name!r}: {_line(error)}") from error
+        return made
 
-    def describe(self, rule: Rule) -> tuple[str, dict[str, int | str]]:
+    def describe(self, rule: AnyRule) -> tuple[str, dict[str, int | str]]:
         """Name and arguments of a rule, of which `make` makes an equal one; TableError for one without a name."""
         name = next((name for name, known in self._rules.items() if known is type(rule)), None)
         if name is None:
@@ -79,10 +96,10 @@ class RuleRegistry:
                 f"rule {kind.__module__}.{kind.__qualname__} has no name, expected one of "
                 f"{', '.join(sorted(self._rules))}; register it with register_rule(name)"
             )
-        types = argument_types(type(rule))
-        arguments = {argument: getattr(rule, argument) for argument in types}
-        _check_arguments(name, arguments, types)
-        return name, arguments
+        arguments = {argument: getattr(rule, argument) for argument in argument_types(type(rule))}
+        _check_arguments(name, arguments, type(rule))
+        defaults = _defaults(type(rule))
+        return name, {key: value for key, value in arguments.items() if value != defaults.get(key, MISSING)}
 
     @cached_property
     def _plugin_problems(self) -> tuple[str, ...]:
@@ -103,10 +120,11 @@ def argument_types(rule: type[Any]) -> dict[str, type]:
 
 
 def _check_class(name: str, rule: Any) -> None:
-    is_frozen = isinstance(rule, type) and is_dataclass(rule) and rule.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    if not is_frozen or not callable(getattr(rule, "emit", None)) or not hasattr(rule, "runs_branch"):
+    is_frozen = getattr(getattr(rule, "__dataclass_params__", None), "frozen", False)
+    if not is_frozen or not any(all(hasattr(rule, each) for each in needed) for needed in (_OF_SITES, _OF_SPANS)):
         raise TableError(
-            f"rule {name!r}: expected a frozen dataclass with emit(site, emitter) and runs_branch, got {shown(rule)}"
+            f"rule {name!r}: expected a frozen dataclass with {', '.join(_OF_SITES)}, or of spans with "
+            f"{', '.join(_OF_SPANS)}, got {shown(rule)}"
         )
     for argument, kind in argument_types(rule).items():
         if kind not in (int, str) or argument == "rule":
@@ -115,17 +133,20 @@ def _check_class(name: str, rule: Any) -> None:
             )
 
 
-def _check_arguments(name: str, arguments: Mapping[str, object], types: Mapping[str, type]) -> None:
-    if arguments.keys() != types.keys():
+def _check_arguments(name: str, arguments: Mapping[str, object], rule: type[Any]) -> None:
+    types = argument_types(rule)
+    if not types.keys() - _defaults(rule).keys() <= arguments.keys() <= types.keys():
         raise TableError(
-            f"rule {name!r}: expected {_listed(types)}, got {_listed(arguments)}; give each argument, and no other"
+            f"rule {name!r}: expected {_listed(types)}, got {_listed(arguments)}; leave out none but what has a default"
         )
     for argument, value in arguments.items():
         if type(value) is not types[argument] or (isinstance(value, int) and abs(value) > MAX_INT):
-            raise TableError(
-                f"rule {name!r}: {argument}: expected {'a string' if types[argument] is str else 'an integer'}, got "
-                f"{shown(value)}"
-            )
+            expected = "a string" if types[argument] is str else "an integer"
+            raise TableError(f"rule {name!r}: {argument}: expected {expected}, got {shown(value)}")
+
+
+def _defaults(rule: type[Any]) -> dict[str, object]:
+    return {field.name: field.default for field in fields(rule) if field.default is not MISSING}
 
 
 def _listed(arguments: Mapping[str, object]) -> str:
@@ -134,8 +155,9 @@ def _listed(arguments: Mapping[str, object]) -> str:
 
 def _origin(rule: type[Any]) -> tuple[str, str, str]:
     """What stays the same where a module is run again; in a notebook each cell is a file of its own."""
-    source = "" if rule.__module__ == "__main__" else rule.emit.__code__.co_filename
-    return rule.__module__, rule.__qualname__, source
+    does = getattr(rule, "emit", None) or getattr(rule, "enter", None)
+    code = None if rule.__module__ == "__main__" else getattr(does, "__code__", None)
+    return rule.__module__, rule.__qualname__, getattr(code, "co_filename", "")
 
 
 def _line(error: BaseException) -> str:
