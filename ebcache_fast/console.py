@@ -14,7 +14,7 @@ from ebcache_fast.fallback import Fallback
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.plan.sites import described
 from ebcache_fast.presets import default_device
-from ebcache_fast.timeline import Timeline
+from ebcache_fast.timeline import STEP_NAMES, Timeline
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -120,7 +120,7 @@ def print_table(table: CacheTable) -> None:
 
     console = Console()
     names = table.type_names
-    used = [name for name in SHORT if name in names]
+    used = [name for name in STEP_NAMES if name in names]
     if console.color_system is None or console.no_color:  # a file, a pipe, NO_COLOR: blocks would all be the same
         strip, signs = Text("".join(SIGNS[name] for name in names)), SIGNS
     else:
