@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ebcache_fast.attach import module_of
@@ -70,11 +70,12 @@ def dry_check(
         done.append(plan.steps[step] if is_next and step is not None else full)
         expected = expected if step is None else step + 1
     uncached = len(run) * max(plan.step_macs(shape))
-    macs = sum(replace(plan, steps=(full, one), timesteps=(1, 0)).step_macs(shape)[1] for one in done)
+    costs = dict(zip(plan.steps, plan.step_macs(shape), strict=True))
+    macs = sum(costs[one] for one in done)
     return DryCheck(
         steps=len(run),
         followed=followed,
-        hits=sum(bool(one.reused) for one in done),
+        hits=sum(plan.reads(one) for one in done),
         unplanned=tuple(t for t in run if t not in step_at),
         planned=plan.timesteps,
         mac_limit=uncached / macs,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import relative_error, tiny_dit
 from torch import Tensor
 
+from ebcache_fast import enable, enabled, stats
 from ebcache_fast.engine.buffers import Ending
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.graphs import no_graphs
@@ -278,6 +279,22 @@ def test_what_does_not_fit_is_one_typed_line(make: object, problem: str) -> None
     with pytest.raises(TableError, match=problem) as caught:
         make()  # type: ignore[operator]
     assert "\n" not in str(caught.value)
+
+
+def test_a_forward_follows_no_plan_of_which_the_first_step_can_not_stand_in_for_another() -> None:
+    """Whoever comes out of order would read what another run kept."""
+    latent = torch.zeros(ROWS, 4, 16, 16, dtype=torch.float64)
+    for steps in (CASES["forecast of order 1"], (FULL, each(FullAndWindow(W), COMPUTE), each(Window(W), COMPUTE))):
+        with pytest.raises(TableError, match=r"^steps\[0\]: expected a step that keeps all that later ones read"):
+            enable(MODEL, plan_of(*steps))
+    plan = plan_of(*CASES["window"])
+    with enabled(MODEL, plan), torch.no_grad():
+        call = lambda t: MODEL(latent, torch.full((ROWS,), t), LABELS)  # noqa: E731
+        full = call(TIMESTEPS[0])
+        call(TIMESTEPS[1])
+        assert stats(MODEL).hits == DEPTH
+        assert relative_error(call(TIMESTEPS[3]), naive(plan_of(FULL), latent[None], LABELS)[0]) > 1e-3
+    assert relative_error(full, naive(plan_of(FULL), latent[None], LABELS)[0]) < 1e-12
 
 
 def test_a_share_of_cross_attention_is_refused() -> None:

@@ -10,7 +10,7 @@ from weakref import ref
 from torch import nn
 
 from ebcache_fast.dropin.velocity import VelocityScaling
-from ebcache_fast.errors import InputError
+from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.plan import Plan
 
 
@@ -23,7 +23,15 @@ class Course(NamedTuple):
 
     @classmethod
     def of(cls, target: Any, module: nn.Module, plan: Plan) -> Self:
-        """A plan's for a pipeline, or a module alone; InputError where its b can't be applied."""
+        """A plan's for a pipeline, or a module alone; InputError where its b can't be applied.
+
+        TableError for a plan whose first step can't stand in for any other: calls may come in another order.
+        """
+        if not plan.refreshes(plan.steps[0]):
+            raise TableError(
+                "steps[0]: expected a step that keeps all that later ones read, which here stands in for any step that "
+                "comes out of order; keep it there, or run such a plan with ebcache_fast.sample"
+            )
         velocity = VelocityScaling.of(target, module, plan)
         return cls(plan if velocity is None else replace(plan, eps_scale=1.0), velocity)
 

@@ -193,7 +193,7 @@ class BufferSet:
 
     def _ready(self, work: Work, programs: Programs) -> Ready:
         names = tuple(dispatch.plan.type_name for dispatch in work for _ in range(dispatch.steps))
-        hits = sum(dispatch.steps * len(dispatch.plan.reused) for dispatch in work)
+        hits = sum(program.steps * len(program.reads) for program in programs)
         graph = self._graphs.get(programs)
         execute = partial(self._execute, programs)
         if graph is not None:

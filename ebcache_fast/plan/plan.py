@@ -92,6 +92,15 @@ class Plan:
         """The factor of each extra term of the memory, at each step."""
         return factors_of(map(self._drafts.__getitem__, self.steps), self.memory.extra)
 
+    def refreshes(self, step: StepPlan) -> bool:
+        """Whether a step reads nothing that is kept, and fills every slot that some step reads: it can begin a run."""
+        program = self._drafts[step]
+        return not program.reads and program.writes.issuperset(self.memory.live)
+
+    def reads(self, step: StepPlan) -> bool:
+        """Whether a step reads anything that is kept."""
+        return bool(self._drafts[step].reads)
+
     @cached_property
     def collapsing(self) -> frozenset[StepPlan]:
         """The steps of which one launch can sum all that they add, so that our own loop may run several at once."""
