@@ -19,6 +19,7 @@ from ebcache_fast.errors import TableError
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, Rule, StepPlan, StepType, branch_names
 from ebcache_fast.table_file import naming, read_bytes, read_json
 from ebcache_fast.table_fit import LISTS, SMOOTHCACHE
+from ebcache_fast.table_schema import MAX_LAYERS
 
 _RULES: dict[int, Rule] = {1: COMPUTE, 0: REUSE}
 _BRANCHES = {
@@ -66,25 +67,37 @@ def from_smoothcache(
     timesteps: Iterable[float],
     eps_scale: float = 1.0,
     allow_amplify: bool = False,
+    depth: int | None = None,
+    branches: tuple[Branch, ...] = (Branch.SELF_ATTN, Branch.MLP),
 ) -> CacheTable:
     """SmoothCache's JSON (arXiv 2411.10510): per branch a list of 1 (compute) and 0 (reuse), one per step.
 
     A branch without a list is computed in every step, on every model, as SmoothCache wraps none but the modules that
     it names: ``attn1`` alone gives SELF_ATTENTION steps. ``attn``, the original DiT's name, is its only attention, and
     self-attention where there is cross-attention too. A 0 before anything is stored is computed.
-    Raises TableError for anything else, and for lists of single layers, which `smoothcache_plan` reads.
+    With ``depth``, lists may be of single layers: the table is then for so many layers of ``branches`` alone, and does
+    what `smoothcache_plan` says. Raises TableError for anything else.
     """
     timesteps = tuple(timesteps)
     with naming(path):
         rows = _read_rows(Path(path), len(timesteps))
-        if any(layer is not None for layer, _ in rows):
-            raise TableError("it has lists for single layers, a CacheTable treats all alike; use smoothcache_plan")
+        if depth is None and any(layer is not None for layer, _ in rows):
+            raise TableError(
+                "it has lists for single layers, so the table has to be for a model of known sizes; give its depth, or "
+                "for a Plan use smoothcache_plan"
+            )
         types = {step_type.reuses: step_type for step_type in StepType}
         reused = (
             frozenset(branch for (_, branch), row in rows.items() if row[i] is REUSE) for i in range(len(timesteps))
         )
         lists = branch_names(branch for _, branch in rows)
         made = Provenance(by=SMOOTHCACHE, source=Path(path).name, options={LISTS: lists})
+        if depth is not None:
+            steps = _steps_of_rows(rows, len(timesteps), depth, branches)
+            step_types = [step.step_type for step in steps]
+            return CacheTable(
+                timesteps, step_types, eps_scale, made=made, allow_amplify=allow_amplify, step_plans=steps
+            )
         return CacheTable(
             timesteps, [types[each] for each in reused], eps_scale, made=made, allow_amplify=allow_amplify
         )
@@ -106,17 +119,7 @@ def smoothcache_plan(
     timesteps = tuple(timesteps)
     with naming(path):
         rows = _read_rows(Path(path), len(timesteps))
-        for layer, branch in rows:
-            if branch not in branches or (layer is not None and layer >= depth):
-                where = "all layers" if layer is None else f"layer {layer}"
-                raise TableError(
-                    f"{branch.name}: expected lists for {branch_names(branches)} of layers 0 to {depth - 1}, got one "
-                    f"for {where}; give the depth and branches of the file's model"
-                )
-        computed: Row = (COMPUTE,) * len(timesteps)
-        slots = [[rows.get((n, b)) or rows.get((None, b), computed) for b in branches] for n in range(depth)]
-        steps = (tuple(tuple(row[i] for row in layer) for layer in slots) for i in range(len(timesteps)))
-        return Plan(tuple(StepPlan.by_layer(branches, rules) for rules in steps), timesteps, eps_scale)
+        return Plan(_steps_of_rows(rows, len(timesteps), depth, branches), timesteps, eps_scale)
 
 
 def eps_scale_from_adm(lam: float) -> float:
@@ -161,6 +164,23 @@ def _read_rows(path: Path, steps: int) -> dict[RowKey, Row]:
     if not rows:
         raise TableError("expected a list per branch, got none")
     return rows
+
+
+def _steps_of_rows(
+    rows: dict[RowKey, Row], count: int, depth: int, branches: tuple[Branch, ...]
+) -> tuple[StepPlan, ...]:
+    if not 1 <= depth <= MAX_LAYERS:
+        raise TableError(f"depth: expected 1 to {MAX_LAYERS}, got {depth}; give the number of the model's layers")
+    for layer, branch in rows:
+        if branch not in branches or (layer is not None and layer >= depth):
+            where = "all layers" if layer is None else f"layer {layer}"
+            raise TableError(
+                f"{branch.name}: expected lists for {branch_names(branches)} of layers 0 to {depth - 1}, got one "
+                f"for {where}; give the depth and branches of the file's model"
+            )
+    computed: Row = (COMPUTE,) * count
+    slots = [[rows.get((n, b)) or rows.get((None, b), computed) for b in branches] for n in range(depth)]
+    return tuple(StepPlan.by_layer(branches, [[row[i] for row in layer] for layer in slots]) for i in range(count))
 
 
 def _row_key(name: str) -> RowKey:

@@ -353,6 +353,28 @@ def test_table_import_from_smoothcache(run: Run, tmp_path: Path) -> None:
     assert run(f"{line} --eb-delta 0.8").code == 2
 
 
+def test_table_import_of_lists_for_single_layers(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "theirs.json").write_text(json.dumps({"attn-0": [1, 0, 1], "mlp-7": [1, 1, 0]}))
+    line = "table import theirs.json --out ours.json --steps 3"
+    assert_one_line(run(line), "theirs.json: it has lists for single layers, .* give its depth")
+    code, out, err = run(f"{line} --model letters")
+    assert (code, err) == (0, "")
+    assert "sites: 8 layers of SELF_ATTN + MLP" in out
+    assert run("table check ours.json").out.startswith("fits: 3 steps, 1 NO + 2 mixed")
+    by_depth = run(f"{line.replace('ours', 'other')} --depth 8")
+    assert (by_depth.code, Path("other.json").read_text()) == (0, Path("ours.json").read_text())
+    assert run(f"{line} --depth 9 --branches self_attn cross_attn mlp").code == 0
+    assert_one_line(run("table check ours.json"), "the table is for 9 layers of .*CROSS.*, not 8 layers of")
+    assert_one_line(
+        run(f"{line} --depth 7"), "theirs.json: MLP: .* of layers 0 to 6, got one for layer 7; give the depth"
+    )
+    assert_one_line(run(f"{line} --depth 8 --model letters"), "--model letters says how many .*; leave out --depth 8")
+    np.save(tmp_path / "theirs.npy", np.array([0, 2, 1]))
+    assert_one_line(
+        run(f"{line.replace('.json --out', '.npy --out')} --depth 8"), "theirs.npy: .* leave out --model and"
+    )
+
+
 def test_a_table_of_every_step_type_is_shown(run: Run) -> None:
     CacheTable(range(len(StepType))[::-1], StepType).save("all.json")
     code, out, _ = run("table show all.json")

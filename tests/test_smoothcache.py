@@ -102,7 +102,7 @@ def test_an_import_of_the_first_version_is_refused_where_it_could_be_wrong(reusi
 
 def test_lists_of_single_layers_are_refused_with_the_remedy(tmp_path: Path) -> None:
     path = smooth(tmp_path / "layers.json", attn=[1, 0], attn_1=[1, 1])
-    with pytest.raises(TableError, match=r"layers\.json: .* single layers.*; use smoothcache_plan$"):
+    with pytest.raises(TableError, match=r"layers\.json: .* single layers, .*; give its depth, .* smoothcache_plan$"):
         from_smoothcache(path, [1, 0])
 
 
@@ -176,6 +176,30 @@ def test_layers_of_their_own(rows: dict[str, list[int]], second_step: str, tmp_p
 def test_lists_that_do_not_fit_the_model_are_refused(rows: dict[str, list[int]], problem: str, tmp_path: Path) -> None:
     with pytest.raises(TableError, match=rf"s\.json: {problem}"):
         smoothcache_plan(smooth(tmp_path / "s.json", **rows), (1, 0), depth=3)
+
+
+# A table, layer by layer
+
+
+@pytest.mark.parametrize("rows", [{"attn-0": [1, 0, 0], "mlp-1": [1, 0, 1]}, {"attn": [1, 0, 1]}, {"mlp-1": [0, 1, 1]}])
+def test_with_the_depth_a_list_per_layer_is_a_table(rows: dict[str, list[int]], tmp_path: Path) -> None:
+    """It is for that model alone, even where all layers are alike."""
+    path = smooth(tmp_path / "s.json", **rows)
+    table = from_smoothcache(path, (20, 10, 0), 0.9, depth=2)
+    table.save(tmp_path / "t.json")
+    assert CacheTable.load(tmp_path / "t.json") == table
+    assert table.plan(shape_of(Branch.SELF_ATTN, Branch.MLP)) == smoothcache_plan(path, (20, 10, 0), 2, 0.9)
+    assert table.made is not None
+    assert table.made.source == "s.json"
+    with pytest.raises(TableError, match=r"^sites: "):
+        table.plan(shape_of(*TWO))
+
+
+@pytest.mark.parametrize("depth", [0, -1, 10_001, 10**9])
+def test_a_depth_that_no_model_has_is_refused(depth: int, tmp_path: Path) -> None:
+    path = smooth(tmp_path / "s.json", attn=[1, 0])
+    with pytest.raises(TableError, match=rf"s\.json: depth: expected 1 to 10000, got {depth}; "):
+        from_smoothcache(path, (1, 0), depth=depth)
 
 
 Importer = Callable[[Path, Iterable[int]], CacheTable | Plan]

@@ -53,6 +53,9 @@ def import_table(
     adm_lambda: float | None = None,
     eb_delta: float | None = None,
     allow_amplify: bool = False,
+    model: str | None = None,
+    depth: int | None = None,
+    branches: tuple[Literal["self_attn", "cross_attn", "mlp"], ...] = ("self_attn", "mlp"),
 ) -> None:
     """Turn a schedule that another project released into a Cache Table.
 
@@ -67,18 +70,32 @@ def import_table(
         adm_lambda: instead, ADM-ES's lambda: b = 1 / lambda.
         eb_delta: instead, the delta of EB-Cache's released script: b = 1 / delta.
         allow_amplify: lets b exceed 1.
+        model: whose layers a SmoothCache schedule's lists for single layers are of: letters or an original DiT.
+        depth: of any other model, how many layers it has.
+        branches: of any other model, what each layer runs, in order.
     """
     from ebcache_fast import console
+    from ebcache_fast.errors import InputError
     from ebcache_fast.noise_schedule import TRAIN_STEPS, ddim_timesteps, respaced_timesteps
+    from ebcache_fast.plan import Branch
+    from ebcache_fast.presets import shape_of
     from ebcache_fast.table_file import is_npy
     from ebcache_fast.table_importers import eps_scale_of, from_eb_npy, from_smoothcache
 
     timesteps = (respaced_timesteps if spacing == "even" else ddim_timesteps)(TRAIN_STEPS, steps)
     b = eps_scale_of(eps_scale, adm_lambda, eb_delta)
+    if model is not None and depth is not None:
+        raise InputError(f"--model {model} says how many layers there are; leave out --depth {depth}")
     if kind == "eb-npy" or (kind is None and (is_npy(source) or source.suffix != ".json")):
+        if model is not None or depth is not None:
+            raise InputError(f"{source}: EB-Cache's .npy is for any model; leave out --model and --depth")
         table = from_eb_npy(source, timesteps, order, b, allow_amplify)
     else:
-        table = from_smoothcache(source, timesteps, b, allow_amplify)
+        sites = tuple(Branch(name) for name in branches)
+        if model is not None:
+            shape = shape_of(model, image_size=256, num_classes=1000)
+            depth, sites = shape.depth, shape.branches
+        table = from_smoothcache(source, timesteps, b, allow_amplify, depth, sites)
     table.save(out)
     console.print_table(table)
     print(out)
