@@ -70,7 +70,7 @@ def versions() -> dict[str, Any]:
 def git(*arguments: str) -> str | None:
     """What a git command prints about this repository, or None."""
     with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.rstrip("\n")
     return None
 

@@ -34,7 +34,7 @@ def run(version: str, folder: str) -> int:
     show = "import triton, numpy; print('Triton', triton.__version__, 'numpy', numpy.__version__)"
     subprocess.run([sys.executable, "-c", show], check=True, env=environment, cwd=ROOT)
     files = sorted(path for pattern in TESTS for path in (ROOT / "tests").glob(f"{pattern}.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-m", "", "-q", "-p", "no:cacheprovider", *map(str, files)]
     tests = subprocess.run(command, env=environment, cwd=ROOT).returncode
     compiles = [sys.executable, "-m", "bench.kernel_resources"]
     done = subprocess.run(

@@ -10,13 +10,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from interpreter import call_helpers_quickly, repair_numbers
 from torch import Tensor
 
 torch.set_num_threads(1)
 
-settings.register_profile("ci", derandomize=True, deadline=None)
+# No limit of time: a busy machine would break it.
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
 
 ALLOCATORS = (

@@ -637,7 +637,6 @@ def program(line: str, folder: Path) -> Outcome:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=600,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

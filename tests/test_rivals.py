@@ -202,7 +202,7 @@ def test_who_takes_too_long_to_prepare_is_stopped(monkeypatch: pytest.MonkeyPatc
         time.sleep(60)
 
     monkeypatch.setattr(race, "PREPARING", 0.01)
-    monkeypatch.setattr(limit, "AGAIN", 0.05)
+    monkeypatch.setattr(limit, "AGAIN", 0.5)
     slow, late = race.race(case_of(), [Rival("slow", "", compiles_for_ever), ours("P1")], 2, lambda _: None, 100)
     assert (slow.why, late.why, len(tries)) == ("TimeoutError: no time was left", "no time was left", 2)
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL

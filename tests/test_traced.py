@@ -224,4 +224,4 @@ assert all(map(torch.equal, drive(model, latents(model)), expected))
 assert sum(stats(model).steps.values()) == 2 * len(TIMESTEPS)
 """
     here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", program], cwd=here, env=None, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program], cwd=here, env=None, check=True)

@@ -29,7 +29,6 @@ def run_python(program: str, folder: Path, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]

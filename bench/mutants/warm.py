@@ -25,7 +25,8 @@ from typing import IO, Any
 
 import pytest
 
-WAITING = 20  # seconds by the clock that a second of processor time may take
+WAITING = 20  # seconds by the clock that a second of processor time may take ...
+PATIENCE = 300  # ... or so many altogether, on a machine that has much else to do
 TAIL = 2000  # characters of a run's output that are kept
 INTERNAL_ERROR = 3  # pytest's
 
@@ -71,7 +72,7 @@ class Watch:
         A busy machine takes none of it; the wall clock is for what waits without working.
         """
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, WAITING * seconds)
+        signal.setitimer(signal.ITIMER_REAL, max(WAITING * seconds, PATIENCE))
 
 
 def serve() -> None:
@@ -142,7 +143,8 @@ def _be_the_child(request: dict[str, Any], watch: Watch, log: IO[str]) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         watch.allow(request["otherwise"])
-        status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *request["tests"]], plugins=[watch]))
+        options = ["-m", "", "-q", "-x", "-p", "no:cacheprovider"]  # the slow ones too
+        status = int(pytest.main([*options, *request["tests"]], plugins=[watch]))
         watch.note(watch.killer, libraries())
     except BaseException:
         traceback.print_exc()
