@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64, in_place
+from depth import crossed
 from interpreter import only_program
 from torch import Tensor
 
@@ -44,8 +45,7 @@ def check(qkv: Tensor, heads: int) -> None:
     assert_accurate(out.written(), run_reference(qkv, heads), run_reference(in_float64(qkv), heads))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed("shape, dtype", SHAPES, DTYPES)
 def test_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     rows, tokens, heads, head = shape
     check(draw(rows, tokens, 3 * heads * head, dtype=dtype, seed=1), heads)

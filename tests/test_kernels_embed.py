@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
+from depth import crossed
 from interpreter import only_program
 from step_operands import NORMS, RAGGED, SIZES, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
@@ -14,8 +15,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.embed import embed, embed_norm_modulate
 from ebcache_fast.operands import At
 
-EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_SIZE_AND_DTYPE = crossed("sizes, dtype", SIZES, DTYPES)
 
 
 def embedded(case: StepOperands) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,7 @@ def test_what_lies_beside_the_operands_counts_for_nothing(
     assert_accurate(alone.h, own_h, exact_h)
 
 
-@EVERY_SIZE
-@EVERY_DTYPE
+@EVERY_SIZE_AND_DTYPE
 def test_embed(sizes: Sizes, dtype: torch.dtype) -> None:
     case = StepOperands.of(sizes, dtype)
     h = Guarded(case.h.shape, dtype)
@@ -52,8 +51,7 @@ def test_embed(sizes: Sizes, dtype: torch.dtype) -> None:
     assert_accurate(h.written(), case.h, exact.h)
 
 
-@EVERY_SIZE
-@EVERY_DTYPE
+@EVERY_SIZE_AND_DTYPE
 def test_embed_norm_modulate(sizes: Sizes, dtype: torch.dtype) -> None:
     case = StepOperands.of(sizes, dtype)
     h, u = Guarded(case.h.shape, dtype), Guarded(case.h.shape, dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64, in_place
+from depth import crossed
 from interpreter import only_program
 from step_operands import advancing, assert_advanced
 from torch import Tensor
@@ -47,9 +48,7 @@ def run_reference(case: Case) -> tuple[Tensor, Tensor]:
     return h, u
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed("shape, count, dtype", SHAPES, [0, 1, 2], DTYPES)
 def test_residual_and_norm(shape: tuple[int, int, int], count: int, dtype: torch.dtype) -> None:
     case = Case(shape, count, dtype)
     h, u = Guarded(shape, dtype, case.h), Guarded(shape, dtype)
@@ -69,9 +68,7 @@ def test_a_norm_with_parameters(shape: tuple[int, int, int], vectors: tuple[str,
     assert_accurate(u.written(), run_reference(case)[1], run_reference(case.exact())[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 1031)], ids=str)
+@crossed("shape, count, dtype", [*SHAPES, (1, 2, 1031)], [1, 2], DTYPES)
 def test_residual(shape: tuple[int, int, int], count: int, dtype: torch.dtype) -> None:
     case, h = Case(shape, count, dtype), Guarded(shape, dtype)
     h.tensor.copy_(case.h)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, GUARD, Guarded, assert_accurate, in_float64, ulp
+from depth import crossed
 from float8 import LARGEST, half_a_step, needs_float8
 from step_operands import advancing, assert_advanced
 from test_kernels_gated_residual import SHAPES, Case
@@ -71,9 +72,7 @@ def assert_quantised(u: Quantised, exact: Tensor, error: float) -> None:
     assert ((values * scales - exact).abs() <= steps * scales + 2 * error).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed("shape, count, dtype", SHAPES, [0, 2], DTYPES)
 def test_residual_and_float8(shape: tuple[int, int, int], count: int, dtype: torch.dtype) -> None:
     case = Case(shape, count, dtype)
     h, u, exact = Guarded(shape, dtype, case.h), GuardedFloat8(shape), case.exact()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
+from depth import crossed
 from interpreter import only_program
 from step_operands import advancing, assert_advanced
 from torch import Tensor
@@ -27,10 +28,9 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return draw(*shape, dtype=dtype, seed=1), table[:, :, 2], at, draw(*shape[1:], dtype=dtype, seed=3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("steps", "with_base"), [(1, True), (2, False), (3, False), (3, True)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_sum(shape: tuple[int, ...], steps: int, with_base: bool, dtype: torch.dtype) -> None:
+@crossed("shape, form, dtype", SHAPES, [(1, True), (2, False), (3, False), (3, True)], DTYPES)
+def test_gated_sum(shape: tuple[int, ...], form: tuple[int, bool], dtype: torch.dtype) -> None:
+    steps, with_base = form
     slots, gates, at, base = operands(shape, dtype)
     arguments = (slots, gates, at, base if with_base else None)
     sums = Guarded((steps, *shape[1:]), dtype)

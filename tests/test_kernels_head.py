@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, huge_zeros
+from depth import crossed
 from interpreter import only_program
 from step_operands import NORMS, RAGGED, SIZES, STEPS, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
@@ -16,8 +17,7 @@ from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.head import head_predict, head_update
 from ebcache_fast.operands import At
 
-EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_SIZE_AND_DTYPE = crossed("sizes, dtype", SIZES, DTYPES)
 
 
 def predict_with_reference(case: StepOperands) -> Tensor:
@@ -51,8 +51,7 @@ def test_what_lies_beside_the_operands_counts_for_nothing(
     assert_accurate(alone.written, update_with_reference(case), update_with_reference(exact))
 
 
-@EVERY_SIZE
-@EVERY_DTYPE
+@EVERY_SIZE_AND_DTYPE
 def test_predict(sizes: Sizes, dtype: torch.dtype) -> None:
     case = StepOperands.of(sizes, dtype)
     out = Guarded((sizes.rows, sizes.out_channels, *sizes.image), torch.float32)
@@ -61,8 +60,7 @@ def test_predict(sizes: Sizes, dtype: torch.dtype) -> None:
     assert_accurate(out.written().to(dtype), own.to(dtype), exact)
 
 
-@EVERY_SIZE
-@EVERY_DTYPE
+@EVERY_SIZE_AND_DTYPE
 def test_update(sizes: Sizes, dtype: torch.dtype) -> None:
     case = StepOperands.of(sizes, dtype)
     own, exact = update_with_reference(case), update_with_reference(case.exact())

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64, in_place
+from depth import crossed
 from interpreter import only_program
 from torch import Tensor
 
@@ -65,8 +66,7 @@ def without_tma(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "arch_of", lambda device: POINTER_ARCH)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed("shape, dtype", SHAPES, DTYPES)
 def test_as_the_device_has_it(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(shape, dtype)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
+from depth import crossed
 from interpreter import only_program
 from step_operands import NORMS, RAGGED, SIZES, STEP, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
@@ -33,12 +34,19 @@ def test_what_lies_beside_the_operands_counts_for_nothing(
     assert_accurate(alone.written, run_reference(case, case.sums), run_reference(exact, exact.sums))
 
 
-CASES = [(name, dtype, 2) for name in SIZES for dtype in DTYPES] + [("memory", torch.float32, n) for n in (1, 3)]
+@crossed("sizes, dtype", SIZES, DTYPES)
+def test_run(sizes: Sizes, dtype: torch.dtype) -> None:
+    check(sizes, dtype, 2)
 
 
-@pytest.mark.parametrize(("name", "dtype", "steps"), CASES)
-def test_run(name: str, dtype: torch.dtype, steps: int) -> None:
-    case = StepOperands.of(SIZES[name], dtype)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_shorter_and_longer_runs(steps: int) -> None:
+    check(SIZES["memory"], torch.float32, steps)
+
+
+def check(sizes: Sizes, dtype: torch.dtype, steps: int) -> None:
+    """Hold a run of so many steps against its reference."""
+    case = StepOperands.of(sizes, dtype)
     exact = case.exact()
     x = Guarded(case.x.shape, torch.float32, case.x)
     sums = case.sums[:steps]
