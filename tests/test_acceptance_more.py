@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import DIT, MLP, NO, SIGMA, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
+from depth import deep
+from diffusers_kinds import COG_2B, DIT, MLP, NO, SIGMA, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
 from diffusers_oracle import drive_replaying, replaying
 from fake_graphs import FakeGraphs
 from fake_runs import enable_over, over
@@ -49,7 +50,7 @@ def test_graphs_or_none_give_the_same_bits(kind: Kind, pipe: Any) -> None:
     assert not stats(model).eager
 
 
-@three
+@pytest.mark.parametrize("kind", [DIT, deep(SIGMA), deep(COG_2B)], ids=str)
 def test_torch_compile_gives_the_same_bits(kind: Kind, pipe: Any) -> None:
     """cache-dit#76, xDiT#719: compiled before it is enabled, or after."""
     ts, call = timesteps(pipe), kind.call(pipe)

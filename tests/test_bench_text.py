@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import deep
 from tiny import relative_error
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -39,7 +40,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return case_of(request.param)
 
 
-@pytest.mark.parametrize("rival", TEXT_RIVALS, ids=[rival.name for rival in TEXT_RIVALS])
+@pytest.mark.parametrize(
+    "rival", [(deep if "compile" in one.what else pytest.param)(one, id=one.name) for one in TEXT_RIVALS]
+)
 def test_every_rival_computes_the_method_again_and_again(rival: Rival, case: Case) -> None:
     if rival.missing:
         pytest.skip(f"needs {', '.join(rival.missing)}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DEVICE
+from depth import deep
 from diffusers_tiny import ROTARY, tiny_cogvideox, tiny_pixart
 from fake_graphs import FakeGraphs
 from test_engine_faults import ALLOCATIONS, no_memory
@@ -88,7 +89,7 @@ def run(model: nn.Module, plan: Plan, scale: float = 1.5, sampler: str = "ddim",
         return trajectory.x.cpu().clone()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("scale", [deep(1.0), 1.5])
 @pytest.mark.usefixtures("few_programs")
 def test_every_step_type_over_the_kernels(model: nn.Module, scale: float) -> None:
     plan = plan_of(model, MIXED)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import deep
 from fake_graphs import FakeGraphs
 from fake_runs import (
     ATTENTION,
@@ -82,14 +83,17 @@ def drop_in(graphs: FakeGraphs) -> tuple[list[bytes], Engine]:
     return bits(calls(model, JOB)), engine_of(model)
 
 
-@pytest.mark.parametrize(("run", "expected"), [(own, EXPECTED), (drop_in, ANSWERS)])
+@pytest.mark.parametrize(
+    ("run", "expected", "every"), [(own, EXPECTED, 1), (drop_in, ANSWERS, 5), deep(drop_in, ANSWERS, 1)]
+)
 def test_a_capture_that_fails_at_any_node_falls_back_for_that_work_alone(
     run: Callable[[FakeGraphs], tuple[list[bytes], Engine]],
     expected: list[bytes],
+    every: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     everything = []
-    for fatal in range(nodes(run)):
+    for fatal in range(0, nodes(run), every):
         everything.append(graphs := FakeGraphs(fail_at=fatal))
         with caplog.at_level(logging.WARNING, "ebcache_fast"):
             found, engine = run(graphs)

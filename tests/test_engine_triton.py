@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import DEVICE
+from depth import crossed
 from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
 
@@ -102,6 +103,7 @@ def test_fifty_cached_steps_in_float32() -> None:
     assert relative_error(ours, exact) <= 1e-5
 
 
+@pytest.mark.slow
 def test_fifty_cached_steps_in_float16() -> None:
     plan, half = fifty_steps(), model_in(torch.float16)
     exact = run(copy.deepcopy(half).double(), plan, ops.TORCH, CPU)  # the very weights
@@ -110,9 +112,14 @@ def test_fifty_cached_steps_in_float16() -> None:
     assert (ours - exact).abs().max() <= 2 * (own - exact).abs().max()
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-@pytest.mark.parametrize("sizes", [{}, {"learn_sigma": False}, {"in_channels": 3, "patch_size": 2, "input_size": 6}])
+SIZES: tuple[dict[str, object], ...] = (
+    {},
+    {"learn_sigma": False},
+    {"in_channels": 3, "patch_size": 2, "input_size": 6},
+)
+
+
+@crossed("sizes, scale, sampler", SIZES, [1.0, 1.5], ["ddpm", "ddim"])
 def test_every_step_type(sizes: dict[str, object], scale: float, sampler: str) -> None:
     plan = plan_of(MIXED, sampler, 0.95)
     exact = run(model_in(torch.float64, **sizes), plan, ops.TORCH, CPU, sampler, scale)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, THREE, Kind, table_of
+from depth import deep
+from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, Kind, table_of
 from diffusers_oracle import bare, replaying
 from tiny import relative_error
 from torch import Tensor
@@ -85,8 +86,11 @@ def follow(pipe: Any, draw: Draw, changes: dict[str, Change], *, again: bool = F
     assert torch.equal(draw(disable(pipe)), draw(other))
 
 
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("kind", THREE, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "again"),
+    [(DIT, False), (SIGMA, True), (COG_2B, False), deep(DIT, True), deep(SIGMA, False), deep(COG_2B, True)],
+    ids=str,
+)
 def test_adapters_of_layers(kind: Kind, again: bool) -> None:
     pipe, draw = bare(kind)
     follow(copy.deepcopy(pipe), draw, {"put there": injected, **LAYERS}, again=again)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DEVICE, draw
+from depth import deep
 from diffusers_kinds import COG_5B, DIT, SIGMA, Kind, ask, table_of, timesteps
 from step_operands import SIZES, StepOperands
 from tiny import relative_error
@@ -98,6 +99,17 @@ def test_the_first_half_of_the_mlp_reads_weights_as_they_lie(lay: Callable[[Tens
     assert torch.equal(*outs)
 
 
+OPERATIONS = pytest.mark.parametrize(
+    ("kind", "operations"),
+    [
+        *((kind, ops.TORCH) for kind in (DIT, SIGMA, COG_5B)),
+        (DIT, TRITON),
+        *(deep(kind, TRITON) for kind in (SIGMA, COG_5B)),
+    ],
+    ids=lambda one: getattr(one, "name", None),
+)
+
+
 @torch.no_grad()
 def drawn_as(kind: Kind, operations: ops.Operations, patch: pytest.MonkeyPatch, lay: Callable[[Any], None]) -> Tensor:
     """Drawn by a pipeline whose transformer was laid out anew before it was enabled."""
@@ -128,8 +140,7 @@ def to_channels_last(transformer: Any) -> None:
 
 
 @pytest.mark.parametrize("lay", [by_turns, to_channels_last])
-@pytest.mark.parametrize("operations", [ops.TORCH, TRITON], ids=lambda one: one.name)
-@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
+@OPERATIONS
 def test_pipelines_draw_the_same_however_their_weights_lie(
     kind: Kind, operations: ops.Operations, lay: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,8 +148,7 @@ def test_pipelines_draw_the_same_however_their_weights_lie(
     assert relative_error(drawn_as(kind, operations, monkeypatch, lay), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("operations", [ops.TORCH, TRITON], ids=lambda one: one.name)
-@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
+@OPERATIONS
 def test_calls_are_answered_however_their_tensors_lie(
     kind: Kind, operations: ops.Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:

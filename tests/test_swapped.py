@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import crossed
 from diffusers_kinds import COG_2B, DIT, NO, SIGMA, STEPS, Kind, ask, table_of, timesteps
 from diffusers_oracle import bare, replaying
 from dropin import TIMESTEPS, call, drive, fresh_model, latents, naive_drive, plan_of
@@ -258,8 +259,7 @@ def test_within_a_run_a_step_computes_everything_anew_and_is_counted(graphs: boo
 EMBEDDED = ("torch.sin", "torch.exp", "torch.arange", "diffusers.models.embeddings.get_timestep_embedding")
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B], ids=str)
+@crossed("kind, name", [DIT, SIGMA, COG_2B], EMBEDDED)
 def test_what_is_computed_as_a_run_begins_is_computed_again(kind: Kind, name: str) -> None:
     plain, _ = bare(kind)
     full = kind.pipeline()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import deep
 from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, Kind, ask, table_of
 from diffusers_oracle import bare, replaying
 from dropin import LABELS, TIMESTEPS, at, drive, fresh_model, guided_rows, latents, plan_of
@@ -147,12 +148,12 @@ def no_frames() -> None:
 FULL = dict(fullgraph=True)
 ORDERS = [
     (DIT, in_place, True, FULL),
-    (DIT, in_place, False, FULL),
-    (DIT, around, True, FULL),
-    (DIT, around, False, FULL),
-    (SIGMA, around, True, FULL | dict(dynamic=True)),
+    deep(DIT, in_place, False, FULL),
+    deep(DIT, around, True, FULL),
+    deep(DIT, around, False, FULL),
+    deep(SIGMA, around, True, FULL | dict(dynamic=True)),
     (SIGMA, in_place, False, {}),
-    (COG_2B, in_place, True, FULL),
+    deep(COG_2B, in_place, True, FULL),
     (COG_2B, around, False, FULL),
 ]
 
@@ -210,7 +211,15 @@ def test_a_function_around_it_breaks_there_or_is_told_why_it_cannot() -> None:
         drive(torch.compile(Around(), backend="eager", fullgraph=True), xs)
 
 
-def test_enabling_imports_no_compiler_and_whoever_compiles_later_is_served() -> None:
+COMPILED_LATER = """
+model.compile(backend="eager", fullgraph=True)
+assert all(map(torch.equal, drive(model, latents(model)), expected))
+assert sum(stats(model).steps.values()) == 2 * len(TIMESTEPS)
+"""
+
+
+@pytest.mark.parametrize("later", ["", deep(COMPILED_LATER)], ids=["as it is", "compiled later"])
+def test_enabling_imports_no_compiler_and_whoever_compiles_later_is_served(later: str) -> None:
     """In a process of its own: others have imported it here."""
     program = """
 import sys, torch
@@ -219,9 +228,6 @@ from ebcache_fast import enable, stats
 model = fresh_model()
 expected = drive(enable(model, plan_of()), latents(model))
 assert "torch._dynamo" not in sys.modules
-model.compile(backend="eager", fullgraph=True)
-assert all(map(torch.equal, drive(model, latents(model)), expected))
-assert sum(stats(model).steps.values()) == 2 * len(TIMESTEPS)
 """
     here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", program], cwd=here, env=None, check=True)
+    subprocess.run([sys.executable, "-c", program + later], cwd=here, env=None, check=True)
