@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
@@ -16,6 +17,7 @@ from ebcache_fast.errors import EBCacheError, InputError, TableError
 from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies import fora
+from ebcache_fast.policies.registry import POLICIES, Policy
 from ebcache_fast.samplers import make_sampler, sampler_over
 from ebcache_fast.table_file import is_npy, naming
 from ebcache_fast.table_set import TableSet, load_tables
@@ -44,12 +46,16 @@ def parse_method(text: str, setting: Setting) -> Method:
 
     ``MODULE:FUNCTION`` and ``FILE.py:FUNCTION`` are methods of the user's own: the function is called with the
     timesteps, in execution order, and the model's ModelShape, and returns a Plan or a CacheTable. Its code is run.
+    So is that of ``NAME`` or ``NAME:ARGUMENT`` where a package registered a policy of this name; it gets the argument
+    too, as it is written.
     """
     name, _, argument = text.rpartition(":") if ".py:" in text else text.partition(":")
-    if name not in METHODS and not argument.isidentifier():
-        raise InputError(f"method {text!r} is unknown; choose from {', '.join(USAGES)}")
     try:
-        return METHODS[name](argument, setting) if name in METHODS else _own(text, name, argument, setting)
+        if name in METHODS:
+            return METHODS[name](argument, setting)
+        if (policy := _policy(text, name, argument)) is not None:
+            return _called(text, text, _with(policy, argument), setting)
+        return _called(text, f"{argument} of {name}", partial(_own, name, argument), setting)
     except EBCacheError:
         raise
     except ValueError as error:
@@ -121,11 +127,30 @@ def _table(argument: str, setting: Setting) -> Method:
     )
 
 
-def _own(text: str, name: str, function: str, setting: Setting) -> Method:
-    """What a function of the user's own plans."""
+def _policy(text: str, name: str, argument: str) -> Policy | None:
+    """The registered policy of this name; None where the text may name a function instead."""
     try:
-        made = getattr(_module(name), function)(setting.timesteps, setting.shape)
-    except Exception as error:  # whatever other people's code raises
+        return POLICIES.find(name)
+    except TableError as error:
+        if argument.isidentifier():
+            return None
+        raise InputError(f"method {text!r} is unknown; choose from {', '.join(USAGES)}; {error}") from None
+
+
+def _with(policy: Policy, argument: str) -> Policy:
+    return (lambda timesteps, shape: policy(timesteps, shape, argument)) if argument else policy
+
+
+def _own(name: str, function: str, timesteps: tuple[int, ...], shape: ModelShape) -> object:
+    """What a function of the user's own returns."""
+    return getattr(_module(name), function)(timesteps, shape)
+
+
+def _called(text: str, title: str, policy: Policy, setting: Setting) -> Method:
+    """The method that other people's code makes."""
+    try:
+        made = policy(setting.timesteps, setting.shape)
+    except Exception as error:  # whatever it raises
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"method {text!r}: {type(error).__name__}: {first:.300}; name a function (timesteps, shape) -> Plan of a "
@@ -133,7 +158,7 @@ def _own(text: str, name: str, function: str, setting: Setting) -> Method:
         ) from error
     if not isinstance(made, Plan | CacheTable):
         raise InputError(f"method {text!r}: it returns {type(made).__name__!r}; return a Plan or a CacheTable")
-    return Method(f"{function} of {name}", _plan_of(made, text, setting), setting.sampler)
+    return Method(title, _plan_of(made, text, setting), setting.sampler)
 
 
 def _module(name: str) -> ModuleType:

@@ -27,7 +27,8 @@ def compare(
 
     Args:
         methods: any of no-cache, table:FILE_OR_NAME, fora:N, steps:N, eps-scale:B, and of your own MODULE:FUNCTION or
-            FILE.py:FUNCTION, a function (timesteps, shape) that returns a Plan or a CacheTable.
+            FILE.py:FUNCTION, a function (timesteps, shape) that returns a Plan or a CacheTable; or, as NAME or
+            NAME:ARGUMENT, a policy that an installed package registered.
         model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
         ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         image_size: 256 or 512, of a latent model.

@@ -1,4 +1,4 @@
-"""Rules by name: what a table's file may speak of, those of other packages too."""
+"""Rules by name, those of other packages too, so that a table's file can speak of them."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from functools import cached_property
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, Rule, SharedByGuidance, Tokens, Window
@@ -14,7 +14,7 @@ from ebcache_fast.plan.spans import KeepSpan, SkipSpan, SpanRule
 from ebcache_fast.plan.timesteps import MAX_INT, shown
 
 GROUP = "ebcache_fast.policies"  # of entry points; loading one registers what it has
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 AnyRule = Rule | SpanRule
 BUILT_IN: Mapping[str, type[Any]] = MappingProxyType(
     {
@@ -32,74 +32,63 @@ BUILT_IN: Mapping[str, type[Any]] = MappingProxyType(
 _OF_SITES = ("check", "emit", "runs_branch")
 _OF_SPANS = ("enter", "leave", "skips")
 
-_AnyRule = TypeVar("_AnyRule", bound=type[Any])
+_Thing = TypeVar("_Thing")
+_Given = TypeVar("_Given")
 
 
-class RuleRegistry:
-    """Rule classes by the names that files call them by.
+class Registry(Generic[_Thing]):
+    """Things by the names that files and command lines call them by; a class of its own for each kind of things.
 
     It changes while other packages are imported, as decorators have no other place to leave what they find. Entry
     points of the group `GROUP` are loaded once, and not before a name is asked for that nothing has registered; one
-    that fails is an error only then, so that a broken package can't spoil tables that need nothing of it.
+    that fails is an error only then, so that a broken package can't spoil what needs nothing of it.
     """
 
-    def __init__(self, rules: Mapping[str, type[Any]] = BUILT_IN) -> None:
-        self._rules: dict[str, type[Any]] = {}
-        for name, rule in rules.items():
-            self.register(name)(rule)
+    kind: ClassVar[str]
 
-    def register(self, name: str) -> Callable[[_AnyRule], _AnyRule]:
-        """Decorate a rule of sites or spans, a frozen dataclass of arguments that are int or str, to give it a name.
+    def __init__(self, things: Mapping[str, _Thing]) -> None:
+        self._things: dict[str, _Thing] = {}
+        for name, thing in things.items():
+            self.register(name)(thing)
 
-        Raises TableError for a name that is taken or malformed, and for a class that is no such rule.
+    def register(self, name: str) -> Callable[[_Given], _Given]:
+        """Decorate a thing of this kind to give it a name.
+
+        Raises TableError for a name that is taken or malformed, and for what is no such thing.
         """
 
-        def registered(rule: _AnyRule) -> _AnyRule:
+        def registered(thing: _Given) -> _Given:
             if NAME.fullmatch(name) is None:
-                raise TableError(f"rule {shown(name)}: expected a name of a-z, 0-9 and _ that begins with a letter")
-            _check_class(name, rule)
-            other = self._rules.get(name)
-            if other is not None and _origin(other) != _origin(rule):
                 raise TableError(
-                    f"rule {name!r}: the name is taken by {other.__module__}.{other.__qualname__}; register "
-                    f"{rule.__module__}.{rule.__qualname__} under another one"
+                    f"{self.kind} {shown(name)}: expected a name of a-z, 0-9, _ and - that begins with a letter"
                 )
-            self._rules[name] = rule
-            return rule
+            self.check(name, thing)
+            other = self._things.get(name)
+            if other is not None and _origin(other) != _origin(thing):
+                raise TableError(
+                    f"{self.kind} {name!r}: the name is taken by {_path(other)}; register {_path(thing)} under another "
+                    "one"
+                )
+            self._things[name] = thing  # type: ignore[assignment]
+            return thing
 
         return registered
 
-    def make(self, name: str, arguments: Mapping[str, object]) -> AnyRule:
-        """The rule of a name with these arguments; TableError, saying what is known, for one that there is not."""
-        if name not in self._rules:
-            problems = self._plugin_problems
-        if name not in self._rules:
-            broken = f"; {problems[0]}" if problems else ""
-            raise TableError(
-                f"rule {shown(name)} is unknown: expected one of {', '.join(sorted(self._rules))}; install the package "
-                f"that registers it{broken}"
-            )
-        rule = self._rules[name]
-        _check_arguments(name, arguments, rule)
-        try:
-            made: AnyRule = rule(**arguments)
-        except Exception as error:  # whatever other people's rules raise
-            raise TableError(f"rule {name!r}: {_line(error)}") from error
-        return made
+    def check(self, name: str, thing: object) -> None:
+        """Raise TableError for what is no such thing."""
+        raise NotImplementedError
 
-    def describe(self, rule: AnyRule) -> tuple[str, dict[str, int | str]]:
-        """Name and arguments of a rule, of which `make` makes an equal one; TableError for one without a name."""
-        name = next((name for name, known in self._rules.items() if known is type(rule)), None)
-        if name is None:
-            kind = type(rule)
+    def find(self, name: str) -> _Thing:
+        """What has this name; TableError, saying what is known, where nothing has."""
+        if name not in self._things:
+            problems = self._plugin_problems
+        if name not in self._things:
+            known = f"expected one of {', '.join(sorted(self._things))}" if self._things else "none is registered"
             raise TableError(
-                f"rule {kind.__module__}.{kind.__qualname__} has no name, expected one of "
-                f"{', '.join(sorted(self._rules))}; register it with register_rule(name)"
+                f"{self.kind} {shown(name)} is unknown: {known}; install the package that registers it"
+                + "".join(f"; {problem}" for problem in problems[:1])
             )
-        arguments = {argument: getattr(rule, argument) for argument in argument_types(type(rule))}
-        _check_arguments(name, arguments, type(rule))
-        defaults = _defaults(type(rule))
-        return name, {key: value for key, value in arguments.items() if value != defaults.get(key, MISSING)}
+        return self._things[name]
 
     @cached_property
     def _plugin_problems(self) -> tuple[str, ...]:
@@ -113,24 +102,58 @@ class RuleRegistry:
         return tuple(problems)
 
 
+class RuleRegistry(Registry[type[Any]]):
+    """Rules of sites and of spans: frozen dataclasses of arguments that are int or str."""
+
+    kind = "rule"
+
+    def __init__(self) -> None:
+        super().__init__(BUILT_IN)
+
+    def check(self, name: str, thing: object) -> None:
+        """Raise TableError for what is no such class."""
+        rule: Any = thing
+        is_frozen = getattr(getattr(rule, "__dataclass_params__", None), "frozen", False)
+        if not is_frozen or not any(all(hasattr(rule, each) for each in needed) for needed in (_OF_SITES, _OF_SPANS)):
+            raise TableError(
+                f"rule {name!r}: expected a frozen dataclass with {', '.join(_OF_SITES)}, or of spans with "
+                f"{', '.join(_OF_SPANS)}, got {shown(rule)}"
+            )
+        for argument, kind in argument_types(rule).items():
+            if kind not in (int, str) or argument == "rule":
+                raise TableError(
+                    f"rule {name!r}: expected arguments of int or str, none of them called rule, got {argument}: {kind}"
+                )
+
+    def make(self, name: str, arguments: Mapping[str, object]) -> AnyRule:
+        """The rule of a name with these arguments; TableError, saying what is known, for one that there is not."""
+        rule = self.find(name)
+        _check_arguments(name, arguments, rule)
+        try:
+            made: AnyRule = rule(**arguments)
+        except Exception as error:  # whatever other people's rules raise
+            raise TableError(f"rule {name!r}: {_line(error)}") from error
+        return made
+
+    def describe(self, rule: AnyRule) -> tuple[str, dict[str, int | str]]:
+        """Name and arguments of a rule, of which `make` makes an equal one; TableError for one without a name."""
+        name = next((name for name, known in self._things.items() if known is type(rule)), None)
+        if name is None:
+            kind = type(rule)
+            raise TableError(
+                f"rule {kind.__module__}.{kind.__qualname__} has no name, expected one of "
+                f"{', '.join(sorted(self._things))}; register it with register_rule(name)"
+            )
+        arguments = {argument: getattr(rule, argument) for argument in argument_types(type(rule))}
+        _check_arguments(name, arguments, type(rule))
+        defaults = _defaults(type(rule))
+        return name, {key: value for key, value in arguments.items() if value != defaults.get(key, MISSING)}
+
+
 def argument_types(rule: type[Any]) -> dict[str, type]:
     """The arguments of a rule's class, which are its fields, and their types."""
     hints = get_type_hints(rule)
     return {field.name: hints[field.name] for field in fields(rule)}
-
-
-def _check_class(name: str, rule: Any) -> None:
-    is_frozen = getattr(getattr(rule, "__dataclass_params__", None), "frozen", False)
-    if not is_frozen or not any(all(hasattr(rule, each) for each in needed) for needed in (_OF_SITES, _OF_SPANS)):
-        raise TableError(
-            f"rule {name!r}: expected a frozen dataclass with {', '.join(_OF_SITES)}, or of spans with "
-            f"{', '.join(_OF_SPANS)}, got {shown(rule)}"
-        )
-    for argument, kind in argument_types(rule).items():
-        if kind not in (int, str) or argument == "rule":
-            raise TableError(
-                f"rule {name!r}: expected arguments of int or str, none of them called rule, got {argument}: {kind}"
-            )
 
 
 def _check_arguments(name: str, arguments: Mapping[str, object], rule: type[Any]) -> None:
@@ -153,11 +176,15 @@ def _listed(arguments: Mapping[str, object]) -> str:
     return f"the arguments {', '.join(map(shown, sorted(arguments)))}" if arguments else "no argument"
 
 
-def _origin(rule: type[Any]) -> tuple[str, str, str]:
+def _origin(thing: Any) -> tuple[str, str]:
     """What stays the same where a module is run again; in a notebook each cell is a file of its own."""
-    does = getattr(rule, "emit", None) or getattr(rule, "enter", None)
-    code = None if rule.__module__ == "__main__" else getattr(does, "__code__", None)
-    return rule.__module__, rule.__qualname__, getattr(code, "co_filename", "")
+    does = getattr(thing, "emit", None) or getattr(thing, "enter", None) or thing
+    code = None if thing.__module__ == "__main__" else getattr(does, "__code__", None)
+    return _path(thing), getattr(code, "co_filename", "")
+
+
+def _path(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _line(error: BaseException) -> str:
