@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,25 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compile_cases(tmp_path_factory.mktemp("kernels"), "-m", "bench.kernel_resources")
 
 
+FEW = [f"{name} / DiT-XL/2 256 px, B=1, bfloat16" for name in ("2 residuals, norm", "sum for 3 steps", "head, DDPM")]
+
+
+def test_a_few_kernels_keep_to_their_limits(tmp_path: Path) -> None:
+    """On the oldest architecture and a new one; the rest is slow."""
+    few = compile_cases(tmp_path, "-m", "bench.kernel_resources", "--arch", "80", "100", "--only", *FEW)
+    assert (few.status, few.broken) == (0, [])
+    assert sorted((each["case"], each["arch"]) for each in few.resources) == sorted(product(FEW, (80, 100)))
+    assert all(each["fuses"] and each["shared_bytes"] <= each["shared_bound"] for each in few.resources)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_keep_to_their_limits(kernels: Compiled, arch: int) -> None:
     broken = [line for line in kernels.broken if f" / sm_{arch} / " in line]
     assert not broken, "\n".join(broken)
 
 
+@pytest.mark.slow
 def test_every_case_is_compiled_for_every_arch(kernels: Compiled) -> None:
     assert kernels.status == (1 if kernels.broken else 0)
     compiled: dict[str, set[int]] = {}
@@ -94,15 +108,18 @@ def test_every_case_is_compiled_for_every_arch(kernels: Compiled) -> None:
         assert missing == ({80, 86} if "float8" in name else {89} if name in WITH_MEMORY else set()), name
 
 
+@pytest.mark.slow
 def test_every_launcher_knows_how_much_shared_memory_its_kernel_takes_at_most(kernels: Compiled) -> None:
     """So that what does not fit a card is not launched there; that each bound holds is one of the limits."""
     assert all(each["shared_bytes"] <= each["shared_bound"] <= SHARED[each["arch"]] for each in kernels.resources)
 
 
+@pytest.mark.slow
 def test_the_environment_does_not_decide_what_is_fused(kernels: Compiled) -> None:
     assert all(each["fuses"] for each in kernels.resources)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100])
 def test_float8_costs_a_row_of_the_stream_hardly_a_register(kernels: Compiled, arch: int) -> None:
     size = "DiT-XL/2 256 px, B=1, bfloat16"
