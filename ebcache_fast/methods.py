@@ -143,7 +143,11 @@ def _with(policy: Policy, argument: str) -> Policy:
 
 def _own(name: str, function: str, timesteps: tuple[int, ...], shape: ModelShape) -> object:
     """What a function of the user's own returns."""
-    return getattr(_module(name), function)(timesteps, shape)
+    try:
+        module = _module(name)
+    except ModuleNotFoundError as error:  # perhaps it was to be a policy, of a package that is broken
+        raise ModuleNotFoundError("; ".join([str(error), *POLICIES.plugin_problems])) from error
+    return getattr(module, function)(timesteps, shape)
 
 
 def _called(text: str, title: str, policy: Policy, setting: Setting) -> Method:

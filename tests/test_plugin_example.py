@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.methods import METHODS, Setting, parse_method
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.plan import Plan
+from ebcache_fast.plan import Plan, registry
 from ebcache_fast.policies.registry import RESERVED, PolicyRegistry
 from ebcache_fast.presets import load_letters
 
@@ -51,6 +52,17 @@ def test_a_registered_policy_is_a_method(monkeypatch: pytest.MonkeyPatch) -> Non
         parse_method("half:bad", setting())
     with pytest.raises(InputError, match=r"^method 'third' is unknown; choose from no-cache, .*: expected one of half"):
         parse_method("third", setting())
+
+
+@pytest.mark.parametrize("text", ["broken", "broken:2", "broken:fast"])
+def test_a_policy_of_a_broken_package_says_what_broke(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other method goes on."""
+    entry = EntryPoint("theirs", "nobody_s.policies", "ebcache_fast.policies")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    monkeypatch.setattr("ebcache_fast.methods.POLICIES", PolicyRegistry())
+    with pytest.raises(InputError, match=rf"^method '{text}'.*entry point 'theirs' .* failed: ModuleNotFoundError: .*"):
+        parse_method(text, setting())
+    assert len(parse_method("fora:2", setting()).plan) == 4
 
 
 @pytest.mark.slow

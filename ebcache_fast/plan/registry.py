@@ -81,17 +81,17 @@ class Registry(Generic[_Thing]):
     def find(self, name: str) -> _Thing:
         """What has this name; TableError, saying what is known, where nothing has."""
         if name not in self._things:
-            problems = self._plugin_problems
+            problems = self.plugin_problems
         if name not in self._things:
             known = f"expected one of {', '.join(sorted(self._things))}" if self._things else "none is registered"
             raise TableError(
                 f"{self.kind} {shown(name)} is unknown: {known}; install the package that registers it"
-                + "".join(f"; {problem}" for problem in problems[:1])
+                + "".join(f"; {problem}" for problem in problems)
             )
         return self._things[name]
 
     @cached_property
-    def _plugin_problems(self) -> tuple[str, ...]:
+    def plugin_problems(self) -> tuple[str, ...]:
         """What went wrong where the entry points were loaded, which is done once, here."""
         problems = []
         for entry in entry_points(group=GROUP):
