@@ -202,6 +202,38 @@ def test_neighbours_of_slots_that_nobody_reads_are_none() -> None:
     assert added == [(names.RESIDUAL_NORM, [0]), (names.SUM, [2, 3, 4]), (names.RESIDUAL_NORM, [1]), (names.HEAD, [5])]
 
 
+def test_what_nobody_reads_shares_scratch_but_for_what_waits_at_the_same_time() -> None:
+    shapes = [SiteShape(i, Branch.MLP, 1, 1, is_parallel=i in (1, 2, 5)) for i in range(6)]
+    outputs, rest = [Slot.of(i) for i in range(6)], Slot.of(3, meaning=names.REST)
+    found = Memory(live=(outputs[1],), unread=(*outputs[:1], *outputs[2:], rest)).scratches(shapes)
+    assert found == {outputs[0]: 0, outputs[2]: 2, outputs[3]: 0, outputs[4]: 0, outputs[5]: 1, rest: 3}
+
+
+def test_tokens_are_taken_from_an_input_that_is_not_quantised() -> None:
+    sites = layered(1, (Branch.SELF_ATTN, Branch.MLP))
+    shapes = [SiteShape(site.layer, site.branch, 1, 1) for site in sites]
+    step = StepPlan(sites, (REUSE, Tokens(2)))
+    plan = Plan((StepPlan.uniform(StepType.NO_CACHE, sites), step), (1, 0))
+    quantised, plain = (
+        [launch.name for launch in lower(each, shapes, plan.memory, samples=True, float8=frozenset({0, 1}))]
+        for each in plan.steps
+    )
+    assert quantised.count(names.RESIDUAL_QUANTISE) == 2
+    assert names.RESIDUAL_NORM in plain
+    assert names.RESIDUAL_QUANTISE not in plain
+
+
+def test_what_one_launch_can_not_sum_is_no_run() -> None:
+    sites = layered(2, (Branch.SELF_ATTN, Branch.MLP))
+    kept = StepPlan(sites, (COMPUTE,) * 4, (KeepSpan(0, 1),))
+    step = StepPlan(sites, (REUSE,) * 4, (SkipSpan(0, 1),))
+    plan = Plan((kept, step), (1, 0))
+    shapes = [SiteShape(site.layer, site.branch, 1, 1) for site in sites]
+    program = lower(step, shapes, plan.memory, samples=True)
+    assert [launch.name for launch in program] == [names.EMBED, names.RESIDUAL, names.HEAD]
+    assert not plan.collapsing
+
+
 def test_a_program_can_be_read() -> None:
     assert str(program_of(StepPlan.uniform(StepType.NO_CACHE, XL))).splitlines() == [
         "embed_norm          0.self_attn",
