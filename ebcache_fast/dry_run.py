@@ -70,12 +70,13 @@ def dry_check(
         done.append(plan.steps[step] if is_next and step is not None else full)
         expected = expected if step is None else step + 1
     uncached = len(run) * max(plan.step_macs(shape))
+    reads = dict(zip(plan.steps, plan.reading, strict=True))
     costs = dict(zip(plan.steps, plan.step_macs(shape), strict=True))
     macs = sum(costs[one] for one in done)
     return DryCheck(
         steps=len(run),
         followed=followed,
-        hits=sum(plan.reads(one) for one in done),
+        hits=sum(reads[one] for one in done),
         unplanned=tuple(t for t in run if t not in step_at),
         planned=plan.timesteps,
         mac_limit=uncached / macs,

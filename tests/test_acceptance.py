@@ -108,17 +108,25 @@ def test_a_run_after_one_that_ended_after_any_step(kind: Kind, pipe: Any) -> Non
 
 @three
 def test_a_run_after_one_that_ended_early_of_who_promised_an_order(kind: Kind, pipe: Any) -> None:
-    """KJNodes#371, under in_order: at worst the call that breaks the promise is told so, and the next is right."""
+    """KJNodes#371, under in_order: at worst the call that breaks the promise is told so, and the next is right.
+
+    Its tensors may be another's from then on: the step where that one would go on is the model's own forward's.
+    """
     ts, call = timesteps(pipe), kind.call(pipe)
+    uncached = run_of(pipe, call)
     enable(pipe, table_of(pipe), in_order=True)
     expected = run_of(pipe, call)
     for step in range(1, STEPS):
         drive(pipe.transformer, call, ts[:step])
+        before = sum(stats(pipe).originals.values())
         try:
             ours = run_of(pipe, call)
         except TrajectoryError:
             ours = run_of(pipe, call)
-        assert torch.equal(ours, expected)
+        if sum(stats(pipe).originals.values()) == before:
+            assert torch.equal(ours, expected)
+        else:
+            assert relative_error(ours, expected) < 1.1 * relative_error(uncached, expected)
 
 
 @three

@@ -41,7 +41,7 @@ def run(model: Any, operations: ops.Operations | None = None) -> Tensor:
     """One uncached step of the engine, without guidance."""
     x, t, y = inputs(model)
     engine = Engine(model, operations=operations, make_graphs=no_graphs)
-    plan = Plan.uncached([int(t[0])], layered(engine.denoiser.shape.sites))
+    plan = Plan.uncached([int(t[0])], engine.denoiser.shape.sites)
     return engine.forward_run(plan, Batch(y, len(y), 0, tuple(x.shape[1:])), Ending.PREDICT).predict(0, x)
 
 

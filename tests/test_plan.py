@@ -277,6 +277,19 @@ def test_the_released_table_caps_the_speedup() -> None:
     assert round(plan.mac_limit(dit_xl2(256)), 3) == 1.469
 
 
+def test_former_forms_keep_working_for_one_release() -> None:
+    import ebcache_fast.plan as plans
+
+    with pytest.warns(DeprecationWarning, match="layered"):
+        former = Plan.from_types([NO_CACHE, MLP], (1, 0), 2, DIT, 0.9)  # type: ignore[arg-type]
+    assert former == Plan.from_types([NO_CACHE, MLP], (1, 0), layered(2, DIT), 0.9)
+    with pytest.warns(DeprecationWarning, match="COMPUTE and REUSE"):
+        assert plans.Action.REUSE is REUSE
+    with pytest.warns(DeprecationWarning, match="rule_at"):
+        assert former.steps[1].action(1, Branch.MLP) is REUSE
+    assert tuple(cost.branch for cost in TINY.branches) == DIT
+
+
 # Plan: what holds for all of them
 
 

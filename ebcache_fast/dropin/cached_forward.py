@@ -185,7 +185,7 @@ class CachedForward:
             self._take(self.choice.at(t))
         course = self.course
         step = self._scheduler.step_at(t) if course.is_followed else None
-        is_full = step is not None and course.plan.refreshes(course.plan.steps[step])
+        is_full = step is not None and course.plan.refreshing[step]
         key = (facts.labels, *self._kind_of(call))
         turn = self._runs.find(key, call.held, step, weights, numerics, is_full=is_full)
         if turn.verdict.why is not None:
@@ -247,7 +247,7 @@ class CachedForward:
             raise DeclinedError(str(error) if is_limit else "too little memory for the caches") from error
 
     def _release(self, run: RunState) -> None:
-        first = next((i for i, step in enumerate(self.plan.steps) if self.plan.reads(step)), len(self.plan))
+        first = next((i for i, reads in enumerate(self.plan.reading) if reads), len(self.plan))
         if not run.hits and run.calls > first and not self._is_idleness_told:
             self._is_idleness_told = True
             logging.getLogger(__name__).warning(
@@ -270,7 +270,7 @@ class CachedForward:
         if step is None:
             out = trajectory.refresh_at(t, call.x)
         else:
-            run.hits += follows and plan.reads(plan.steps[step])
+            run.hits += follows and plan.reading[step]
             out = trajectory.predict(step, call.x, is_refresh=not follows)
         if velocity is not None:  # which the engine can't scale, as it knows no schedule
             velocity.apply(out, call.x, t)

@@ -64,3 +64,13 @@ __all__ = [
     "shown",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> type:
+    """Former names, with a DeprecationWarning."""
+    if name == "Action":
+        from ebcache_fast.plan.former import Action, say
+
+        say("ebcache_fast.plan.Action", "COMPUTE and REUSE")
+        return Action
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import Self
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.costs import branch_macs, branch_weights
 from ebcache_fast.plan.factors import factors_of
+from ebcache_fast.plan.former import sites_of
 from ebcache_fast.plan.lowering import bare, draft, lower, verify
 from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.model_shape import ModelShape
@@ -54,11 +55,13 @@ class Plan:
         timesteps: Iterable[float],
         sites: tuple[Site, ...],
         eps_scale: float = 1.0,
+        *former: float,
     ) -> Self:
         """The plan whose steps each treat all layers of a model of these sites alike; sequences in execution order.
 
         Raises TableError too for a type that speaks of a branch which the layers lack.
         """
+        sites, eps_scale = sites_of(sites, eps_scale, *former)
         types = tuple(step_types)
         uniform = {step_type: StepPlan.uniform(step_type, sites) for step_type in dict.fromkeys(types)}
         return cls(tuple(uniform[step_type] for step_type in types), tuple(timesteps), eps_scale)
@@ -92,14 +95,16 @@ class Plan:
         """The factor of each extra term of the memory, at each step."""
         return factors_of(map(self._drafts.__getitem__, self.steps), self.memory.extra)
 
-    def refreshes(self, step: StepPlan) -> bool:
-        """Whether a step reads nothing that is kept, and fills every slot that some step reads: it can begin a run."""
-        program = self._drafts[step]
-        return not program.reads and program.writes.issuperset(self.memory.live)
+    @cached_property
+    def refreshing(self) -> tuple[bool, ...]:
+        """True for each step that a run can begin with: it reads nothing kept, and fills all that others read."""
+        programs, live = map(self._drafts.__getitem__, self.steps), self.memory.live
+        return tuple(not program.reads and program.writes.issuperset(live) for program in programs)
 
-    def reads(self, step: StepPlan) -> bool:
-        """Whether a step reads anything that is kept."""
-        return bool(self._drafts[step].reads)
+    @cached_property
+    def reading(self) -> tuple[bool, ...]:
+        """True for each step that reads anything that is kept."""
+        return tuple(bool(self._drafts[step].reads) for step in self.steps)
 
     @cached_property
     def collapsing(self) -> frozenset[StepPlan]:

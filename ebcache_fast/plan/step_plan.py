@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Self
 
 from ebcache_fast.errors import TableError
+from ebcache_fast.plan.former import say
 from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
 from ebcache_fast.plan.sites import Branch, Site, branch_names, layered
 from ebcache_fast.plan.spans import SpanRule
@@ -142,6 +143,11 @@ class StepPlan:
     def computes_nothing(self) -> bool:
         """Whether no branch runs, so that all layers collapse into one sum over gated slots."""
         return not self.computed
+
+    def action(self, layer: int, branch: Branch) -> Rule:
+        """`rule_at`, by its former name."""
+        say("StepPlan.action", "StepPlan.rule_at")
+        return self.rule_at(layer, branch)
 
     def rule_at(self, layer: int, branch: Branch) -> Rule:
         """What this step does at one site."""
