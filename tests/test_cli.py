@@ -290,6 +290,21 @@ def test_table_show(name: str, run: Run) -> None:
     assert f"{len(table)} steps, timesteps {table.timesteps[0]} to {table.timesteps[-1]}" in out
 
 
+def test_table_show_of_programs(run: Run) -> None:
+    sites = len(as_denoiser(letters().model).shape.sites)
+    code, out, err = run("table show fora-3-50 --program")
+    assert (code, err) == (0, "")
+    lines = [line.rstrip() for line in out.splitlines()]
+    full = lines.index(f"NO_CACHE: runs 18 times; {sites + 1} launches and {sites} branches")
+    assert " multiply-accumulates (one guidance branch), at least " in lines[full + 1]
+    assert lines[full + 2 : full + 4] == ["  embed_norm          0.self_attn", "  branch              0.self_attn"]
+    pair = lines.index("2 x ATTN_MLP: runs 16 times; 2 launches and 0 branches")
+    assert lines[pair + 2] == f"  sums                + 0.self_attn .. {sites // 2 - 1}.mlp ({sites})  x 2"
+    assert lines[-1].startswith(f"2 programs, each one graph; {sites} slots are kept, ")
+    code, _, err = run("table show letters-ddim-20-2.5x --program --model DiT-tiny")
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_table_show_of_a_file_says_what_it_is_for(run: Run, tmp_path: Path) -> None:
     spec = SamplerSpec(name="ddim", steps=5, train_steps=1000)
     types = [NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE, MLP]

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fallback",),
     ("models", "samplers", "policies"),
     ("engine", "room"),
-    ("sampling", "profiling"),
+    ("sampling", "profiling", "program_report"),
     ("algorithm1",),
     ("calibration_progress", "calibration_target"),
     ("calibration_voting",),

@@ -6,17 +6,32 @@ from typing import Literal
 from tyro.conf import Positional
 
 
-def show_table(source: Positional[str]) -> None:
+def show_table(
+    source: Positional[str],
+    program: bool = False,
+    model: str = "letters",
+    image_size: int = 256,
+    num_classes: int = 1000,
+) -> None:
     """Print a Cache Table: its steps as a strip, what it is for, where it comes from.
 
     Args:
         source: a .json file of one table or several, or the name of one that comes with the package.
+        program: also its distinct programs, what each step launches on a model, how often each runs and what it costs.
+        model: of the programs: "letters", the bundled one, or an original DiT such as DiT-XL/2.
+        image_size: 256 or 512, of a latent model.
+        num_classes: of a latent model.
     """
     from ebcache_fast import console
     from ebcache_fast.methods import open_tables
+    from ebcache_fast.presets import shape_of
+    from ebcache_fast.program_report import programs_shown
 
     for table in open_tables(source).tables:
         console.print_table(table)
+        if program:
+            print()
+            print("\n".join(programs_shown(table.plan(shape := shape_of(model, image_size, num_classes)), shape)))
 
 
 def check_table(
