@@ -76,5 +76,5 @@ setup(
             "peft>=0.17",  # LoRA, as they load it
         ],
     },
-    entry_points={"console_scripts": ["ebcache-fast = ebcache_fast.cli:main"]},
+    entry_points={"console_scripts": ["ebcache-fast = ebcache_fast.apps.cli:main"]},
 )

@@ -27,11 +27,11 @@ import torch
 
 from bench.host_cost import CFG_SCALE, LATENTS, STEPS, EmptyEngine, make_model
 from ebcache_fast import enabled
+from ebcache_fast.apps.report import machine
 from ebcache_fast.dropin import cached_forward
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import Guidance
-from ebcache_fast.report import machine
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from ebcache_fast.compare import Method, run_methods
-from ebcache_fast.demo import tables_of
-from ebcache_fast.methods import Setting, open_table
+from ebcache_fast.apps.bundled import labels_in_turn, load_letters
+from ebcache_fast.apps.compare import Method, run_methods
+from ebcache_fast.apps.demo import tables_of
+from ebcache_fast.apps.method_spec import Setting, open_table
+from ebcache_fast.apps.report import machine
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.presets import labels_in_turn, load_letters
-from ebcache_fast.report import machine
 
 OUT = Path(__file__).resolve().parent / "results" / "cpu-speedup.json"
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from ebcache_fast import Engine, EngineOptions
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.apps.bundled import labels_in_turn, load_letters
+from ebcache_fast.apps.quality import paired_error, recognised
+from ebcache_fast.apps.report import machine
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import split
 from ebcache_fast.plan import Plan
-from ebcache_fast.presets import labels_in_turn, load_letters
-from ebcache_fast.quality import paired_error, recognised
-from ebcache_fast.report import machine
 from ebcache_fast.samplers import trajectory_noise
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, resolve_run
 
@@ -61,10 +61,10 @@ def predictions(engine: Engine, plan: Plan, labels: Tensor, latents: list[Tensor
     guidance, channels = Guidance(DEFAULT_CFG_SCALE), latents[0].shape[1]
     row_labels = guidance.row_labels(engine.denoiser, labels)
     batch = Batch(row_labels, len(labels), guidance.channels, engine.denoiser.latent_shape)
-    running = engine.forward_run(plan, batch, Ending.PREDICT)
+    running = engine.forward_run(plan, batch, Tail())
     running.guide(DEFAULT_CFG_SCALE)
     found = [split(running.predict(i, x), len(labels), channels).eps for i, x in enumerate(latents)]
-    engine.release(running.place)
+    engine.release(running.buffer_set)
     return found
 
 

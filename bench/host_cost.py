@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast import enabled
+from ebcache_fast.apps.report import machine
 from ebcache_fast.dropin import cached_forward, eligibility
 from ebcache_fast.engine.engine import Engine
-from ebcache_fast.engine.fingerprint import Fingerprint, Watch
 from ebcache_fast.engine.graphs import Graph
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.module_watch import ModuleState, Watch
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import Branch, Plan, StepType, layered
-from ebcache_fast.report import machine
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 OUT = Path(__file__).resolve().parent / "results" / "host-cost.json"
@@ -78,7 +78,7 @@ class TimedWatch(Watch):
 
     seconds = 0.0
 
-    def look(self) -> Fingerprint:
+    def look(self) -> ModuleState:
         start = time.perf_counter()
         found = super().look()
         self.seconds = time.perf_counter() - start
@@ -90,7 +90,7 @@ class KnowingWatch(Watch):
 
     seconds = 0.0
 
-    def look(self) -> Fingerprint:
+    def look(self) -> ModuleState:
         return self._seen or super().look()
 
 

@@ -26,8 +26,8 @@ from ebcache_fast.kernels.head import head_predict, head_update
 from ebcache_fast.kernels.linear_gelu import linear_gelu
 from ebcache_fast.kernels.run import run_update
 from ebcache_fast.kernels.tokens import gather_tokens, scatter_tokens
-from ebcache_fast.operands import Linear
-from ebcache_fast.ops import triton_operations
+from ebcache_fast.ops.operands import Linear
+from ebcache_fast.ops.operations import triton_operations
 
 Call = Callable[[KernelOperands], None]
 
@@ -178,7 +178,7 @@ def _case(name: str, model: ModelSizes, samples: int, dtype: torch.dtype, archs:
 
 def _launch_early(name: str, device: torch.device) -> None:
     operands = KernelOperands(XL_256, 1, torch.bfloat16, device)
-    operations = triton_operations(dependent_launch=True)
+    operations = triton_operations(pdl=True)
     launchers = {name: launcher for name, launcher in vars(operations).items() if name in globals()}
     with patch.multiple(__name__, **launchers):
         CALLS[name](operands)

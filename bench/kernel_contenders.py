@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import kernel_cases
 from bench.kernel_operands import KernelOperands, ModelSizes
-from ebcache_fast import ops, reference
 from ebcache_fast.engine.graphs import CudaGraphs, Graph
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops import reference
 
 TINY = ModelSizes("tiny", side=4, channels=3, patch=2, width=32, hidden=64, heads=2, slots=2)  # for an interpreter
 

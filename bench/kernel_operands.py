@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Quantised, Update
+from ebcache_fast.ops.operands import Advance, GuidanceArgs, Linear, Norm, Patches, Quantised, StepIndex, Update
 
 STEPS = 50
 
@@ -55,7 +55,7 @@ class KernelOperands:
         conditions = torch.arange(samples, dtype=torch.int32, device=device)
         step = torch.ones(1, dtype=torch.int32, device=device)
         row_of = torch.cat([conditions, torch.full_like(conditions, samples)])
-        self.at = At(step, row_of, Advance(torch.zeros_like(step), 1))
+        self.at = StepIndex(step, row_of, Advance(torch.zeros_like(step), 1))
         self.patches = Patches(
             self.draw(model.width, model.channels, model.patch, model.patch),
             self.draw(model.width),
@@ -63,7 +63,7 @@ class KernelOperands:
         )
         self.linear = Linear(self.draw(features, model.width), self.draw(features))
         settings = torch.tensor([1.5, 0.98], device=device)
-        self.guide = Guide(settings, 3, model.channels, copies=2)
+        self.guide = GuidanceArgs(settings, 3, model.channels, copies=2)
         noise = self.draw(STEPS, *latents, dtype=torch.float32)
         self.update = Update(self.draw(STEPS, 6, dtype=torch.float32), noise)
         self.solver_update = Update(

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
-from ebcache_fast import ops
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.kernels import embed, gated_residual, gated_sum, head, launch, linear_gelu, run, tokens
 from ebcache_fast.models import as_denoiser
+from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 

@@ -22,24 +22,25 @@ import torch
 from torch import Tensor
 
 from bench.default_model.calibrate_tables import SCHEDULES, all_tables
-from ebcache_fast import ops, sample
-from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.compare import Method, equal_cost_methods
-from ebcache_fast.engine.feature_cache import FeatureCache, every_output
+from ebcache_fast import sample
+from ebcache_fast.apps.bundled import Preset, labels_in_turn, load_letters
+from ebcache_fast.apps.compare import Method, equal_cost_methods
+from ebcache_fast.apps.quality import paired_error, score
+from ebcache_fast.apps.report import machine
+from ebcache_fast.engine.cache import FeatureCache, every_output
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.runner import Runner
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops.update import sampler_update
 from ebcache_fast.plan import Plan, lower
+from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.policies import fora
-from ebcache_fast.presets import Preset, labels_in_turn, load_letters
-from ebcache_fast.quality import paired_error, score
-from ebcache_fast.report import machine
-from ebcache_fast.sampler_step import sampler_update
 from ebcache_fast.samplers import make_sampler, trajectory_noise
+from ebcache_fast.samplers.schedule import NoiseSchedule, respaced_timesteps
 
 Task = tuple[str, dict[str, Any], int, int]  # question, setting, seed, samples
 BATCH = 104
@@ -215,7 +216,7 @@ class Guided:
         self.modulation = ModulationTable.of(denoiser, plan.timesteps, rows)
         guide = guidance.guide(denoiser, plan.eps_scale, torch.float32)
         workspace = Workspace(torch.bfloat16, torch.device("cpu"))
-        self._runner = Runner(denoiser, ops.TORCH, self.modulation, guide, workspace, constants=workspace)
+        self._runner = Runner(denoiser, ops.TORCH, self.modulation, guide, workspace, per_run=workspace)
 
     @torch.no_grad()
     def predict(self, i: int, x: Tensor, cache: FeatureCache) -> Prediction:

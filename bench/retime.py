@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ebcache_fast import CacheTable, calibrate, sample
+from ebcache_fast.apps.bundled import labels_in_turn, load_letters
+from ebcache_fast.apps.quality import paired_error
+from ebcache_fast.apps.report import machine
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule, respaced_timesteps
 from ebcache_fast.plan import StepType
-from ebcache_fast.presets import labels_in_turn, load_letters
-from ebcache_fast.quality import paired_error
-from ebcache_fast.report import machine
 from ebcache_fast.samplers import Sampler, sampler_over
+from ebcache_fast.samplers.schedule import TRAIN_STEPS, NoiseSchedule, respaced_timesteps
 
 OUT = Path(__file__).resolve().parent / "results" / "retime.json"
 STEPS, MOVED = (10, 12, 20, 30), 20

@@ -14,7 +14,7 @@ from torch import nn
 from bench.ceilings import Ceilings
 from bench.kernel_contenders import Work
 from bench.marks import mark, seconds_between
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.apps.bundled import load_letters
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import cuda_graphs, no_graphs
@@ -23,7 +23,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.models import DIT_MODELS, as_denoiser
 from ebcache_fast.plan import ModelShape, Plan, StepType
-from ebcache_fast.presets import load_letters
+from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.samplers import make_sampler
 
 NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
@@ -86,7 +86,7 @@ def kind_of(dispatch: Dispatch) -> str:
 
 def work_of(dispatch: Dispatch, plan: Plan, shape: ModelShape, rows: int, itemsize: int) -> Work:
     """The least that a dispatch must do: the modulation is computed before, and a run reads the cache once."""
-    sizes = dict(shape.fingerprint)
+    sizes = dict(shape.sizes)
     ends = sizes["patch_size"] ** 2 * (sizes["in_channels"] + sizes["out_channels"]) * shape.width
     bare = replace(shape, fixed_macs=ends * shape.tokens, fixed_weights=ends)
     step = plan.steps.index(dispatch.plan)

@@ -12,7 +12,7 @@ from bench.rivals.case import Case
 from bench.rivals.race import needed_bytes, weight_bytes
 from bench.rivals.rival import Rival
 from bench.step_cases import EVERY_KIND, plan_from
-from ebcache_fast.models import CogVideoXContext, Context, PixArtContext, as_denoiser
+from ebcache_fast.models import CogVideoXConditioning, Conditioning, PixArtConditioning, as_denoiser
 
 ROWS = 2  # of one guided sample
 SAMPLER = "ddim"
@@ -28,23 +28,23 @@ class TextModel:
     kind: str  # its class
     sizes: Mapping[str, Any]
     tiny: Mapping[str, Any]
-    context_of: Callable[[Any], Context]  # of the model, for `ROWS`
+    context_of: Callable[[Any], Conditioning]  # of the model, for `ROWS`
 
 
-def pixart_context(model: Any) -> PixArtContext:
+def pixart_context(model: Any) -> PixArtConditioning:
     """A prompt and an empty one, padded."""
     weight = model.proj_out.weight
     text = torch.randn(ROWS, PIXART_TEXT, model.config.caption_channels, dtype=weight.dtype, device=weight.device)
     lengths = torch.tensor([[PROMPT], [1]], device=weight.device)
     mask = torch.arange(PIXART_TEXT, device=weight.device) < lengths
-    return PixArtContext(text, mask.to(torch.int64))
+    return PixArtConditioning(text, mask.to(torch.int64))
 
 
-def cogvideox_context(model: Any) -> CogVideoXContext:
+def cogvideox_context(model: Any) -> CogVideoXConditioning:
     """A prompt and an empty one, of which the padding is seen as well."""
     weight, config = model.proj_out.weight, model.config
     sizes = ROWS, config.max_text_seq_length, config.text_embed_dim
-    return CogVideoXContext(torch.randn(sizes, dtype=weight.dtype, device=weight.device))
+    return CogVideoXConditioning(torch.randn(sizes, dtype=weight.dtype, device=weight.device))
 
 
 def _sigma(px: int) -> TextModel:

@@ -1,9 +1,9 @@
 """EB-Cache for diffusion transformers: a precomputed Cache Table, fused operations, one graph per type of step."""
 
 from ebcache_fast._version import __version__
-from ebcache_fast.attach import disable, enable, enabled, stats
-from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.dry_run import DryCheck, dry_check
+from ebcache_fast.calibration.pipeline import calibrate
+from ebcache_fast.dropin.dry_run import DryCheck, dry_check
+from ebcache_fast.dropin.enable import disable, enable, enabled, stats
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import (
@@ -14,10 +14,13 @@ from ebcache_fast.errors import (
     TableError,
     TrajectoryError,
 )
-from ebcache_fast.pipeline_calibration import calibrate
+from ebcache_fast.former import install
 from ebcache_fast.plan import Plan, StepType
+from ebcache_fast.plan.table import CacheTable
+from ebcache_fast.plan.table_set import TableSet, load_tables
 from ebcache_fast.sampling import sample
-from ebcache_fast.table_set import TableSet, load_tables
+
+install()
 
 __all__ = [
     "CacheTable",

@@ -2,7 +2,7 @@
 
 import sys
 
-from ebcache_fast.cli import main
+from ebcache_fast.apps.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

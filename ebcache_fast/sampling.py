@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS, Guidance
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import Denoiser
-from ebcache_fast.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from ebcache_fast.plan import Plan
+from ebcache_fast.plan.table import CacheTable, SamplerSpec
+from ebcache_fast.plan.table_set import TableSet
 from ebcache_fast.samplers import Sampler, make_sampler, sampler_over, trajectory_noise
-from ebcache_fast.table_set import TableSet
+from ebcache_fast.samplers.schedule import TRAIN_STEPS, NoiseSchedule
 
 DEFAULT_STEPS = 50
 DEFAULT_SAMPLER = "ddpm"

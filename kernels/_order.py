@@ -6,13 +6,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def begin(EARLY: tl.constexpr):
+def begin(PDL: tl.constexpr):
     """Before any load or store of a kernel that is launched while the one before it still runs: wait for its results.
 
     Its own successor may be launched from here on; that waits for all of this kernel in turn. Source: CUDA C++
     Programming Guide, "Programmatic Dependent Launch and Synchronization".
     """
-    if EARLY:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
 

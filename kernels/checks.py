@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Quantised, Update
+from ebcache_fast.ops.operands import GuidanceArgs, Linear, Norm, Patches, Quantised, StepIndex, Update
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Weights = TypeVar("Weights", Linear, Patches)
@@ -128,7 +128,7 @@ def norm(h: Tensor, what: Norm, *gates: Tensor) -> tuple[int, int]:
     return vectors(h, what.shift, what.scale, *gates)
 
 
-def at(h: Tensor, where: At) -> None:
+def at(h: Tensor, where: StepIndex) -> None:
     """The step and what advances, (1,) int32, and each batch row's condition, (R,) int32, on h's device."""
     tensors = [("step", where.step, 1), ("row_of", where.row_of, len(h))]
     if where.advance is not None:
@@ -150,7 +150,7 @@ def branch_count(branches: Sequence[Tensor], gates: Sequence[Tensor], most: int)
         )
 
 
-def samples(h: Tensor, guide: Guide) -> int:
+def samples(h: Tensor, guide: GuidanceArgs) -> int:
     """How many samples h's rows are of."""
     if guide.copies not in (1, 2) or len(h) % guide.copies:
         raise InputError(f"{len(h)} rows are not {guide.copies} a sample; it must be 1, or 2 under guidance, of each")
@@ -190,7 +190,7 @@ def patches(h: Tensor, embedding: Patches, x: Tensor) -> int:
     return patch
 
 
-def head(h: Tensor, linear: Linear, guide: Guide, image: Tensor) -> tuple[int, int]:
+def head(h: Tensor, linear: Linear, guide: GuidanceArgs, image: Tensor) -> tuple[int, int]:
     """The patch size and the output's channels: those of eps, and perhaps as many of the variance."""
     patch = patch_size(h, image)
     channels = len(linear.weight) // patch**2
@@ -206,16 +206,14 @@ def head(h: Tensor, linear: Linear, guide: Guide, image: Tensor) -> tuple[int, i
 
 def update(what: Update, x: Tensor) -> None:
     """A sampler's coefficients, (S, 6) or with a memory (S, 9), its noise (S, B, C, H, W), or None, and its memory."""
-    width = 6 if what.previous is None else 9
-    if what.rows.ndim != 2 or what.rows.shape[1] != width or what.rows.dtype != torch.float32:
-        raise InputError(
-            f"sampler rows of shape {tuple(what.rows.shape)}, {what.rows.dtype} must be (S, {width}) float32"
-        )
-    if not what.rows.is_contiguous():
-        raise InputError(f"sampler rows with strides {what.rows.stride()} are not contiguous; pass .contiguous()")
-    same_device(what.rows, x)
+    rows, width = what.coefficients, 6 if what.previous is None else 9
+    if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != torch.float32:
+        raise InputError(f"coefficients of shape {tuple(rows.shape)}, {rows.dtype} must be (S, {width}) float32")
+    if not rows.is_contiguous():
+        raise InputError(f"coefficients with strides {rows.stride()} are not contiguous; pass .contiguous()")
+    same_device(rows, x)
     if what.noise is not None:
-        latents(what.noise, x, (len(what.rows), *x.shape))
+        latents(what.noise, x, (len(rows), *x.shape))
     if what.previous is not None:
         latents(what.previous, x, x.shape)
 

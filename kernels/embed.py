@@ -16,7 +16,7 @@ from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import embedded, pixels
 from ebcache_fast.kernels._stream import merge_statistics, modulate, vector_offsets
-from ebcache_fast.operands import At, Norm, Patches
+from ebcache_fast.ops.operands import Norm, Patches, StepIndex
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def _patches(x, sample, token, size, T, C: tl.constexpr, P: tl.constexpr, E: tl.
     return latents, token < T, element
 
 
-def embed(x: Tensor, patches: Patches, h: Tensor, *, early: bool = False) -> None:
-    """Write the tokens of x (B, C, H, W) float32 into h (R, T, D); see `ebcache_fast.reference.embed`.
+def embed(x: Tensor, patches: Patches, h: Tensor, *, pdl: bool = False) -> None:
+    """Write the tokens of x (B, C, H, W) float32 into h (R, T, D); see `ebcache_fast.ops.reference.embed`.
 
     Raises InputError for what `checks` refuses.
     """
@@ -102,7 +102,7 @@ def embed(x: Tensor, patches: Patches, h: Tensor, *, early: bool = False) -> Non
             C=x.shape[1],
             P=patch,
             COPIES=copies,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             E=elements,
@@ -112,7 +112,7 @@ def embed(x: Tensor, patches: Patches, h: Tensor, *, early: bool = False) -> Non
 
 
 def embed_norm_modulate(
-    x: Tensor, patches: Patches, norm: Norm, at: At, h: Tensor, u: Tensor, *, early: bool = False
+    x: Tensor, patches: Patches, norm: Norm, at: StepIndex, h: Tensor, u: Tensor, *, pdl: bool = False
 ) -> None:
     """`embed` into h, and the first branch's input into u; see the reference of this name.
 
@@ -140,7 +140,7 @@ def embed_norm_modulate(
             C=x.shape[1],
             P=patch,
             COPIES=copies,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             E=elements,

@@ -21,7 +21,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._stream import modulate, residual, vector_offsets
-from ebcache_fast.operands import At, Norm, Quantised
+from ebcache_fast.ops.operands import Norm, Quantised, StepIndex
 
 MAX_BRANCHES = 2
 LARGEST_FLOAT8 = tl.constexpr(448.0)  # of e4m3
@@ -98,9 +98,9 @@ def _norm_kernel(
 
 
 def gated_residual(
-    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: At, *, early: bool = False
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], at: StepIndex, *, pdl: bool = False
 ) -> None:
-    """``h += sum_k gates[k] * branches[k]`` in place; see `ebcache_fast.reference.gated_residual`.
+    """``h += sum_k gates[k] * branches[k]`` in place; see `ebcache_fast.ops.reference.gated_residual`.
 
     Raises InputError for no branch, more than two, and what `checks` refuses.
     """
@@ -124,7 +124,7 @@ def gated_residual(
             rows * tokens,
             tokens,
             width,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=cols,
             num_warps=chosen.warps,
@@ -137,17 +137,17 @@ def gated_residual_norm_modulate(
     branches: Sequence[Tensor],
     gates: Sequence[Tensor],
     norm: Norm,
-    at: At,
+    at: StepIndex,
     u: Tensor,
     *,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
     """`gated_residual` on h, its modulated LayerNorm into u; see the reference of this name.
 
     Raises InputError for more than two branches and what `checks` refuses.
     """
     checks.alike(u, h, h.shape)
-    _launch_norm(h, branches, gates, norm, at, u, None, early)
+    _launch_norm(h, branches, gates, norm, at, u, None, pdl)
 
 
 def gated_residual_norm_quantise(
@@ -155,17 +155,17 @@ def gated_residual_norm_quantise(
     branches: Sequence[Tensor],
     gates: Sequence[Tensor],
     norm: Norm,
-    at: At,
+    at: StepIndex,
     u: Quantised,
     *,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
     """`gated_residual_norm_modulate` into float8; see the reference of this name. From compute capability 8.9.
 
     Raises InputError as that does.
     """
     checks.quantised(u, h)
-    _launch_norm(h, branches, gates, norm, at, u.values, u.scales, early)
+    _launch_norm(h, branches, gates, norm, at, u.values, u.scales, pdl)
 
 
 def _launch_norm(
@@ -173,10 +173,10 @@ def _launch_norm(
     branches: Sequence[Tensor],
     gates: Sequence[Tensor],
     norm: Norm,
-    at: At,
+    at: StepIndex,
     u: Tensor,
     scales: Tensor | None,
-    early: bool,
+    pdl: bool,
 ) -> None:
     """Launch the kernel; without scales u is written as it is."""
     norm = checks.norm_weights(norm)
@@ -200,7 +200,7 @@ def _launch_norm(
             rows * tokens,
             tokens,
             width,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             MAIN=main,
             REST=rest,

@@ -17,7 +17,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._stream import load, vector_offsets
-from ebcache_fast.operands import At
+from ebcache_fast.ops.operands import StepIndex
 
 MAX_STEPS = 3
 
@@ -61,8 +61,10 @@ def _sum_kernel(
         tl.store(sums + 2 * slot_size + offsets, third, mask=keep)
 
 
-def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: Tensor, *, early: bool = False) -> None:
-    """Write the gated sums of ``len(sums)`` coming steps; see `ebcache_fast.reference.gated_sum`.
+def gated_sum(
+    slots: Tensor, gates: Tensor, at: StepIndex, base: Tensor | None, sums: Tensor, *, pdl: bool = False
+) -> None:
+    """Write the gated sums of ``len(sums)`` coming steps; see `ebcache_fast.ops.reference.gated_sum`.
 
     slots (K, R, T, D), gates (S, K, U, D), base (R, T, D) or None, sums (n, R, T, D). Raises InputError for more than
     three steps at once and what `checks` refuses.
@@ -97,7 +99,7 @@ def gated_sum(slots: Tensor, gates: Tensor, at: At, base: Tensor | None, sums: T
             width,
             STEPS=steps,
             BASE=base is not None,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             STAGES=chosen.stages,

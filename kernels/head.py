@@ -21,7 +21,7 @@ from ebcache_fast.kernels._features import add_row, features, guided, remember, 
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import pixels
 from ebcache_fast.kernels._stream import residual, vector_offsets
-from ebcache_fast.operands import At, Guide, Linear, Norm, Update
+from ebcache_fast.ops.operands import GuidanceArgs, Linear, Norm, StepIndex, Update
 
 MAX_BRANCHES = 2
 
@@ -126,7 +126,7 @@ def _update_kernel(
         noise = tl.load(update.noise + step * step_size + where, mask=keep, other=0.0)
     latents = tl.load(x + where, mask=keep, other=0.0)
     eps *= tl.load(settings + 1)
-    row = update.rows + step * (9 if MEMORY else 6)
+    row = update.coefficients + step * (9 if MEMORY else 6)
     stepped = sampler_step(latents, eps, variance, noise, row, VARIANCE, NOISE)
     if MEMORY:
         stepped += tl.load(row + 6) * tl.load(update.previous + where, mask=keep, other=0.0)
@@ -139,14 +139,14 @@ def head_predict(
     branches: Sequence[Tensor],
     gates: Sequence[Tensor],
     norm: Norm,
-    at: At,
+    at: StepIndex,
     linear: Linear,
-    guide: Guide,
+    guide: GuidanceArgs,
     out: Tensor,
     *,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
-    """Write the guided and scaled output, (R, Cout, H, W) float32; see `ebcache_fast.reference.head_predict`.
+    """Write the guided and scaled output, (R, Cout, H, W) float32; see `ebcache_fast.ops.reference.head_predict`.
 
     Raises InputError for more than two branches and what `checks` refuses.
     """
@@ -176,7 +176,7 @@ def head_predict(
             OUT=channels,
             COPIES=guide.copies,
             GUIDED=guide.channels,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             E=elements,
@@ -191,12 +191,12 @@ def head_update(
     branches: Sequence[Tensor],
     gates: Sequence[Tensor],
     norm: Norm,
-    at: At,
+    at: StepIndex,
     linear: Linear,
-    guide: Guide,
+    guide: GuidanceArgs,
     update: Update,
     *,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
     """The end of a step of our own loop, on x (B, C, H, W) float32 in place; see the reference of this name.
 
@@ -232,7 +232,7 @@ def head_update(
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
             MEMORY=update.previous is not None,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             E=elements,
@@ -242,7 +242,7 @@ def head_update(
 
 
 def _strides(
-    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: At
+    h: Tensor, branches: Sequence[Tensor], gates: Sequence[Tensor], norm: Norm, at: StepIndex
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Strides of a step and of a condition in the gates' table and in the norm's; both checked."""
     checks.branch_count(branches, gates, MAX_BRANCHES)

@@ -4,7 +4,7 @@ Nothing is tuned at run time: a captured graph must not depend on what else the 
 does not have is found before the launch: every launcher knows an upper bound of the shared memory that its kernel takes
 (held against the compiler by tests/test_kernel_compiles.py), and an entry gives up stages until that fits the card.
 
-Every launcher of a fused operation has a keyword ``early``: launch while the kernel before still runs (programmatic
+Every launcher of a fused operation has a keyword ``pdl``: launch while the kernel before still runs (programmatic
 dependent launch, from compute capability 9.0), and wait for its results inside; see `_order`.
 """
 

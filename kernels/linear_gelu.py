@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.operands import Linear
+from ebcache_fast.ops.operands import Linear
 
 TMA_ARCH = 90  # the first compute capability with TMA
 LINE = 128  # bytes of each row that a program multiplies at a time: the widest that shared memory swizzles

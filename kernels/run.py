@@ -17,7 +17,7 @@ from ebcache_fast.kernels._features import add_row, features, remember, sampler_
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import embedded, pixels
 from ebcache_fast.kernels._stream import load, vector_offsets
-from ebcache_fast.operands import At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.ops.operands import GuidanceArgs, Linear, Norm, Patches, StepIndex, Update
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _run_kernel(
         if NOISE:
             noise = tl.load(update.noise + (first_step + j) * image_size + where, mask=keep, other=0.0)
         eps *= tl.load(settings + 1)
-        row = update.rows + (first_step + j) * (9 if MEMORY else 6)
+        row = update.coefficients + (first_step + j) * (9 if MEMORY else 6)
         stepped = sampler_step(latents, eps, variance, noise, row, VARIANCE, NOISE)
         if MEMORY:
             stepped += tl.load(row + 6) * previous
@@ -86,16 +86,16 @@ def run_update(
     sums: Tensor,
     patches: Patches,
     norm: Norm,
-    at: At,
+    at: StepIndex,
     linear: Linear,
-    guide: Guide,
+    guide: GuidanceArgs,
     update: Update,
     *,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Whole ATTN_MLP steps, one for each of sums (n, R, T, D), on x (B, C, H, W) float32 in place.
 
-    See `ebcache_fast.reference.run_update`. Raises InputError for what `checks` refuses.
+    See `ebcache_fast.ops.reference.run_update`. Raises InputError for what `checks` refuses.
     """
     patches, norm, linear = checks.weights(patches), checks.norm_weights(norm), checks.weights(linear)
     rows, tokens, width = checks.stream(sums[0])
@@ -133,7 +133,7 @@ def run_update(
             GUIDED=guide.channels,
             NOISE=update.noise is not None,
             MEMORY=update.previous is not None,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=chosen.rows,
             COLS=chosen.cols,
             E=elements,

@@ -36,23 +36,23 @@ def _move_kernel(
         tl.store(target + in_choice, tl.load(source + in_stream, mask=keep), mask=keep)
 
 
-def gather_tokens(source: Tensor, chosen: Tensor, out: Tensor, *, early: bool = False) -> None:
+def gather_tokens(source: Tensor, chosen: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     """Write the chosen tokens of source (R, T, D) into out (R, k, D); see the reference of this name.
 
     Raises InputError for what `checks` refuses, and for more tokens than there are.
     """
-    _move(source, chosen, out, scatter=False, early=early)
+    _move(source, chosen, out, scatter=False, pdl=pdl)
 
 
-def scatter_tokens(source: Tensor, chosen: Tensor, target: Tensor, *, early: bool = False) -> None:
+def scatter_tokens(source: Tensor, chosen: Tensor, target: Tensor, *, pdl: bool = False) -> None:
     """Write source (R, k, D) over the chosen tokens of target (R, T, D); see the reference of this name.
 
     Raises InputError as `gather_tokens` does.
     """
-    _move(source, chosen, target, scatter=True, early=early)
+    _move(source, chosen, target, scatter=True, pdl=pdl)
 
 
-def _move(source: Tensor, chosen: Tensor, target: Tensor, *, scatter: bool, early: bool) -> None:
+def _move(source: Tensor, chosen: Tensor, target: Tensor, *, scatter: bool, pdl: bool) -> None:
     """Launch the kernel; the target of a scatter is the whole stream, the source of a gather."""
     stream, tokens = (target, source) if scatter else (source, target)
     R, T, D = checks.stream(stream)
@@ -70,7 +70,7 @@ def _move(source: Tensor, chosen: Tensor, target: Tensor, *, scatter: bool, earl
             T,
             D,
             SCATTER=scatter,
-            launch_pdl=early,
+            launch_pdl=pdl,
             ROWS=fitting.rows,
             COLS=cols,
             num_warps=fitting.warps,

@@ -25,7 +25,7 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ebcache_fast.errors import CaptureError
-from ebcache_fast.ops import Operations
+from ebcache_fast.ops.operations import Operations
 
 HOST_READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.__repr__})
 CONSTRUCTORS = frozenset({torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros})

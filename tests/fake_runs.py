@@ -18,10 +18,10 @@ from ebcache_fast.engine.graphs import Graphs, no_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.models import DiT, as_denoiser
-from ebcache_fast.noise_schedule import NoiseSchedule
-from ebcache_fast.ops import Operations
+from ebcache_fast.ops.operations import Operations
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
 from ebcache_fast.samplers import Sampler, sampler_over, trajectory_noise
+from ebcache_fast.samplers.schedule import NoiseSchedule
 
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType

@@ -5,7 +5,7 @@ import torch
 from accuracy import DEVICE
 from torch import Tensor
 
-from ebcache_fast.ops import OLDEST_FLOAT8_ARCH
+from ebcache_fast.ops.operations import OLDEST_FLOAT8_ARCH
 
 LARGEST = 448.0
 HAS_NONE = DEVICE.type == "cuda" and torch.cuda.get_device_capability() < OLDEST_FLOAT8_ARCH

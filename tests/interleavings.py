@@ -31,12 +31,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from tiny import tiny_dit
 
-from ebcache_fast import ops, reference, stats
+from ebcache_fast import stats
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops import reference
 from ebcache_fast.plan import Plan, StepType
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from accuracy import DEVICE, amid_nan, draw, in_float64
 from torch import Tensor
 
-from ebcache_fast.operands import Advance, At, Guide, Linear, Norm, Patches, Update
+from ebcache_fast.ops.operands import Advance, GuidanceArgs, Linear, Norm, Patches, StepIndex, Update
 
 STEPS, CONDITIONS, STEP = 5, 3, 1  # of the tables, and the step that is asked for
 
@@ -81,10 +81,10 @@ class StepOperands:
     branches: list[Tensor]  # (R, T, D) each
     gates: list[Tensor]  # (S, U, D) each
     norm: Norm
-    at: At
+    at: StepIndex
     patches: Patches
     linear: Linear
-    guide: Guide
+    guide: GuidanceArgs
     update: Update
 
     @classmethod
@@ -102,7 +102,7 @@ class StepOperands:
             branches=[draw(*stream, dtype=dtype, seed=10 + k) for k in range(branches)],
             gates=[layers[:, k] for k in range(branches)],
             norm=Norm(head[:, 0], head[:, 1], 1e-6),
-            at=At(
+            at=StepIndex(
                 torch.tensor([STEP], dtype=torch.int32, device=DEVICE),
                 (torch.arange(s.rows, dtype=torch.int32, device=DEVICE) * 2) % CONDITIONS,
             ),
@@ -115,7 +115,7 @@ class StepOperands:
                 draw(fan_out, s.width, dtype=dtype, seed=23, scale=s.width**-0.5),
                 draw(fan_out, dtype=dtype, seed=24),
             ),
-            guide=Guide(torch.tensor([1.5, 0.9], device=DEVICE), s.guided, s.channels, s.copies),
+            guide=GuidanceArgs(torch.tensor([1.5, 0.9], device=DEVICE), s.guided, s.channels, s.copies),
             update=Update(
                 coefficients,
                 draw(STEPS, *latents, dtype=torch.float32, seed=25) if s.noise else None,
@@ -150,13 +150,13 @@ class StepOperands:
         return StepOperands(**{name: change(value) for name, value in values.items()})  # type: ignore[operator]
 
 
-def advancing(at: At) -> At:
+def advancing(at: StepIndex) -> StepIndex:
     """The same, and a count that the operation advances by 2, between others that it must leave alone."""
     counts = torch.full((3,), 7, dtype=torch.int32, device=DEVICE)
     return at._replace(advance=Advance(counts[1:2], 2))
 
 
-def assert_advanced(at: At) -> None:
+def assert_advanced(at: StepIndex) -> None:
     """That an operation did what ``advancing(at)`` asked for."""
     assert at.advance is not None
     step = int(at.step)

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tiny import Kept, alpha_bars, empty_cache, naive_predict, naive_stepper, tiny_dit
 from torch import Tensor
 
-from ebcache_fast.algorithm1 import Algorithm1, Tally, tally_batch
+from ebcache_fast.calibration.algorithm1 import Algorithm1, Tally, tally_batch
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.noise_schedule import NoiseSchedule
 from ebcache_fast.plan import StepType
 from ebcache_fast.samplers import sampler_over, trajectory_noise
+from ebcache_fast.samplers.schedule import NoiseSchedule
 
 TIMESTEPS = tuple(range(400, -1, -50))  # at low noise a random model's samples differ from step to step
 STEPS = len(TIMESTEPS)

@@ -10,7 +10,7 @@ import pytest
 from bench.report import letters
 from bench.report.tables import DOCS, RESULTS
 from bench.retime import POSITIONS, SPACINGS, STEPS, moved
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.plan.table import CacheTable
 
 ROWS: list[dict[str, Any]] = json.loads((RESULTS / "retime.json").read_text())["rows"]
 ALIKE = [row for row in ROWS if row["from"][0] == row["to"][0]]

@@ -13,7 +13,7 @@ from bench.kernel_contenders import Work
 from bench.launch_count import Launches
 from bench.report import engine as told
 from bench.report import tables
-from ebcache_fast.engine.fingerprint import Fingerprint, Watch
+from ebcache_fast.engine.module_watch import ModuleState, Watch
 from ebcache_fast.engine.step_scheduler import StepScheduler
 from ebcache_fast.models import DiTDenoiser
 from ebcache_fast.plan import StepType
@@ -100,7 +100,7 @@ def test_host_cost_of_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     looks: list[Watch] = []
 
     class NotedWatch(host_cost.TimedWatch):
-        def look(self) -> Fingerprint:
+        def look(self) -> ModuleState:
             looks.append(self)
             return super().look()
 

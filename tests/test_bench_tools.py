@@ -20,9 +20,9 @@ from bench.kernel_cases import CALLS
 from bench.kernel_contenders import CONTENDERS, EAGER, TINY, BoundCall, Judge, Work, bound, interleaved, work
 from bench.kernel_operands import LETTERS, XL_256, KernelOperands, ModelSizes
 from bench.step_cases import KINDS
-from ebcache_fast import reference
 from ebcache_fast.kernels import gated_residual, launch
 from ebcache_fast.kernels.launch import ALL, Launch
+from ebcache_fast.ops import reference
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -214,7 +214,7 @@ def test_a_judge_knows_right_from_wrong_and_leaves_operands_alone(monkeypatch: p
     judge = Judge(call)
 
     def kernel(result: Callable[..., object]) -> None:
-        def launcher(*arguments: Any, early: bool) -> None:
+        def launcher(*arguments: Any, pdl: bool) -> None:
             result(*arguments)
 
         monkeypatch.setattr(gated_residual, "gated_residual_norm_modulate", launcher)
@@ -235,7 +235,7 @@ PRESENT, WRONG, RAISING, FAST = (Launch(rows, 0, 4) for rows in (1, 2, 4, 8))
 def candidates_tried(monkeypatch: pytest.MonkeyPatch) -> list[tune.Trial]:
     """Four candidates of a kernel that computes wrongly with one, and in no time, and raises with another."""
 
-    def kernel(*arguments: Any, early: bool) -> None:
+    def kernel(*arguments: Any, pdl: bool) -> None:
         chosen = launch.parameters("gated_residual", 8, CPU)
         if chosen == RAISING:
             raise RuntimeError("out of shared memory\nmore")

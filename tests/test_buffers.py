@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebcache_fast.engine.buffers import Ending, room_for
+from ebcache_fast.engine.buffers import Tail, room_for
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,11 @@ def test_room_for_labels_is_one_of_two_sizes(distinct: int, rows: int, room: int
 
 
 @pytest.mark.parametrize("steps", [1, 20])
-def test_the_ending_is_told_by_coefficients_and_noise(steps: int) -> None:
+def test_the_tail_is_told_by_coefficients_and_noise(steps: int) -> None:
     plain, longer = torch.zeros(steps, 6), torch.zeros(steps, 9)
     latents, all_noise = torch.zeros(1, 2, 1, 4, 4), torch.zeros(steps + 1, 2, 1, 4, 4)
-    endings = [Ending.of_sampler(rows, noise) for rows in (plain, longer) for noise in (latents, all_noise)]
-    assert [(one.has_memory, one.draws_noise) for one in endings] == [
+    tails = [Tail.of_sampler(rows, noise) for rows in (plain, longer) for noise in (latents, all_noise)]
+    assert [(tail.memory, tail.noise) for tail in tails] == [
         (False, False),
         (False, True),
         (True, False),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny import CLASSES, naive_timesteps, tiny_dit
 
-from ebcache_fast.algorithm1 import Algorithm1, tally_batch
-from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.calibration import calibrate
+from ebcache_fast.calibration.algorithm1 import Algorithm1, tally_batch
+from ebcache_fast.calibration.search import calibrate
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.errors import EBCacheError, InputError, JobError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.plan import StepType
+from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 from ebcache_fast.sampling import sample
 
@@ -66,7 +66,7 @@ def test_votes_and_errors_are_those_of_all_samples_together() -> None:
 def test_the_table_says_what_it_is_for_and_how_it_was_made() -> None:
     made = table()
     assert made.timesteps == tuple(naive_timesteps(STEPS))
-    assert dict(made.model or ()) == dict(DiTDenoiser(model()).shape.fingerprint)
+    assert dict(made.model or ()) == dict(DiTDenoiser(model()).shape.sizes)
     assert made.sampler is not None
     assert (made.sampler.name, made.sampler.steps, made.sampler.train_steps) == ("ddpm", STEPS, 1000)
     assert made.made is not None

@@ -11,8 +11,9 @@ from diffusers_tiny import TEXT_LENGTH, tiny_cogvideox_2b, tiny_pixart_sigma
 from tiny import CLASSES, tiny_dit
 from torch import nn
 
-from ebcache_fast import calibrate, calibration_progress
-from ebcache_fast.algorithm1 import Algorithm1
+from ebcache_fast import calibrate
+from ebcache_fast.calibration import progress as calibration_progress
+from ebcache_fast.calibration.algorithm1 import Algorithm1
 from ebcache_fast.errors import EBCacheError, InputError, JobError
 
 STEPS = 5

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_dit
 
-from ebcache_fast import calibration_voting
-from ebcache_fast.algorithm1 import CANDIDATES, Algorithm1, Tally
-from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.calibration import calibrate
-from ebcache_fast.calibration_target import ROUNDS, fastest, give_back, speedup_of, step_costs
+from ebcache_fast.calibration import voting as calibration_voting
+from ebcache_fast.calibration.algorithm1 import CANDIDATES, Algorithm1, Tally
+from ebcache_fast.calibration.search import calibrate
+from ebcache_fast.calibration.target import ROUNDS, fastest, give_back, speedup_of, step_costs
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.plan import StepType
+from ebcache_fast.plan.table import CacheTable
 
 NO, ATTENTION, ATTN_MLP = CANDIDATES
 COSTS = {NO: 100, ATTENTION: 65, ATTN_MLP: 1}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import checkpoint
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit, save_weights
-from ebcache_fast.models.dit import DiT
+from ebcache_fast.models.modules import DiT
 
 StateDict = dict[str, Tensor]
 QKV = "blocks.0.attn.qkv.weight"

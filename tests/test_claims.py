@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ebcache_fast.presets import load_letters
+from ebcache_fast.apps.bundled import load_letters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -395,8 +395,8 @@ def test_the_figures_bear_it(claim: tuple[str, Callable[[], bool]]) -> None:
 
 def test_the_readme_shows_the_demo_as_it_was_measured() -> None:
     """Its table comes from the file, whose methods are those of today's demo."""
-    from ebcache_fast.demo import SPEEDUPS as TIMES
-    from ebcache_fast.demo import demo_methods
+    from ebcache_fast.apps.demo import SPEEDUPS as TIMES
+    from ebcache_fast.apps.demo import demo_methods
 
     planned = demo_methods(load_letters())
     assert [m["name"] for m in demo()] == [method.name for method in planned]

@@ -18,19 +18,21 @@ import torch
 from PIL import Image
 from tiny import CLASSES, tiny_dit
 
-from ebcache_fast import cli, compare, console, demo, job, presets
 from ebcache_fast._version import __version__
-from ebcache_fast.cache_table import CacheTable, SamplerSpec, named_tables
-from ebcache_fast.compare import Method
-from ebcache_fast.methods import Setting, parse_method
+from ebcache_fast.apps import bundled as presets
+from ebcache_fast.apps import cli, compare, console, demo
+from ebcache_fast.apps import jobs as job
+from ebcache_fast.apps.bundled import Preset, load_letters
+from ebcache_fast.apps.compare import Method
+from ebcache_fast.apps.method_spec import Setting, parse_method
+from ebcache_fast.apps.pictures import to_pixels
 from ebcache_fast.models import DiT, as_denoiser
-from ebcache_fast.pictures import to_pixels
 from ebcache_fast.plan import StepType
+from ebcache_fast.plan.table import CacheTable, SamplerSpec, named_tables
+from ebcache_fast.plan.table_set import TableSet
 from ebcache_fast.policies import fora
-from ebcache_fast.presets import Preset, load_letters
 from ebcache_fast.samplers import SAMPLERS
 from ebcache_fast.sampling import sample
-from ebcache_fast.table_set import TableSet
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +167,7 @@ def test_calibrate_then_use_the_table(run: Run) -> None:
     assert files() == ["new/t.json", "progress.json"]
     table = CacheTable.load("new/t.json")
     assert table.sampler == SamplerSpec(name="ddim", steps=4, train_steps=1000)
-    assert table.model == tuple(sorted(as_denoiser(letters().model).shape.fingerprint))
+    assert table.model == tuple(sorted(as_denoiser(letters().model).shape.sizes))
     assert table.made is not None
     assert table.made.options.items() >= {"a": 0.4, "k": 0.4, "max_run": None, "criterion": "norm"}.items()
     assert sum(table.made.votes["NO_CACHE"]) <= 4 * 4

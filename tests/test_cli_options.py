@@ -15,13 +15,15 @@ from diffusers_tiny import tiny_pipeline
 from tiny import CLASSES, tiny_dit
 from torch import Tensor, nn
 
-from ebcache_fast import cli, job, presets
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.apps import bundled as presets
+from ebcache_fast.apps import cli
+from ebcache_fast.apps import jobs as job
+from ebcache_fast.apps.bundled import open_model
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.models import DiT, as_denoiser
 from ebcache_fast.plan import StepType
-from ebcache_fast.presets import open_model
+from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.sampling import sample
 
 TINY = "DiT-tiny"

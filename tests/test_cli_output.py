@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from ebcache_fast import cli, console
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.apps import cli, console
 from ebcache_fast.plan import StepType
+from ebcache_fast.plan.table import CacheTable
 
 LINES = ("info", "table show fora-2-50", "table check fora-2-50", "--help", "sample --help", "table show --help")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")

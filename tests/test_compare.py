@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tiny import CLASSES, tiny_dit
 from torch import Tensor
 
-from ebcache_fast import compare
-from ebcache_fast.compare import Method, Run, equal_cost_methods, judge_runs, run_methods
+from ebcache_fast.apps import compare
+from ebcache_fast.apps.compare import Method, Run, equal_cost_methods, judge_runs, run_methods
+from ebcache_fast.apps.quality import Features, Judge, Reference, paired_error, recognition, score
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.noise_schedule import respaced_timesteps
 from ebcache_fast.plan import Branch, Plan, StepType, layered
-from ebcache_fast.quality import Features, Judge, Reference, paired_error, recognition, score
+from ebcache_fast.samplers.schedule import respaced_timesteps
 from ebcache_fast.sampling import sample
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType

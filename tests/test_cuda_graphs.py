@@ -14,7 +14,7 @@ from tiny import CLASSES, tiny_dit
 from torch import Tensor
 
 import ebcache_fast
-from ebcache_fast import ops, sample
+from ebcache_fast import sample
 from ebcache_fast.dropin import cached_forward
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import Guidance
@@ -22,6 +22,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import CaptureError
 from ebcache_fast.models import DiT
+from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 

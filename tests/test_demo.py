@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ebcache_fast import compare, demo, pictures
-from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.compare import Method, Result, Run, equal_cost_methods
+from ebcache_fast.apps import compare, demo, pictures
+from ebcache_fast.apps.bundled import LETTERS, Preset, load_letters
+from ebcache_fast.apps.compare import Method, Result, Run, equal_cost_methods
+from ebcache_fast.apps.quality import Scores
 from ebcache_fast.errors import InputError, JobError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.presets import LETTERS, Preset, load_letters
-from ebcache_fast.quality import Scores
+from ebcache_fast.plan.table import CacheTable
 
 SAMPLES = 32
 DEMO_METHODS = demo.demo_methods  # the real one, before the short one takes its place

@@ -10,7 +10,7 @@ from diffusers_tiny import ROTARY, TEXT_LENGTH, TEXT_WIDTH, tiny_cogvideox, tiny
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import CogVideoXContext, Context, PixArtContext, as_denoiser
+from ebcache_fast.models import CogVideoXConditioning, Conditioning, PixArtConditioning, as_denoiser
 
 pytest.importorskip("diffusers")
 
@@ -39,20 +39,22 @@ def test_what_they_are_made_for() -> None:
     assert video.shape.tokens == TEXT_LENGTH + 3 * 3 * 5
 
 
-FITTING: dict[str, tuple[Callable[[], Any], tuple[int, ...], Context, int]] = {
-    "another picture": (tiny_pixart, (4, 6, 10), PixArtContext(text()), 15),
-    "another film": (tiny_cogvideox, (4, 2, 6, 10), CogVideoXContext(text()), TEXT_LENGTH + 30),
-    "another text": (ROTATED, (4, 1, 4, 2), CogVideoXContext(text(2, 9, TEXT_WIDTH), angles(2), angles(2)), 11),
-    "patches of two frames": (OF_FRAMES, (4, 2, 8, 4), CogVideoXContext(text(), angles(8), angles(8)), 14),
+FITTING: dict[str, tuple[Callable[[], Any], tuple[int, ...], Conditioning, int]] = {
+    "another picture": (tiny_pixart, (4, 6, 10), PixArtConditioning(text()), 15),
+    "another film": (tiny_cogvideox, (4, 2, 6, 10), CogVideoXConditioning(text()), TEXT_LENGTH + 30),
+    "another text": (ROTATED, (4, 1, 4, 2), CogVideoXConditioning(text(2, 9, TEXT_WIDTH), angles(2), angles(2)), 11),
+    "patches of two frames": (OF_FRAMES, (4, 2, 8, 4), CogVideoXConditioning(text(), angles(8), angles(8)), 14),
 }
 
 
 @pytest.mark.parametrize(("make", "latents", "context", "tokens"), FITTING.values(), ids=FITTING)
-def test_calls_of_other_sizes(make: Callable[[], Any], latents: tuple[int, ...], context: Context, tokens: int) -> None:
+def test_calls_of_other_sizes(
+    make: Callable[[], Any], latents: tuple[int, ...], context: Conditioning, tokens: int
+) -> None:
     denoiser = as_denoiser(make())
     before = denoiser.shape
-    sized = denoiser.sized(latents, context)
-    assert (sized.latent_shape, sized.shape.tokens) == (latents, tokens)
+    for_shape = denoiser.for_shape(latents, context)
+    assert (for_shape.latent_shape, for_shape.shape.tokens) == (latents, tokens)
     assert denoiser.shape == before
 
 
@@ -60,53 +62,65 @@ def test_calls_of_other_sizes(make: Callable[[], Any], latents: tuple[int, ...],
 def test_whoever_gives_no_text_is_sent_to_the_pipeline(make: Callable[[], Any]) -> None:
     denoiser = as_denoiser(make())
     with pytest.raises(InputError, match="is given no text to follow here; use its pipeline instead"):
-        denoiser.sized(denoiser.latent_shape, ())
+        denoiser.for_shape(denoiser.latent_shape, ())
 
 
 @pytest.mark.parametrize("make", PLAIN)
 def test_their_own_example_fits(make: Callable[[], Any]) -> None:
     denoiser = as_denoiser(make())
-    latents, context = denoiser.example(2)
-    assert denoiser.sized(latents, context).latent_shape == latents
+    latents, context = denoiser.probe_inputs(2)
+    assert denoiser.for_shape(latents, context).latent_shape == latents
 
 
 PICTURE, FILM = (4, 8, 8), (4, 3, 8, 8)
 OTHER_TEXTS = (text(2, 6, 5), text(6, TEXT_WIDTH), text(2, 0, TEXT_WIDTH), text(2, 6, TEXT_WIDTH, 1))
 LATENTS, TEXT, POSITIONS = "do(es)? not fit; this model takes", "^text of shape .* does not fit", "rotary embeddings of"
-REFUSED: list[tuple[Callable[[], Any], tuple[int, ...], Context, str]] = [
+REFUSED: list[tuple[Callable[[], Any], tuple[int, ...], Conditioning, str]] = [
     *(
-        (tiny_pixart, latents, PixArtContext(text()), LATENTS)
+        (tiny_pixart, latents, PixArtConditioning(text()), LATENTS)
         for latents in ((4, 8), (*PICTURE, 8), (5, 8, 8), (4, 7, 8), (4, 8, 7), (4, 0, 8), (4, 8, 0))
     ),
-    *((tiny_pixart, PICTURE, PixArtContext(one), TEXT) for one in OTHER_TEXTS),
+    *((tiny_pixart, PICTURE, PixArtConditioning(one), TEXT) for one in OTHER_TEXTS),
     *(
-        (SIZED, PICTURE, PixArtContext(text(), None, *sizes), "resolution or aspect_ratio is missing")
+        (SIZED, PICTURE, PixArtConditioning(text(), None, *sizes), "resolution or aspect_ratio is missing")
         for sizes in ((None, text(2, 1)), (text(2, 2), None), (None, None))
     ),
     *(
-        (tiny_cogvideox, latents, CogVideoXContext(text()), LATENTS)
+        (tiny_cogvideox, latents, CogVideoXConditioning(text()), LATENTS)
         for latents in ((4, 3, 8), (*FILM, 8), (5, 3, 8, 8), (4, 3, 7, 8), (4, 3, 8, 7), (4, 0, 8, 8), (4, 3, 0, 8))
     ),
-    (OF_FRAMES, FILM, CogVideoXContext(text(), angles(), angles()), LATENTS),
-    *((tiny_cogvideox, FILM, CogVideoXContext(one), TEXT) for one in OTHER_TEXTS),
+    (OF_FRAMES, FILM, CogVideoXConditioning(text(), angles(), angles()), LATENTS),
+    *((tiny_cogvideox, FILM, CogVideoXConditioning(one), TEXT) for one in OTHER_TEXTS),
     *(
-        (make, FILM, CogVideoXContext(text(2, 5, TEXT_WIDTH)), "text of 5 tokens does not fit the model's positions")
+        (
+            make,
+            FILM,
+            CogVideoXConditioning(text(2, 5, TEXT_WIDTH)),
+            "text of 5 tokens does not fit the model's positions",
+        )
         for make in (tiny_cogvideox, LEARNED)
     ),
     *(
-        (LEARNED, latents, CogVideoXContext(text()), "do not fit the model's learned positions; they must be .8, 8.")
+        (
+            LEARNED,
+            latents,
+            CogVideoXConditioning(text()),
+            "do not fit the model's learned positions; they must be .8, 8.",
+        )
         for latents in ((4, 3, 6, 8), (4, 3, 8, 6))
     ),
     *(
-        (ROTATED, FILM, CogVideoXContext(text(), *given), POSITIONS)
+        (ROTATED, FILM, CogVideoXConditioning(text(), *given), POSITIONS)
         for given in ((angles(), None), (None, angles()), (angles(47), angles(47)), (angles(), angles(48, 8)))
     ),
-    (tiny_cogvideox, FILM, CogVideoXContext(text(), ofs=torch.ones(1)), "^ofs=.* does not fit"),
-    (OFFSET, FILM, CogVideoXContext(text()), "^ofs=None does not fit"),
+    (tiny_cogvideox, FILM, CogVideoXConditioning(text(), ofs=torch.ones(1)), "^ofs=.* does not fit"),
+    (OFFSET, FILM, CogVideoXConditioning(text()), "^ofs=None does not fit"),
 ]
 
 
 @pytest.mark.parametrize(("make", "latents", "context", "message"), REFUSED)
-def test_calls_that_fit_none(make: Callable[[], Any], latents: tuple[int, ...], context: Context, message: str) -> None:
+def test_calls_that_fit_none(
+    make: Callable[[], Any], latents: tuple[int, ...], context: Conditioning, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        as_denoiser(make()).sized(latents, context)
+        as_denoiser(make()).for_shape(latents, context)

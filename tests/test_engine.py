@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny import CLASSES, LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
 from torch import Tensor, nn
 
-from ebcache_fast.engine.buffers import Ending, latent_dtype
+from ebcache_fast.engine.buffers import Tail, latent_dtype
+from ebcache_fast.engine.cache import FeatureCache
 from ebcache_fast.engine.engine import Batch, Engine
-from ebcache_fast.engine.feature_cache import FeatureCache
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import ModulationTable
 from ebcache_fast.engine.options import EngineOptions
@@ -51,9 +51,9 @@ class Run:
         batch = Batch(
             guidance.row_labels(engine.denoiser, labels), len(labels), guidance.channels, engine.denoiser.latent_shape
         )
-        self._run = engine.forward_run(plan, batch, Ending.PREDICT)
+        self._run = engine.forward_run(plan, batch, Tail())
         self._run.guide(cfg_scale)
-        self.nbytes = self._run.place.buffers.nbytes
+        self.nbytes = self._run.buffer_set.buffers.nbytes
 
     def predict(self, i: int, x: Tensor) -> Prediction:
         return split(self._run.predict(i, x), len(x), x.shape[1])
@@ -315,7 +315,7 @@ def test_what_could_not_be_captured_is_not_tried_again() -> None:
     for _ in range(2):
         trajectory = start(plan_of(TYPES), engine=engine)
         run(trajectory, latents())
-        engine.release(trajectory._run.place)
+        engine.release(trajectory._run.buffer_set)
         recorded.append(graphs.recorded)
     assert recorded[0] > 0
     assert recorded[0] == recorded[1]
@@ -326,7 +326,7 @@ def test_idle_graphs_give_way_to_those_of_another_batch() -> None:
     for labels in (LABELS, LABELS[:2]):
         trajectory = start(plan_of(TYPES), labels, engine=engine)
         trajectory.predict(0, latents()[0][: len(labels)])
-        engine.release(trajectory._run.place)
+        engine.release(trajectory._run.buffer_set)
     assert engine.stats.replays == 2
     assert engine.stats.graphs == len(set(TYPES))
 

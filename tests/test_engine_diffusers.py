@@ -16,18 +16,18 @@ from test_engine_faults import ALLOCATIONS, no_memory
 from tiny import relative_error
 from torch import Tensor, nn
 
-from ebcache_fast import ops
-from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
-from ebcache_fast.engine.ends import OF_ENDS
+from ebcache_fast.engine.buffers import BufferSpec, Tail, allocate
+from ebcache_fast.engine.cache import FeatureCache
+from ebcache_fast.engine.embed_head import OF_EMBED_HEAD
 from ebcache_fast.engine.engine import Engine
-from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import Guidance
-from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
-from ebcache_fast.models import Context, as_denoiser
+from ebcache_fast.models import Conditioning, as_denoiser
+from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
@@ -68,7 +68,7 @@ def plan_of(model: nn.Module, types: list[StepType], sampler: str = "ddim") -> P
     return Plan.from_types(types, make_sampler(sampler, len(types)).timesteps, shape.sites, 0.97)
 
 
-def in_dtype(context: Context, dtype: torch.dtype) -> Any:
+def in_dtype(context: Conditioning, dtype: torch.dtype) -> Any:
     moved = (one.to(DEVICE, dtype) if one is not None and one.is_floating_point() else one for one in context)
     return type(context)(*moved)
 
@@ -78,7 +78,7 @@ def run(model: nn.Module, plan: Plan, scale: float = 1.5, sampler: str = "ddim",
     """Our own loop over one plan, in the dtype of the model."""
     engine = Engine(copy.deepcopy(model).to(DEVICE), **options)
     denoiser, stepper = engine.denoiser, make_sampler(sampler, len(plan))
-    latents, context = denoiser.example(SAMPLES * (2 if scale != 1 else 1))
+    latents, context = denoiser.probe_inputs(SAMPLES * (2 if scale != 1 else 1))
     noise = trajectory_noise(7, range(SAMPLES), len(plan) if stepper.draws_noise else 0, latents)
     labels = torch.zeros(SAMPLES, dtype=torch.int64, device=DEVICE)
     context = in_dtype(context, denoiser.weight().dtype)
@@ -145,14 +145,14 @@ def test_hooked_ends_run_as_modules(model: nn.Module, sampler: str) -> None:
     assert relative_error(run(model, plan, sampler=sampler), plain) < 1e-12
     assert len(set(called)) == 2
     ran = Engine(model).stats.operations
-    assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_ENDS)
+    assert [name for name, what in ran.items() if what == "the model's own layers"] == list(OF_EMBED_HEAD)
 
 
 def test_usual_ends_of_one_dtype_are_plain(model: nn.Module) -> None:
     is_of_several_frames = getattr(getattr(model, "patch_embed", None), "patch_size_t", None) is not None
-    assert as_denoiser(model).has_plain_ends is not is_of_several_frames
+    assert as_denoiser(model).has_plain_embed_head is not is_of_several_frames
     model.get_submodule("proj_out").float()
-    assert not as_denoiser(model).has_plain_ends
+    assert not as_denoiser(model).has_plain_embed_head
 
 
 class Strange(nn.Linear):
@@ -195,9 +195,7 @@ def test_memory_is_said_before_it_is_taken() -> None:
     plan = Plan.from_types([NO, ATTN_MLP], (999, 0), shape.sites)
     cache = FeatureCache(shape, plan.memory, rows, torch.bfloat16, torch.device("meta"))
     assert plan.cache_bytes(shape, rows, itemsize=2) == cache.nbytes == 2 * 30 * rows * 17776 * 1920 * 2
-    spec = BufferSpec(
-        Ending.PREDICT, rows, 1, 0, 2, len(plan), plan.memory, Numerics.now(CPU), denoiser.latent_shape, ()
-    )
+    spec = BufferSpec(Tail(), rows, 1, 0, 2, len(plan), plan.memory, Flags.now(CPU), denoiser.latent_shape, ())
     with no_memory(1), pytest.raises(InputError, match=f"of 2 rows needs {cache.nbytes / 2**30:.2f} GiB of cache"):
         allocate(spec, denoiser)
 

@@ -34,12 +34,12 @@ from fake_runs import (
 from tiny import tiny_dit
 from torch import Tensor
 
-from ebcache_fast import ops
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.errors import CaptureError, InputError, TrajectoryError
 from ebcache_fast.models import DiT
+from ebcache_fast.ops import operations as ops
 
 JOB = Job(plan_of((NO, ATTENTION, ATTN_MLP, ATTN_MLP, MLP), depth=1), labels=(3,))
 FAILED = "capture failed with OutOfMemoryError"

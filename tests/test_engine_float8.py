@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from tiny import naive_sample, relative_error, tiny_dit
 from torch import Tensor, nn
 
-from ebcache_fast import enable, ops, reference, stats
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast import enable, stats
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.models.float8 import check_float8
-from ebcache_fast.operands import Quantised
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Quantised
 from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import trajectory_noise
 
@@ -86,7 +88,7 @@ def predicted(model: DiT, x: Tensor, y: Tensor, operations: ops.Operations | Non
     engine = Engine(model, options, operations)
     device = engine.denoiser.weight().device
     plan = Plan.from_types([StepType.NO_CACHE], [500], layered(len(model.blocks), BRANCHES))
-    run = engine.forward_run(plan, Batch(y.to(device), len(y), 3, engine.denoiser.latent_shape), Ending.PREDICT)
+    run = engine.forward_run(plan, Batch(y.to(device), len(y), 3, engine.denoiser.latent_shape), Tail())
     return run.predict(0, x.to(device)).cpu().double()
 
 
@@ -228,8 +230,8 @@ def test_memory_is_announced_and_each_run_has_weights_of_its_own() -> None:
     sizes = []
     for options in (EngineOptions(), FP8):
         with sampling(Engine(model, options), job) as running:
-            constants = running._place.buffers.constants
-            sizes.append(sum(one.nbytes for one in constants.tensors))
+            per_run = running._buffer_set.buffers.per_run
+            sizes.append(sum(one.nbytes for one in per_run.tensors))
     width, depth = 16, 2
     assert sizes == [0, depth * (7 * width * width + 4 * 7 * width)]
 

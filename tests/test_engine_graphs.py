@@ -34,12 +34,13 @@ from hypothesis import strategies as st
 from tiny import tiny_dit
 from torch import Tensor
 
-from ebcache_fast import disable, ops
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast import disable
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
+from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import StepType
 
 JOB = Job(plan_of())
@@ -204,14 +205,14 @@ def test_a_step_after_a_capture_is_its_own_wherever_the_run_before_had_come_to()
 
     def second_step(engine: Engine, others: list[tuple[StepType, ...]]) -> Tensor:
         for types in others:
-            run = engine.forward_run(plan_of(types), Batch(labels, 2, 0, engine.denoiser.latent_shape), Ending.PREDICT)
+            run = engine.forward_run(plan_of(types), Batch(labels, 2, 0, engine.denoiser.latent_shape), Tail())
             run.predict(0, x)
             run.predict(1, x)
-            engine.release(run.place)
+            engine.release(run.buffer_set)
         run = engine.forward_run(
-            plan_of((NO, ATTENTION, ATTN_MLP, NO)), Batch(labels, 2, 0, engine.denoiser.latent_shape), Ending.PREDICT
+            plan_of((NO, ATTENTION, ATTN_MLP, NO)), Batch(labels, 2, 0, engine.denoiser.latent_shape), Tail()
         )
-        return run.refresh(2, x)
+        return run.run_full(2, x)
 
     ours = second_step(quick_engine(FakeGraphs()), [(NO, ATTN_MLP, ATTN_MLP, NO)])
     assert torch.equal(ours, second_step(Engine(MODEL, make_graphs=no_graphs), []))
@@ -247,7 +248,7 @@ def test_nothing_outlives_an_engine_or_a_model_that_is_disabled() -> None:
     graphs = FakeGraphs()
     engine = quick_engine(graphs)
     with sampling(engine, JOB) as trajectory:
-        cache = weakref.ref(trajectory._place.buffers.cache)
+        cache = weakref.ref(trajectory._buffer_set.buffers.cache)
     assert cache() is not None
     del engine, trajectory
     gc.collect()
@@ -264,7 +265,7 @@ def test_no_memory_that_outlasts_a_step_is_made_inside_a_capture() -> None:
     with sampling(quick_engine(FakeGraphs()), JOB) as trajectory:
         while trajectory.advance():
             pass
-        workspace = trajectory._place.buffers.workspace.tensors
+        workspace = trajectory._buffer_set.buffers.workspace.tensors
         assert workspace
         assert all(tensor.isfinite().all() for tensor in workspace)  # memory of a graph is poison between replays
 

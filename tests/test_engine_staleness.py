@@ -24,9 +24,9 @@ from tiny import tiny_dit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ebcache_fast import ops
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.models import DiT
+from ebcache_fast.ops import operations as ops
 
 JOB = Job(plan_of((NO, ATTN_MLP)), labels=(2,))
 GRAPHS = 2

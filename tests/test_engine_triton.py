@@ -10,13 +10,13 @@ from depth import crossed
 from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
 
-from ebcache_fast import ops
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.kernels import launch
 from ebcache_fast.models import DiT, DiTDenoiser
+from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import (
     COMPUTE,
     REUSE,
@@ -158,7 +158,7 @@ def predictions(model: DiT, operations: ops.Operations, device: torch.device) ->
     engine, guidance = Engine(model, operations=operations), Guidance(1.5)
     rows = guidance.row_labels(engine.denoiser, LABELS.to(device))
     run = engine.forward_run(
-        plan_of(MIXED), Batch(rows, len(LABELS), guidance.channels, engine.denoiser.latent_shape), Ending.PREDICT
+        plan_of(MIXED), Batch(rows, len(LABELS), guidance.channels, engine.denoiser.latent_shape), Tail()
     )
     run.guide(1.5)
     return [split(run.predict(i, x), len(x), x.shape[1]) for i, x in enumerate(xs)]

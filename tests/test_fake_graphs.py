@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ebcache_fast import ops
 from ebcache_fast.errors import CaptureError
-from ebcache_fast.operands import At, Norm
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops.operands import Norm, StepIndex
 
 GRAD_MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
@@ -550,7 +550,7 @@ class Stream:
     def __init__(self, dtype: torch.dtype) -> None:
         self.h, self.branch, self.u = (draw(2, 3, 16, seed=seed, dtype=dtype) for seed in range(3))
         self.tables = draw(3, 4, 2, 16, dtype=dtype)  # gate, shift, scale
-        self.at = At(torch.tensor([1], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32))
+        self.at = StepIndex(torch.tensor([1], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32))
         self.static = [self.h, self.branch, self.u, self.tables, self.at.step, self.at.row_of]
 
     def run(self, operations: ops.Operations) -> None:
@@ -605,7 +605,7 @@ def test_a_wrapped_operation_takes_static_memory_only(missing: int) -> None:
 def test_a_wrapped_operation_takes_temporaries_and_fails_on_request() -> None:
     x, graphs = draw(2, 3, 16), FakeGraphs(fail_at=3)
     wrapped = graphs.wrap(ops.TORCH)
-    at = At(torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    at = StepIndex(torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
 
     def body() -> None:
         h = x * 2
@@ -628,7 +628,7 @@ def test_what_a_wrapped_operation_refuses_ends_the_capture() -> None:
 
     def body() -> None:
         x.add_(1)
-        graphs.wrap(ops.TORCH).gated_residual(x, [x], [], At(x, x))  # a branch without a gate
+        graphs.wrap(ops.TORCH).gated_residual(x, [x], [], StepIndex(x, x))  # a branch without a gate
 
     before = bits([x])
     with pytest.raises(ValueError, match="zip"):
@@ -656,7 +656,7 @@ def test_a_wrapped_operation_keeps_the_autocast_of_its_capture() -> None:
 
 
 def test_quiet_hears_everything_but_replays() -> None:
-    x, graphs, at = draw(3), FakeGraphs(), At(*torch.zeros(2, 1, dtype=torch.int32))
+    x, graphs, at = draw(3), FakeGraphs(), StepIndex(*torch.zeros(2, 1, dtype=torch.int32))
     h = x[None, None]
     graph = graphs.capture(lambda: void(x.mul_(2)), [x])
     with graphs.quiet() as heard:

@@ -12,12 +12,14 @@ from tiny import tiny_dit
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from ebcache_fast import console, fallback, ops
+from ebcache_fast.apps import console
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import CaptureError, InputError
-from ebcache_fast.fallback import KERNELS, Fallback
+from ebcache_fast.ops import fallback
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops.fallback import KERNELS, Fallback
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 

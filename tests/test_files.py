@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ebcache_fast.errors import JobError
-from ebcache_fast.files import make_folder, make_room, replacing
+from ebcache_fast.plan.files import make_folder, make_room, replacing
 
 
 def full_disk() -> OSError:
@@ -116,7 +116,7 @@ def test_a_folder_that_can_t_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("ebcache_fast.files.TemporaryFile", refused)
+    monkeypatch.setattr("ebcache_fast.plan.files.TemporaryFile", refused)
     with pytest.raises(JobError, match=f"{tmp_path} is not writable: Permission denied; choose another folder"):
         make_folder(tmp_path)
 

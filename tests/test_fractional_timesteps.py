@@ -13,8 +13,8 @@ from tiny import relative_error
 from torch import Tensor
 
 from ebcache_fast import CacheTable, enable, enabled, sample, stats
+from ebcache_fast.apps.method_spec import Setting, parse_method
 from ebcache_fast.errors import InputError, TableError, TrajectoryError
-from ebcache_fast.methods import Setting, parse_method
 from ebcache_fast.models import as_denoiser
 
 diffusers = pytest.importorskip("diffusers")

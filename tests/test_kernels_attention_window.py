@@ -9,9 +9,9 @@ from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros,
 from interpreter import only_program
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.attention import window_attention
+from ebcache_fast.ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # inf and NaN are meant
 

@@ -10,10 +10,10 @@ from interpreter import only_program
 from step_operands import NORMS, RAGGED, SIZES, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.embed import embed, embed_norm_modulate
-from ebcache_fast.operands import At
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import StepIndex
 
 EVERY_SIZE_AND_DTYPE = crossed("sizes, dtype", SIZES, DTYPES)
 
@@ -94,7 +94,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     x = huge_zeros(samples, 2, 1, tokens, dtype=torch.float32)
     h, u, alone = (huge_zeros(samples, tokens, 2) for _ in range(3))
     x[-1] = case.x[0]
-    at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
+    at = StepIndex(case.at.step, case.at.row_of.expand(samples).contiguous())
     with only_program(tokens // 16 - 1, samples - 1):
         embed_norm_modulate(x, case.patches, case.norm, at, h, u)
         embed(x, case.patches, alone)

@@ -11,11 +11,11 @@ from interpreter import only_program
 from step_operands import advancing, assert_advanced
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.gated_residual import gated_residual, gated_residual_norm_modulate
-from ebcache_fast.operands import Advance, At, Norm
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Advance, Norm, StepIndex
 
 SHAPES = [(1, 1, 1), (2, 5, 7), (3, 3, 96), (2, 7, 131), (5, 2, 144), (2, 3, 1152)]  # (R, T, D)
 STEPS, CONDITIONS, VECTORS = 3, 2, 5
@@ -33,7 +33,7 @@ class Case:
         self.gates = [table[:, k] for k in range(count)]
         self.norm = Norm(table[:, 3], table[:, 4], EPS)
         row_of = torch.arange(rows, dtype=torch.int32, device=DEVICE) % CONDITIONS
-        self.at = At(torch.tensor([1], dtype=torch.int32, device=DEVICE), row_of)
+        self.at = StepIndex(torch.tensor([1], dtype=torch.int32, device=DEVICE), row_of)
 
     def exact(self) -> "Case":
         twin = copy.copy(self)
@@ -184,7 +184,7 @@ def test_tables_beyond_two_to_the_31(where: tuple[int, int], strides: tuple[int,
     step, condition = where
     table = huge_zeros(2**31 + 16).as_strided((step + 1, condition + 1, 16), (*strides, 1))
     table[where] = case.gates[0][1, 0]
-    at = At(*(torch.full((1,), index, dtype=torch.int32, device=DEVICE) for index in where))
+    at = StepIndex(*(torch.full((1,), index, dtype=torch.int32, device=DEVICE) for index in where))
     h = case.h.clone()
     gated_residual(h, case.branches, [table], at)
     own, exact = case.h.clone(), case.exact()
@@ -216,9 +216,12 @@ WRONG = {
     "dtype of a gate": (dict(gates=[torch.zeros(3, 2, 16, dtype=torch.float16)] * 2), "modulation table"),
     "strides of the gates": (dict(gates=[torch.zeros(3, 2, 16), torch.zeros(3, 4, 16)[:, ::2]]), "views of one table"),
     "channels apart": (dict(gates=[torch.zeros(3, 2, 32)[:, :, ::2]] * 2), "side by side"),
-    "int64 step": (dict(at=At(torch.tensor([1]), torch.zeros(2, dtype=torch.int32))), "step of shape"),
-    "a float count": (dict(at=At(STEP, STEP.repeat(2), Advance(torch.zeros(1), 1))), "advance.to of shape"),
-    "rows": (dict(at=At(torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))), "row_of of shape"),
+    "int64 step": (dict(at=StepIndex(torch.tensor([1]), torch.zeros(2, dtype=torch.int32))), "step of shape"),
+    "a float count": (dict(at=StepIndex(STEP, STEP.repeat(2), Advance(torch.zeros(1), 1))), "advance.to of shape"),
+    "rows": (
+        dict(at=StepIndex(torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))),
+        "row_of of shape",
+    ),
 }
 
 
@@ -240,6 +243,6 @@ def all_in_place(value: object) -> object:
     """A wrong operand, or several, on the device of the tests."""
     if isinstance(value, Tensor):
         return in_place(value)
-    if isinstance(value, At):
-        return At(value.step.to(DEVICE), value.row_of.to(DEVICE), value.advance)
+    if isinstance(value, StepIndex):
+        return StepIndex(value.step.to(DEVICE), value.row_of.to(DEVICE), value.advance)
     return [all_in_place(one) for one in value]  # type: ignore[attr-defined]

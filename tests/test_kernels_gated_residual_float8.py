@@ -11,11 +11,11 @@ from step_operands import advancing, assert_advanced
 from test_kernels_gated_residual import SHAPES, Case
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.gated_residual import gated_residual_norm_quantise
-from ebcache_fast.operands import Quantised
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Quantised
 
 pytestmark = needs_float8
 

@@ -10,21 +10,21 @@ from interpreter import only_program
 from step_operands import advancing, assert_advanced
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.gated_sum import gated_sum
-from ebcache_fast.operands import At
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import StepIndex
 
 SHAPES = [(1, 1, 1, 1), (2, 2, 5, 7), (5, 3, 3, 96), (3, 2, 7, 131), (56, 1, 2, 1152)]  # (K, R, T, D)
 STEPS, CONDITIONS = 6, 2
 
 
-def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, At, Tensor]:
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, StepIndex, Tensor]:
     """Slots, their gates as a view of a table with shifts and scales between them, where to read, and a base."""
     slots, rows, _, width = shape
     table = draw(STEPS, slots, 3, CONDITIONS, width, dtype=dtype, seed=2)
     row_of = (torch.arange(rows, dtype=torch.int32, device=DEVICE) + 1) % CONDITIONS
-    at = At(torch.tensor([2], dtype=torch.int32, device=DEVICE), row_of)
+    at = StepIndex(torch.tensor([2], dtype=torch.int32, device=DEVICE), row_of)
     return draw(*shape, dtype=dtype, seed=1), table[:, :, 2], at, draw(*shape[1:], dtype=dtype, seed=3)
 
 
@@ -56,7 +56,7 @@ def test_offsets_beyond_two_to_the_31(slots: int) -> None:
     memory, sums = huge_zeros(slots, 1, tokens, width), huge_zeros(slots, 1, tokens, width)
     memory[:, 0, -16:] = draw(slots, 16, width, dtype=torch.float16, seed=1)
     gates = draw(slots, slots, 1, width, dtype=torch.float16, seed=2)
-    at = At(torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    at = StepIndex(torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE))
     with only_program(tokens // 16 - 1):
         gated_sum(memory, gates, at, None, sums)
     expected = torch.einsum("skd,ktd->std", gates[:, :, 0].double(), memory[:, 0, -16:].double())

@@ -11,11 +11,11 @@ from interpreter import only_program
 from step_operands import NORMS, RAGGED, SIZES, STEPS, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.head import head_predict, head_update
-from ebcache_fast.operands import At
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import StepIndex
 
 EVERY_SIZE_AND_DTYPE = crossed("sizes, dtype", SIZES, DTYPES)
 
@@ -99,7 +99,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     h, x = huge_zeros(samples, tokens, 16), huge_zeros(samples, 4, 1, tokens, dtype=torch.float32)
     noise = huge_zeros(STEPS, samples, 4, 1, tokens, dtype=torch.float32)
     h[-1], x[-1], noise[step, -1] = case.h[0], case.x[0], case.update.noise[step, 0]
-    at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
+    at = StepIndex(case.at.step, case.at.row_of.expand(samples).contiguous())
     with only_program(tokens // 16 - 1, samples - 1):
         head_update(x, h, (), (), case.norm, at, case.linear, case.guide, case.update._replace(noise=noise))
     own, exact = update_with_reference(case), update_with_reference(case.exact())
@@ -109,7 +109,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
 def test_what_is_read_stays_as_it_was() -> None:
     case = StepOperands.of(SIZES["plain"], torch.float32)
     read = [case.h, *case.branches, *case.gates, *case.norm[:2], *case.at[:2], *case.linear, case.guide.settings]
-    read += [case.update.rows, case.update.noise]
+    read += [case.update.coefficients, case.update.noise]
     before = [operand.clone() for operand in read]
     head_update(case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update)
     assert all(map(torch.equal, read, before))
@@ -117,7 +117,7 @@ def test_what_is_read_stays_as_it_was() -> None:
 
 def test_each_step_reads_its_own_rows() -> None:
     case = StepOperands.of(SIZES["plain"], torch.float32)
-    at = At(case.at.step + 1, case.at.row_of)
+    at = StepIndex(case.at.step + 1, case.at.row_of)
     x, own = case.x.clone(), case.x.clone()
     for function, latents in ((head_update, x), (reference.head_update, own)):
         function(latents, case.h, case.branches, case.gates, case.norm, at, case.linear, case.guide, case.update)
@@ -201,9 +201,9 @@ WRONG = {
     "three copies": (lambda c: dict(guide=c.guide._replace(copies=3)), "1, or 2 under guidance"),
     "guided channels": (lambda c: dict(guide=c.guide._replace(channels=5)), r"outside \[0, 4\]"),
     "settings": (lambda c: dict(guide=c.guide._replace(settings=c.guide.settings.double())), "scale and b"),
-    "coefficients": (lambda c: dict(update=c.update._replace(rows=c.update.rows[:, :5])), r"\(S, 6\)"),
+    "coefficients": (lambda c: dict(update=c.update._replace(coefficients=c.update.coefficients[:, :5])), r"\(S, 6\)"),
     "strides of the coefficients": (
-        lambda c: dict(update=c.update._replace(rows=c.update.rows.T.contiguous().T)),
+        lambda c: dict(update=c.update._replace(coefficients=c.update.coefficients.T.contiguous().T)),
         "not contiguous",
     ),
     "coefficients without those of the memory": (
@@ -211,7 +211,7 @@ WRONG = {
         r"\(S, 9\)",
     ),
     "a memory of another batch": (
-        lambda c: dict(update=c.update._replace(rows=c.x.new_ones(STEPS, 9), previous=c.x[:1].clone())),
+        lambda c: dict(update=c.update._replace(coefficients=c.x.new_ones(STEPS, 9), previous=c.x[:1].clone())),
         "latents of shape",
     ),
     "noise of fewer steps": (lambda c: dict(update=c.update._replace(noise=c.update.noise[1:])), "latents of shape"),

@@ -10,12 +10,12 @@ from depth import crossed
 from interpreter import only_program
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels import linear_gelu as file
 from ebcache_fast.kernels.linear_gelu import linear_gelu
-from ebcache_fast.operands import Linear
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Linear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning:triton.runtime.interpreter"

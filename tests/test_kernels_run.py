@@ -11,10 +11,10 @@ from interpreter import only_program
 from step_operands import NORMS, RAGGED, SIZES, STEP, Sizes, StepOperands, advancing, assert_advanced
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.run import run_update
-from ebcache_fast.operands import At, Norm, Update
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Norm, StepIndex, Update
 
 
 def run_reference(case: StepOperands, sums: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def test_a_run_is_its_steps_one_by_one(name: str) -> None:
     whole, single = case.clone(), case.clone()
     run_update(whole.x, case.sums, case.patches, case.norm, case.at, case.linear, case.guide, whole.update)
     for j in range(3):
-        sums, at = case.sums[j : j + 1], At(case.at.step + j, case.at.row_of)
+        sums, at = case.sums[j : j + 1], StepIndex(case.at.step + j, case.at.row_of)
         run_update(single.x, sums, case.patches, case.norm, at, case.linear, case.guide, single.update)
     torch.testing.assert_close(
         whole.written, single.written, rtol=1e-5, atol=1e-5
@@ -77,7 +77,7 @@ def assert_last_tile_accurate(case: StepOperands, sums: Tensor, samples: int, no
     """Run the last tile of huge latents and sums, that are zero but for their last sample, which is the case's."""
     x, totals = huge_zeros(samples, 1, 1, TOKENS, dtype=torch.float32), huge_zeros(len(sums), samples, TOKENS, 16)
     x[-1], totals[:, -1] = case.x[0], sums[:, 0]
-    at = At(case.at.step, case.at.row_of.expand(samples).contiguous())
+    at = StepIndex(case.at.step, case.at.row_of.expand(samples).contiguous())
     update = case.update._replace(noise=noise)
     with only_program(TOKENS // 16 - 1, samples - 1):
         run_update(x, totals, case.patches, case.norm, at, case.linear, case.guide, update)
@@ -113,7 +113,7 @@ def test_offsets_beyond_two_to_the_31_in_a_step() -> None:
 def test_what_is_read_stays_as_it_was() -> None:
     case = StepOperands.of(SIZES["plain"], torch.float32)
     read = [case.sums, *case.patches, *case.norm[:2], *case.at[:2], *case.linear, case.guide.settings]
-    read += [case.update.rows, case.update.noise]
+    read += [case.update.coefficients, case.update.noise]
     before = [operand.clone() for operand in read]
     run_update(case.x, case.sums, case.patches, case.norm, case.at, case.linear, case.guide, case.update)
     assert all(map(torch.equal, read, before))

@@ -8,10 +8,10 @@ from accuracy import DEVICE, DTYPES, Guarded, draw, huge_zeros, in_place
 from interpreter import only_program
 from torch import Tensor
 
-from ebcache_fast import reference
 from ebcache_fast.errors import InputError
 from ebcache_fast.kernels import launch
 from ebcache_fast.kernels.tokens import gather_tokens, scatter_tokens
+from ebcache_fast.ops import reference
 
 SHAPES = [  # (R, T, k, D)
     (1, 1, 1, 1),

@@ -46,9 +46,9 @@ def parts(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_ends_are_plain_until_they_do_more_than_their_weights_say(parts: tuple[Any, Any, Any], change: Change) -> None:
     model, embed, head = parts
-    assert as_denoiser(model).has_plain_ends
+    assert as_denoiser(model).has_plain_embed_head
     change(embed, head)
-    assert not as_denoiser(model).has_plain_ends
+    assert not as_denoiser(model).has_plain_embed_head
 
 
 @pytest.mark.parametrize(("make", "owner", "name", "plain"), [
@@ -63,4 +63,4 @@ def test_positions_that_are_read_as_they_are_have_the_dtype_of_the_weights(
     model = make()
     positions = getattr(model.get_submodule(owner), name)
     positions.data = positions.data.to(torch.bfloat16)
-    assert as_denoiser(model).has_plain_ends is plain
+    assert as_denoiser(model).has_plain_embed_head is plain

@@ -381,13 +381,13 @@ def test_the_engine_has_the_tests_that_run_it_over_no_kernels(toy: Path) -> None
     (engine / "clock.py").touch()
     imports = {
         "a": "ebcache_fast.engine.engine",
-        "b": "ebcache_fast.attach",
+        "b": "ebcache_fast.dropin.enable",
         "clock": "torch",
         "other": "ebcache_fast.plan",
     }
     for name, module in imports.items():
         (toy / "tests" / f"test_{name}.py").write_text(f"import {module}")
-    (toy / "tests" / "test_slow.py").write_text("from ebcache_fast import kernels\nimport ebcache_fast.attach")
+    (toy / "tests" / "test_slow.py").write_text("from ebcache_fast import kernels\nimport ebcache_fast.dropin.enable")
     assert find_tests(toy, "ebcache_fast/engine/clock.py") == tuple(
         f"tests/test_{name}.py" for name in ("clock", "a", "b")
     )

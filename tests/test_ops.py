@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from ebcache_fast import ops, reference
 from ebcache_fast.errors import InputError
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops import reference
 
 CUDA = torch.device("cuda", 0)
 
@@ -59,16 +60,16 @@ def test_every_operation_has_its_references_signature(make: object) -> None:
         if field.name == "name" or function is None:
             continue
         ours, theirs = (inspect.signature(f) for f in (function, getattr(reference, field.name)))
-        own = [parameter for name, parameter in ours.parameters.items() if name != "early"]
+        own = [parameter for name, parameter in ours.parameters.items() if name != "pdl"]
         assert str(ours.replace(parameters=own)) == str(theirs), field.name
 
 
 @pytest.mark.usefixtures("hopper")
 def test_dependent_launches_reach_every_kernel() -> None:
-    operations = ops.select(CUDA, torch.bfloat16, dependent_launch=True)
+    operations = ops.select(CUDA, torch.bfloat16, pdl=True)
     fused = [value for value in vars(operations).values() if isinstance(value, partial)]
-    assert [one.keywords for one in fused] == [{"early": True}] * 11
-    assert ops.select(CUDA, torch.bfloat16).embed.keywords == {"early": False}
+    assert [one.keywords for one in fused] == [{"pdl": True}] * 11
+    assert ops.select(CUDA, torch.bfloat16).embed.keywords == {"pdl": False}
 
 
 @pytest.mark.usefixtures("hopper")
@@ -78,7 +79,7 @@ def test_dependent_launches_are_refused_where_there_are_none(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     with pytest.raises(InputError, match=rf"capability 9.0 or above, and here is .*{device}"):
-        ops.select(torch.device(device), torch.bfloat16, dependent_launch=True)
+        ops.select(torch.device(device), torch.bfloat16, pdl=True)
 
 
 def test_what_runs_is_said_by_operation() -> None:

@@ -15,7 +15,7 @@ from tiny import relative_error
 from torch import Tensor, nn
 
 from ebcache_fast import disable, enable, stats
-from ebcache_fast.engine.fingerprint import Watch
+from ebcache_fast.engine.module_watch import Watch
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT
 from ebcache_fast.models.layers import walk
@@ -312,7 +312,7 @@ def test_a_forward_around_ours_does_not_hide_it(put: Callable[[DiT], None]) -> N
 
 @pytest.mark.parametrize(
     ("hide", "name"),
-    [(instead, "test_other_caches.instead.patched"), (taken_away, "ebcache_fast.models.dit.DiT.forward")],
+    [(instead, "test_other_caches.instead.patched"), (taken_away, "ebcache_fast.models.modules.DiT.forward")],
 )
 @torch.no_grad()
 def test_a_forward_in_the_place_of_ours_is_told_and_disable_and_enable_still_work(

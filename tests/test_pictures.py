@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from ebcache_fast import pictures
+from ebcache_fast.apps import pictures
+from ebcache_fast.apps.pictures import Row, comparison, grid, save_picture, to_pixels
 from ebcache_fast.errors import JobError
-from ebcache_fast.pictures import Row, comparison, grid, save_picture, to_pixels
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 NAMES = {ImageColor.getrgb(colour): name for name, colour in pictures.STEP_COLOURS.items()}

@@ -19,8 +19,10 @@ from diffusers_tiny import (
 from tiny import relative_error
 from torch import Tensor
 
-from ebcache_fast import algorithm1, calibrate, enable, pipeline_calibration, stats
-from ebcache_fast.dropin.capture_call import capture_call
+from ebcache_fast import calibrate, enable, stats
+from ebcache_fast.calibration import algorithm1
+from ebcache_fast.calibration import pipeline as pipeline_calibration
+from ebcache_fast.calibration.capture_call import capture_call
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.samplers import trajectory_noise
@@ -80,7 +82,7 @@ def test_the_table_is_for_the_pipeline(make: Callable[[], Any], call: dict[str, 
     table = calibrate(
         pipe, prompts=PROMPTS, call=call, steps=STEPS, algorithm=algorithm1.Algorithm1(a=9.0, k=9.0, max_run=1)
     )
-    assert table.model == tuple(sorted(as_denoiser(pipe.transformer).shape.fingerprint))
+    assert table.model == tuple(sorted(as_denoiser(pipe.transformer).shape.sizes))
     assert table.made is not None
     assert table.made.options["samples"] == len(PROMPTS)
     enable(pipe, table, strict=False)

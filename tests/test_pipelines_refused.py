@@ -337,10 +337,10 @@ def test_training_mode_and_weights_elsewhere(kind: Kind, pipe: Any) -> None:
 
 @pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B], ids=str)
 def test_a_table_of_another_model(kind: Kind, pipe: Any) -> None:
-    own = dict(as_denoiser(pipe.transformer).shape.fingerprint)
+    own = dict(as_denoiser(pipe.transformer).shape.sizes)
     ts = timesteps(pipe)
     strangers = [own | {name: size + 1} for name, size in own.items() if name != "in_channels"]  # before the blocks
-    strangers += [dict(as_denoiser(other.pipeline().transformer).shape.fingerprint)
+    strangers += [dict(as_denoiser(other.pipeline().transformer).shape.sizes)
                   for other in (DIT, SIGMA, COG_2B) if other is not kind]  # fmt: skip
     for model in strangers:
         with pytest.raises(TableError, match=r"^model: the table is for .*; use a table made for this model"):

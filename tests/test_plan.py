@@ -39,7 +39,7 @@ TINY = ModelShape(
     ),
     fixed_macs=1,
     fixed_weights=700,
-    fingerprint=(("depth", 2), ("width", 5)),
+    sizes=(("depth", 2), ("width", 5)),
 )
 
 
@@ -60,7 +60,7 @@ def dit_xl2(tokens: int) -> ModelShape:
         ),
         fixed_macs=embedding + modulation + N * D * 32,
         fixed_weights=modulation,
-        fingerprint=(),
+        sizes=(),
     )
 
 

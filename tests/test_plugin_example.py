@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from ebcache_fast.apps.bundled import load_letters
+from ebcache_fast.apps.method_spec import METHODS, Setting, parse_method
 from ebcache_fast.errors import InputError, TableError
-from ebcache_fast.methods import METHODS, Setting, parse_method
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, registry
 from ebcache_fast.policies.registry import RESERVED, PolicyRegistry
-from ebcache_fast.presets import load_letters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,7 @@ def test_no_policy_takes_a_name_of_compare() -> None:
 
 def test_a_registered_policy_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     policies = PolicyRegistry()
-    monkeypatch.setattr("ebcache_fast.methods.POLICIES", policies)
+    monkeypatch.setattr("ebcache_fast.apps.method_spec.POLICIES", policies)
 
     @policies.register("half")
     def half(timesteps: tuple[float, ...], shape: object, argument: str = "none") -> Plan:
@@ -59,7 +59,7 @@ def test_a_policy_of_a_broken_package_says_what_broke(text: str, monkeypatch: py
     """Every other method goes on."""
     entry = EntryPoint("theirs", "nobody_s.policies", "ebcache_fast.policies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    monkeypatch.setattr("ebcache_fast.methods.POLICIES", PolicyRegistry())
+    monkeypatch.setattr("ebcache_fast.apps.method_spec.POLICIES", PolicyRegistry())
     with pytest.raises(InputError, match=rf"^method '{text}'.*entry point 'theirs' .* failed: ModuleNotFoundError: .*"):
         parse_method(text, setting())
     assert len(parse_method("fora:2", setting()).plan) == 4
@@ -93,9 +93,9 @@ def test_a_package_of_its_own_is_found_and_run(tmp_path: Path) -> None:
 
 KEEP = """
 from ebcache_fast import CacheTable
-from ebcache_fast.methods import Setting, parse_method
+from ebcache_fast.apps.method_spec import Setting, parse_method
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.presets import load_letters
+from ebcache_fast.apps.bundled import load_letters
 
 setting = Setting(as_denoiser(load_letters().model).shape, steps=2, sampler="ddim")
 CacheTable.from_plan(parse_method("skip-layers", setting).plan).save("t.json")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.models import DIT_MODELS, DiTDenoiser
-from ebcache_fast.noise_schedule import respaced_timesteps
 from ebcache_fast.plan import ModelShape, Plan, StepType
 from ebcache_fast.policies import fora, fora_at_cost
+from ebcache_fast.samplers.schedule import respaced_timesteps
 
 
 @cache

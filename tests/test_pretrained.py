@@ -12,9 +12,10 @@ import torch
 from diffusers_tiny import tiny_cogvideox, tiny_pipeline, tiny_pixart, tiny_transformer
 from torch import nn
 
-from ebcache_fast import CacheTable, calibrate, cli, disable, enable, stats
-from ebcache_fast.algorithm1 import Algorithm1
-from ebcache_fast.cli.sample import sample
+from ebcache_fast import CacheTable, calibrate, disable, enable, stats
+from ebcache_fast.apps import cli
+from ebcache_fast.apps.cli.sample import sample
+from ebcache_fast.calibration.algorithm1 import Algorithm1
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser, load_pretrained
 from ebcache_fast.plan import Plan

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ebcache_fast import enable, stats
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT
-from ebcache_fast.models.dit_embeddings import TimestepEmbedder
+from ebcache_fast.models.embeddings import TimestepEmbedder
 
 
 class InFloat32(TimestepEmbedder):

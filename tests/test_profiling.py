@@ -13,15 +13,17 @@ from fake_graphs import FakeGraphs
 from tiny import tiny_dit
 from torch import Tensor, nn
 
-from ebcache_fast import ops, profile_job, profiling
-from ebcache_fast.cache_table import CacheTable
+from ebcache_fast.apps import profile as profile_job
+from ebcache_fast.apps import profiling
+from ebcache_fast.apps.profile import profile_into
+from ebcache_fast.apps.profiling import Probe, ProfiledEngine, Recorder, annotated, time_run, trace_run
+from ebcache_fast.apps.timeline import Timeline
 from ebcache_fast.engine.graphs import Graphs, no_graphs
 from ebcache_fast.errors import InputError, JobError
+from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import StepType
-from ebcache_fast.profile_job import profile_into
-from ebcache_fast.profiling import Probe, ProfiledEngine, Recorder, annotated, time_run, trace_run
+from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.sampling import sample
-from ebcache_fast.timeline import Timeline
 
 CPU = torch.device("cpu")
 NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType

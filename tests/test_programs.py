@@ -155,7 +155,7 @@ def test_costs_are_what_the_branches_cost(
     from ebcache_fast.plan import ModelShape
 
     shapes, plan, _, programs = case
-    shape = ModelShape(3, 5, shapes, fixed_macs=2**20, fixed_weights=2**20, fingerprint=())
+    shape = ModelShape(3, 5, shapes, fixed_macs=2**20, fixed_weights=2**20, sizes=())
     computed = [[i for i, rule in enumerate(step.rules) if rule is COMPUTE] for step in plan.steps]
     assert list(plan.step_macs(shape)) == [2**20 + sum(shapes[i].macs for i in each) for each in computed]
     for program, moved in zip(programs, plan.bytes_moved(shape, 2, 4), strict=True):

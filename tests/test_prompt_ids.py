@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.dropin.prompt_ids import PromptIds
-from ebcache_fast.models import Context
+from ebcache_fast.models import Conditioning
 
 
 def text(seed: int = 0) -> Tensor:
@@ -55,7 +55,7 @@ def test_equal_ones_have_one_id(ids: PromptIds, unseeing: Callable[[], None]) ->
     assert [ids.id_of((one, None)) for one in both] == [number] * 2
 
 
-OTHERS: dict[str, Callable[[Tensor], Context]] = {
+OTHERS: dict[str, Callable[[Tensor], Conditioning]] = {
     "other numbers": lambda one: (text(1), one),
     "another mask": lambda one: (one, -one),
     "no mask": lambda one: (one, None),
@@ -71,7 +71,7 @@ OTHERS: dict[str, Callable[[Tensor], Context]] = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("turned", [False, True])
-def test_others_have_another_id(ids: PromptIds, other: Callable[[Tensor], Context], turned: bool) -> None:
+def test_others_have_another_id(ids: PromptIds, other: Callable[[Tensor], Conditioning], turned: bool) -> None:
     given = text()
     first, second = ((given, given), other(given))[:: -1 if turned else 1]
     number = ids.id_of(first)
@@ -100,7 +100,7 @@ def test_whose_writes_torch_does_not_count_is_looked_at(ids: PromptIds) -> None:
 
 
 def test_those_used_last_are_kept(ids: PromptIds) -> None:
-    kept: list[Context] = [(text(seed),) for seed in range(4)]
+    kept: list[Conditioning] = [(text(seed),) for seed in range(4)]
     first, second = map(ids.id_of, kept[:2])
     assert ids.id_of(kept[0]) == first
     third = ids.id_of(kept[2])
@@ -109,7 +109,7 @@ def test_those_used_last_are_kept(ids: PromptIds) -> None:
 
 
 def test_those_in_use_are_kept_beyond_the_limit(ids: PromptIds) -> None:
-    kept: list[Context] = [(text(seed),) for seed in range(5)]
+    kept: list[Conditioning] = [(text(seed),) for seed in range(5)]
     numbers = [ids.id_of(one, lambda: {1, 2, 3}) for one in kept]
     assert [ids.id_of(one, lambda: {1, 2, 3}) for one in kept[:3]] == numbers[:3]
     assert ids.id_of(kept[3], lambda: {1, 2, 3}) not in numbers

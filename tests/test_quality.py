@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ebcache_fast import quality
+from ebcache_fast.apps import quality
+from ebcache_fast.apps.quality import GaussianStats, distances
 from ebcache_fast.errors import InputError
-from ebcache_fast.quality import GaussianStats, distances
 
 few = settings(max_examples=25)
 seeds = st.integers(0, 2**32 - 1)

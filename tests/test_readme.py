@@ -15,9 +15,10 @@ from diffusers_tiny import tiny_cogvideox, tiny_cogvideox_2b, tiny_pipeline, tin
 from tiny import tiny_dit
 from torch import nn
 
-from ebcache_fast import cli, models, stats
-from ebcache_fast.cache_table import CacheTable
-from ebcache_fast.methods import Setting, parse_method
+from ebcache_fast import models, stats
+from ebcache_fast.apps import cli
+from ebcache_fast.apps.method_spec import Setting, parse_method
+from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[1]

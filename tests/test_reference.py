@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebcache_fast import reference
-from ebcache_fast.operands import At, Norm
-from ebcache_fast.sampler_step import sampler_update
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Norm, StepIndex
+from ebcache_fast.ops.update import sampler_update
 
 EPS = 1e-6
 SHAPES = [(1, 1, 4), (3, 7, 12), (17, 5, 20), (33, 3, 8)]  # (N, T, D)
@@ -45,11 +45,15 @@ def assert_close(ours: Tensor, theirs: np.ndarray) -> None:
     torch.testing.assert_close(ours, torch.from_numpy(theirs), **CLOSE)
 
 
-def table(rows: int, width: int, count: int, seed: int = 1) -> tuple[list[Tensor], At, list[np.ndarray]]:
+def table(rows: int, width: int, count: int, seed: int = 1) -> tuple[list[Tensor], StepIndex, list[np.ndarray]]:
     """Modulation tables of two steps and three conditions, where step 1 reads, and what each row gets of them."""
     tables = draw(*[(2, 3, width)] * count, seed=seed)
     row_of = (torch.arange(rows, dtype=torch.int32) * 2) % 3
-    return tables, At(torch.tensor([1], dtype=torch.int32), row_of), [t.numpy()[1, row_of.numpy()] for t in tables]
+    return (
+        tables,
+        StepIndex(torch.tensor([1], dtype=torch.int32), row_of),
+        [t.numpy()[1, row_of.numpy()] for t in tables],
+    )
 
 
 @pytest.mark.parametrize("size", [3.0, 1e-3], ids=["plain", "near epsilon"])

@@ -8,8 +8,8 @@ import torch
 from step_operands import SIZES, STEP, Sizes, StepOperands
 from torch import Tensor
 
-from ebcache_fast import reference
-from ebcache_fast.operands import Linear
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Linear
 
 SMALL = {
     name: SIZES[name]
@@ -72,17 +72,17 @@ def numpy_update(case: StepOperands, out: np.ndarray, step: int = STEP) -> np.nd
     kept = case.update.previous
     if kept is None:
         return numpy_latents(case, out, step)
-    px, pe = case.update.rows[step, 7:].tolist()
+    px, pe = case.update.coefficients[step, 7:].tolist()
     eps = out[: case.sizes.samples, : case.sizes.channels]
     return np.concatenate([numpy_latents(case, out, step), px * case.x.numpy() + pe * eps])
 
 
 def numpy_latents(case: StepOperands, out: np.ndarray, step: int) -> np.ndarray:
     s = case.sizes
-    cx, ce, low, high, noise_on, sigma = case.update.rows[step, :6].tolist()
+    cx, ce, low, high, noise_on, sigma = case.update.coefficients[step, :6].tolist()
     x = cx * case.x.numpy() + ce * out[: s.samples, : s.channels]
     if case.update.previous is not None:
-        x = x + float(case.update.rows[step, 6]) * case.update.previous.numpy()
+        x = x + float(case.update.coefficients[step, 6]) * case.update.previous.numpy()
     if case.update.noise is None:
         return x
     share = (out[: s.samples, s.channels :] + 1) / 2 if s.variance else 0.0

@@ -8,8 +8,9 @@ import torch
 from fake_graphs import FakeGraphs
 from torch import Tensor
 
-from ebcache_fast import ops, reference
 from ebcache_fast.errors import InputError
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops import reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 16, 8), (2, 37, 12, 4)]  # (R, T, k, D)

@@ -12,8 +12,8 @@ from ebcache_fast.plan.emitter import Emitter
 from ebcache_fast.plan.registry import BUILT_IN, RuleRegistry
 from ebcache_fast.plan.rules import Compute, Tokens
 from ebcache_fast.plan.sites import Site
-from ebcache_fast.table_schema import Layers
-from ebcache_fast.table_steps import spelt, steps_of
+from ebcache_fast.plan.table_schema import Layers
+from ebcache_fast.plan.table_steps import spelt, steps_of
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny import CLASSES, tiny_dit
 
-from ebcache_fast import report
-from ebcache_fast.cli.parser import parse
-from ebcache_fast.compare import Method, Result, measure
+from ebcache_fast.apps import report
+from ebcache_fast.apps.cli.parser import parse
+from ebcache_fast.apps.compare import Method, Result, measure
+from ebcache_fast.apps.report import command_line, machine, write_report
 from ebcache_fast.errors import JobError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
-from ebcache_fast.report import command_line, machine, write_report
 
 MODEL = tiny_dit(dtype=torch.float32)
 SHAPE = as_denoiser(MODEL).shape

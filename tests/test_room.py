@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import tiny_dit
 
-from ebcache_fast import room
+from ebcache_fast.apps import room
+from ebcache_fast.apps.room import available_bytes, check_room, check_run, check_votes
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
-from ebcache_fast.room import available_bytes, check_room, check_run, check_votes
 
 DENOISER = as_denoiser(tiny_dit(dtype=torch.float32))
 LATENT = 4 * 4 * 8 * 8  # bytes of one: float32, four channels

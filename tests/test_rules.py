@@ -13,7 +13,7 @@ from tiny import relative_error, tiny_dit
 from torch import Tensor
 
 from ebcache_fast import enable, enabled, stats
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.errors import TableError
@@ -162,7 +162,7 @@ def latents(steps: int) -> Tensor:
 def ours(plan: Plan, xs: Tensor, *, guided: bool = False, graphs: FakeGraphs | None = None) -> list[Tensor]:
     engine = Engine(MODEL, make_graphs=no_graphs if graphs is None else lambda _: graphs)
     batch = Batch(LABELS, ROWS // 2 if guided else ROWS, 0, as_denoiser(MODEL).latent_shape)
-    run = engine.forward_run(plan, batch, Ending.PREDICT)
+    run = engine.forward_run(plan, batch, Tail())
     return [run.predict(i, xs[i]).clone() for i in range(len(plan))]
 
 

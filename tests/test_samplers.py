@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.noise_schedule import NoiseSchedule, ddim_timesteps, respaced_timesteps, solver_timesteps
-from ebcache_fast.operands import Guide
-from ebcache_fast.reference import guide_and_scale
-from ebcache_fast.sampler_step import sampler_update
+from ebcache_fast.ops.operands import GuidanceArgs
+from ebcache_fast.ops.reference import guide_and_scale
+from ebcache_fast.ops.update import sampler_update
 from ebcache_fast.samplers import (
     SAMPLERS,
     Sampler,
@@ -26,6 +25,7 @@ from ebcache_fast.samplers import (
     sampler_over,
     trajectory_noise,
 )
+from ebcache_fast.samplers.schedule import NoiseSchedule, ddim_timesteps, respaced_timesteps, solver_timesteps
 
 STEP_COUNTS = [20, 33, 50, 100, 250]
 LINEAR = NoiseSchedule.linear()
@@ -321,7 +321,7 @@ def test_guidance_changes_only_the_first_channels(channels: int) -> None:
     generator = torch.Generator().manual_seed(1)
     cond, uncond = (torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     out = torch.cat([cond, uncond])
-    guide_and_scale(out, Guide(torch.tensor([1.5, 0.5], dtype=torch.float64), channels, cond.shape[1], 2))
+    guide_and_scale(out, GuidanceArgs(torch.tensor([1.5, 0.5], dtype=torch.float64), channels, cond.shape[1], 2))
     expected = 1.5 * cond[:, :channels] - 0.5 * uncond[:, :channels]
     for half, own in zip(out.chunk(2), (cond, uncond), strict=True):
         torch.testing.assert_close(half[:, :channels], 0.5 * expected, rtol=1e-12, atol=1e-12)

@@ -22,10 +22,10 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.errors import EBCacheError, InputError, TableError
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
+from ebcache_fast.plan.table import CacheTable, SamplerSpec
 from ebcache_fast.samplers import trajectory_noise
 from ebcache_fast.sampling import sample
 

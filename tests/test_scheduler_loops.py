@@ -11,12 +11,12 @@ from schedulers import scheduler_loop, with_scaled_eps
 from tiny import LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
 from torch import Tensor
 
-from ebcache_fast.cache_table import CacheTable, SamplerSpec
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import Branch, Plan, StepType, layered
+from ebcache_fast.plan.table import CacheTable, SamplerSpec
 from ebcache_fast.samplers import Sampler, sampler_of, trajectory_noise
 from ebcache_fast.sampling import sample
 

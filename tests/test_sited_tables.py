@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebcache_fast import console
-from ebcache_fast.cache_table import CacheTable, Provenance, SamplerSpec
+from ebcache_fast.apps import console
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import (
     COMPUTE,
@@ -31,8 +30,9 @@ from ebcache_fast.plan import (
     layered,
 )
 from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, SharedByGuidance, Tokens, Window
-from ebcache_fast.table_file import MAX_BYTES
-from ebcache_fast.table_set import TableSet, load_tables
+from ebcache_fast.plan.table import CacheTable, Provenance, SamplerSpec
+from ebcache_fast.plan.table_file import MAX_BYTES
+from ebcache_fast.plan.table_set import TableSet, load_tables
 
 C, R = COMPUTE, REUSE
 RULES: dict[Branch, list[Rule]] = {
@@ -46,7 +46,7 @@ NO_CACHE, ATTN_MLP = StepType.NO_CACHE, StepType.ATTN_MLP
 
 def shape_of(sites: tuple[Site, ...]) -> ModelShape:
     shapes = tuple(SiteShape(site.layer, site.branch, 1, 1) for site in sites)
-    return ModelShape(8, 4, shapes, fixed_macs=1, fixed_weights=1, fingerprint=(("width", 8),))
+    return ModelShape(8, 4, shapes, fixed_macs=1, fixed_weights=1, sizes=(("width", 8),))
 
 
 def plan_of(sites: tuple[Site, ...], *rows: str) -> Plan:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebcache_fast import enable, stats
-from ebcache_fast.cache_table import CacheTable, Provenance
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, SiteShape, StepPlan, StepType, layered, repeated
-from ebcache_fast.table_importers import from_smoothcache, smoothcache_plan
+from ebcache_fast.plan.importers import from_smoothcache, smoothcache_plan
+from ebcache_fast.plan.table import CacheTable, Provenance
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, SELF, CROSS, SELF_MLP, CROSS_MLP = StepType
 C, R = COMPUTE, REUSE

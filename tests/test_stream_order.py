@@ -11,7 +11,7 @@ from tiny import tiny_dit
 from torch import Tensor
 
 from ebcache_fast.engine.buffer_set import BufferSet
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.engine.trajectory import ForwardTrajectory
@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[[ForwardTrajectory, Tensor], object]] = {
     "guide": lambda run, x: run.guide(3.0),
     "give": lambda run, x: run.give(torch.zeros(2), torch.zeros(2)),
     "predict": lambda run, x: run.predict(0, x),
-    "refresh": lambda run, x: run.refresh(1, x),
+    "refresh": lambda run, x: run.run_full(1, x),
     "refresh_at": lambda run, x: run.refresh_at(0.5, x),
 }
 
@@ -72,7 +72,7 @@ CALLS: dict[str, Callable[[ForwardTrajectory, Tensor], object]] = {
 def test_a_call_joins_before_it_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stream may be another one than the last call's, which may be at work still."""
     engine, x = Engine(tiny_dit(3, torch.float32)), torch.zeros(2, 4, 8, 8)
-    run = engine.forward_run(plan_of(), Batch(torch.tensor([0, 1]), 2, 0, (4, 8, 8)), Ending.PREDICT_GUARDED)
+    run = engine.forward_run(plan_of(), Batch(torch.tensor([0, 1]), 2, 0, (4, 8, 8)), Tail(guarded=True))
     with torch.no_grad(), FakeGraphs().quiet() as heard:
         monkeypatch.setattr(BufferSet, "join", lambda _: heard.append("join"))
         CALLS[name](run, x)

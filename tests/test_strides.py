@@ -14,10 +14,11 @@ from step_operands import SIZES, StepOperands
 from tiny import relative_error
 from torch import Tensor
 
-from ebcache_fast import enable, ops, stats
+from ebcache_fast import enable, stats
 from ebcache_fast.kernels import launch
-from ebcache_fast.operands import Linear
-from ebcache_fast.ops import own_matmul_operations
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops.operands import Linear
+from ebcache_fast.ops.operations import own_matmul_operations
 
 TRITON = replace(own_matmul_operations(), linear_gelu=None, attention=None)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from ebcache_fast.cache_table import CacheTable, Provenance
+from ebcache_fast.apps.method_spec import open_table, open_tables
 from ebcache_fast.errors import TableError
-from ebcache_fast.methods import open_table, open_tables
 from ebcache_fast.plan import Branch, ModelShape, SiteShape, StepType
-from ebcache_fast.retiming import steps_as_far
-from ebcache_fast.table_set import TableSet, load_tables
+from ebcache_fast.plan.retiming import steps_as_far
+from ebcache_fast.plan.table import CacheTable, Provenance
+from ebcache_fast.plan.table_set import TableSet, load_tables
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 FOUR = CacheTable([900, 600.5, 300, 0], [0, 2, 1, 0], made=Provenance(by="hand", source="four"))

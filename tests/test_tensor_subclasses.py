@@ -162,9 +162,9 @@ def test_a_bias_says_the_dtype_where_conversion_left_the_weights(kind: Kind) -> 
 def test_a_bias_of_a_class_of_its_own_is_left_to_its_layer() -> None:
     model = fresh_model()
     for layer in (model.final_layer.linear, model.x_embedder.proj):
-        assert as_denoiser(model).has_plain_ends
+        assert as_denoiser(model).has_plain_embed_head
         plain, layer.bias = layer.bias, Strange.of(layer.bias)
-        assert not as_denoiser(model).has_plain_ends
+        assert not as_denoiser(model).has_plain_embed_head
         layer.bias = plain
 
 

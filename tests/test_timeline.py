@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from ebcache_fast import console, pictures
+from ebcache_fast.apps import console, pictures
+from ebcache_fast.apps.timeline import STEP_NAMES, Span, Timeline
+from ebcache_fast.apps.timeline_picture import BAR, CELLS, FAN, WIDTH, draw_timeline
 from ebcache_fast.errors import EBCacheError, InputError, JobError
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, SiteShape, StepPlan, StepType, layered, repeated
-from ebcache_fast.timeline import STEP_NAMES, Span, Timeline
-from ebcache_fast.timeline_picture import BAR, CELLS, FAN, WIDTH, draw_timeline
 
 NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
@@ -23,7 +23,7 @@ SHAPE = ModelShape(
     site_shapes=repeated(2, (SiteShape(0, Branch.SELF_ATTN, 10**9, 1), SiteShape(0, Branch.MLP, 2 * 10**9, 1))),
     fixed_macs=10**9,
     fixed_weights=1,
-    fingerprint=(),
+    sizes=(),
 )
 PLAN = Plan.from_types([NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO], [9, 7, 5, 3, 0], layered(2, BRANCHES))
 MEASURED = Timeline(

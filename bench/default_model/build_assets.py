@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from bench.default_model.fonts import LETTERS
 from bench.default_model.letters import GlyphBank
 from bench.default_model.train import MODEL
+from ebcache_fast.apps.bundled import LetterJudge
+from ebcache_fast.apps.pictures import to_pixels
+from ebcache_fast.apps.quality import Reference
+from ebcache_fast.apps.quality.letter_classifier import LetterClassifier
 from ebcache_fast.models.checkpoint import save_weights
-from ebcache_fast.models.dit import DiT
-from ebcache_fast.models.letter_classifier import LetterClassifier
-from ebcache_fast.pictures import to_pixels
-from ebcache_fast.presets import LetterJudge
-from ebcache_fast.quality import Reference
+from ebcache_fast.models.modules import DiT
 
 ASSETS = Path(__file__).resolve().parents[2] / "ebcache_fast" / "assets" / "letters"
 REFERENCE_IMAGES, KEPT_FEATURES, KEPT_IMAGES = 26 * 400, 26 * 40, 26 * 10

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from ebcache_fast import calibrate
-from ebcache_fast.algorithm1 import Algorithm1
+from ebcache_fast.apps.bundled import load_letters
+from ebcache_fast.calibration.algorithm1 import Algorithm1
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.presets import load_letters
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "ebcache_fast" / "assets" / "tables"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ebcache_fast import sample
-from ebcache_fast.presets import LETTERS, labels_in_turn, load_letters
-from ebcache_fast.quality import precision_recall, recognised, recognised_by_class, score
-from ebcache_fast.report import machine
+from ebcache_fast.apps.bundled import LETTERS, labels_in_turn, load_letters
+from ebcache_fast.apps.quality import precision_recall, recognised, recognised_by_class, score
+from ebcache_fast.apps.report import machine
 
 SAMPLES = 26 * 77
 OUT = Path(__file__).resolve().parents[1] / "results" / "letters-quality.json"

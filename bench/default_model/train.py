@@ -21,8 +21,8 @@ from torch import Tensor, distributed, nn
 
 from bench.default_model.fonts import find_faces, most_typical, split_faces
 from bench.default_model.letters import NARROW, SIDE, GlyphBank, render_bank
-from ebcache_fast.models.dit import DiT
-from ebcache_fast.noise_schedule import NoiseSchedule
+from ebcache_fast.models.modules import DiT
+from ebcache_fast.samplers.schedule import NoiseSchedule
 
 MODEL = dict(
     input_size=SIDE,

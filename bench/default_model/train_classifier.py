@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from bench.default_model.fonts import LETTERS, find_faces, split_faces
 from bench.default_model.letters import WIDE, GlyphBank, render_bank
-from ebcache_fast.models.letter_classifier import LetterClassifier
-from ebcache_fast.quality import recognised, recognised_by_class
+from ebcache_fast.apps.quality import recognised, recognised_by_class
+from ebcache_fast.apps.quality.letter_classifier import LetterClassifier
 
 
 def accuracy(model: LetterClassifier, bank: GlyphBank, images: int, seed: int) -> tuple[float, list[float]]:

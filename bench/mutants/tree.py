@@ -18,7 +18,7 @@ PLAN_TESTS = tuple(f"tests/test_{name}.py" for name in ("programs", "plan", "rul
 ENGINE_ENTRIES = (  # what runs all of it
     "ebcache_fast.engine.engine",
     "ebcache_fast.dropin",
-    "ebcache_fast.attach",
+    "ebcache_fast.dropin.enable",
     "ebcache_fast.enable",
     "ebcache_fast.Engine",
 )

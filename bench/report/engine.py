@@ -62,11 +62,11 @@ def host_cost() -> str:
 
 def timeline() -> str:
     """docs/timeline.png: the steps of a run, as measured where a profile was kept, else as its plan says."""
-    from ebcache_fast.cache_table import CacheTable
-    from ebcache_fast.pictures import save_picture
-    from ebcache_fast.presets import BUNDLED, shape_of
-    from ebcache_fast.timeline import Timeline
-    from ebcache_fast.timeline_picture import draw_timeline
+    from ebcache_fast.apps.bundled import BUNDLED, shape_of
+    from ebcache_fast.apps.pictures import save_picture
+    from ebcache_fast.apps.timeline import Timeline
+    from ebcache_fast.apps.timeline_picture import draw_timeline
+    from ebcache_fast.plan.table import CacheTable
 
     name, measured, shape = "letters-ddpm-50-1.5x", tables.RESULTS / "timeline.json", shape_of(BUNDLED, 256, 1000)
     if measured.exists():

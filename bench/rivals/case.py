@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench.step_cases import CFG_SCALE
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
-from ebcache_fast.models import Context, Denoiser, as_denoiser
+from ebcache_fast.models import Conditioning, Denoiser, as_denoiser
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.samplers import Sampler, make_sampler, trajectory_noise
 
@@ -22,7 +22,7 @@ class Case:
     plan: Plan
     samples: int
     cfg_scale: float = CFG_SCALE
-    context: Context = ()
+    context: Conditioning = ()
     sampler_name: str = "ddpm"
     guided_channels: int = GUIDED_CHANNELS
 
@@ -30,7 +30,7 @@ class Case:
     def denoiser(self) -> Denoiser:
         """The model as our engine sees it, for its own size of latents."""
         denoiser = as_denoiser(self.model)
-        return denoiser.sized(denoiser.latent_shape, self.context)
+        return denoiser.for_shape(denoiser.latent_shape, self.context)
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ def transformer(case: Case) -> Any:
     """
     from diffusers import DiTTransformer2DModel
 
-    sizes = dict(case.denoiser.shape.fingerprint)
+    sizes = dict(case.denoiser.shape.sizes)
     heads = case.model.num_heads
     with case.device:  # it fills all weights with random numbers, which takes a CPU many seconds
         made: Any = DiTTransformer2DModel(

@@ -10,7 +10,7 @@ from bench.rivals.case import Case
 from bench.rivals.loop import Call, Run, sample
 from bench.rivals.plain import timesteps_of
 from bench.rivals.rival import Trajectory
-from ebcache_fast.models import CogVideoXContext, PixArtContext
+from ebcache_fast.models import CogVideoXConditioning, PixArtConditioning
 from ebcache_fast.plan import Branch, StepType
 
 PARTS = {"attn1": Branch.SELF_ATTN, "attn2": Branch.CROSS_ATTN, "ff": Branch.MLP}  # of a layer: its branches
@@ -24,7 +24,7 @@ def transformer(case: Case) -> Any:
 
 def pixart_call(case: Case, model: Callable[..., Any]) -> Call:
     """The transformer as PixArtSigmaPipeline calls it."""
-    given = cast(PixArtContext, case.context)
+    given = cast(PixArtConditioning, case.context)
     text = given.text.to(case.dtype)
     sizes = {"resolution": given.resolution, "aspect_ratio": given.aspect_ratio}
 
@@ -44,7 +44,7 @@ def pixart_call(case: Case, model: Callable[..., Any]) -> Call:
 
 def cogvideox_call(case: Case, model: Callable[..., Any]) -> Call:
     """The transformer as CogVideoXPipeline calls it, which has frames before channels."""
-    text = cast(CogVideoXContext, case.context).text.to(case.dtype)
+    text = cast(CogVideoXConditioning, case.context).text.to(case.dtype)
 
     def once(x: Tensor, t: Tensor) -> Tensor:
         out: Tensor = model(x.transpose(1, 2), encoder_hidden_states=text, timestep=t, return_dict=False)[0]

@@ -17,7 +17,7 @@ from bench.rivals.compiled import options_of
 from bench.rivals.loop import Call, Run, sample
 from bench.rivals.plain import timesteps_of
 from bench.rivals.rival import Trajectory
-from ebcache_fast.models import CogVideoXContext, PixArtContext
+from ebcache_fast.models import CogVideoXConditioning, PixArtConditioning
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def _with_text(call: Callable[[Case, Any], Call]) -> Layout:
 _LAYOUTS: Final[Mapping[type, Layout]] = MappingProxyType(
     {
         tuple: Layout(plain.eager, diffusers_dit.transformer, diffusers_dit.call),
-        PixArtContext: _with_text(diffusers_text.pixart_call),
-        CogVideoXContext: _with_text(diffusers_text.cogvideox_call),
+        PixArtConditioning: _with_text(diffusers_text.pixart_call),
+        CogVideoXConditioning: _with_text(diffusers_text.cogvideox_call),
     }
 )
 

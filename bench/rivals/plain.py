@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.rivals.case import Case
 from bench.rivals.loop import Run, sample
 from bench.rivals.rival import Trajectory
-from ebcache_fast.models.dit import modulate, unpatchify
+from ebcache_fast.models.modules import modulate, unpatchify
 from ebcache_fast.plan import Branch, StepType
 
 

@@ -8,12 +8,12 @@ from bench.rivals.case import Case
 from bench.rivals.loop import Run
 from bench.rivals.ours import trajectory
 from bench.rivals.rival import Rival, Trajectory
-from ebcache_fast import ops
 from ebcache_fast.engine import engine as engines
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
+from ebcache_fast.ops import operations as ops
 
 
 class SingleSteps(StepScheduler):
@@ -43,10 +43,10 @@ def on_kernels(case: Case) -> Trajectory:
     return one_by_one(trajectory(case, Engine(case.model, make_graphs=no_graphs)))
 
 
-def by_graphs(case: Case, *, early: bool = False, whole: bool = False) -> Trajectory:
+def by_graphs(case: Case, *, pdl: bool = False, whole: bool = False) -> Trajectory:
     """By graphs, with the run kernel; a CPU has neither, and launches nothing early."""
     on_gpu = case.device.type == "cuda"
-    options = EngineOptions(on_gpu, whole_trajectory=whole, dependent_launch=early and on_gpu, max_trajectories=1)
+    options = EngineOptions(on_gpu, whole_trajectory=whole, pdl=pdl and on_gpu, max_trajectories=1)
     return trajectory(case, Engine(case.model, options))
 
 
@@ -61,6 +61,6 @@ SWITCHES: tuple[Rival, ...] = (
     Rival("+ kernels", "fused Triton kernels", on_kernels),
     Rival("+ graphs", "a CUDA graph a step type", by_single_graphs),
     Rival("+ runs", "runs of ATTN_MLP steps in one kernel", by_graphs),
-    Rival("+ dependent launch", "kernels launched early", partial(by_graphs, early=True)),
-    Rival("+ one graph", "and one graph for all steps", partial(by_graphs, early=True, whole=True)),
+    Rival("+ dependent launch", "kernels launched early", partial(by_graphs, pdl=True)),
+    Rival("+ one graph", "and one graph for all steps", partial(by_graphs, pdl=True, whole=True)),
 )

@@ -20,9 +20,9 @@ from ebcache_fast.dropin.patching import FORWARD, Method, MethodPatch, is_sent_a
 from ebcache_fast.dropin.prompt_ids import PromptIds
 from ebcache_fast.dropin.runs import Key, Runs, RunState, Turn
 from ebcache_fast.dropin.signatures import ForwardCall
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Engine
-from ebcache_fast.engine.fingerprint import Fingerprint
+from ebcache_fast.engine.module_watch import ModuleState
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import StepScheduler
@@ -46,7 +46,7 @@ class CachedForward:
     another one.
     """
 
-    _ending, _in_order = Ending.PREDICT, False
+    _tail, _in_order = Tail(), False
 
     def __init__(self, model: nn.Module, course: Course, options: EngineOptions, choice: Choice | None = None) -> None:
         self.model, self.options, self.course, self.choice = model, options, course, choice
@@ -176,7 +176,7 @@ class CachedForward:
         return out
 
     def _step(self, admitted: Admitted) -> Tensor:
-        call, denoiser, weights, numerics = admitted
+        call, denoiser, weights, flags = admitted
         facts = call.read(denoiser)
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
@@ -187,7 +187,7 @@ class CachedForward:
         step = self._scheduler.step_at(t) if course.is_followed else None
         is_full = step is not None and course.plan.refreshing[step]
         key = (facts.labels, *self._kind_of(call))
-        turn = self._runs.find(key, call.held, step, weights, numerics, is_full=is_full)
+        turn = self._runs.find(key, call.held, step, weights, flags, is_full=is_full)
         if turn.verdict.why is not None:
             self._depart(turn, turn.verdict.why, t)
         if turn.verdict.whose is Whose.ALIKE:
@@ -225,7 +225,7 @@ class CachedForward:
         prompt = self._prompts.id_of(call.context, self._runs.prompts) if call.context else 0
         return id(self.course.plan), call.guided_channels, call.x.shape, prompt
 
-    def _begin(self, call: ForwardCall, weights: Fingerprint, instead_of: RunState | None) -> RunState:
+    def _begin(self, call: ForwardCall, weights: ModuleState, instead_of: RunState | None) -> RunState:
         """A run with caches of its own."""
         call.check_text()
         if instead_of is not None:
@@ -237,7 +237,7 @@ class CachedForward:
 
     def _trajectory_for(self, call: ForwardCall) -> ForwardTrajectory:
         try:
-            return self.engine.forward_run(self.plan, call.batch.with_own_context(), self._ending)
+            return self.engine.forward_run(self.plan, call.batch.with_own_context(), self._tail)
         except InputError as error:  # too little memory: all else was checked
             is_limit = isinstance(error, CacheLimitError)
             if is_limit and self._runs.give_way():
@@ -255,7 +255,7 @@ class CachedForward:
                 "steps will hit, ebcache_fast.stats(model).summary() what was done instead",
                 run.calls,
             )
-        self.engine.release(run.trajectory.place)
+        self.engine.release(run.trajectory.buffer_set)
         if self._keeps_nothing:
             self.engine.let_go()
 
@@ -265,7 +265,7 @@ class CachedForward:
         if call.guided_channels:
             trajectory.guide(call.cfg_scale)
         if run.weights.watched and run.expected > 0:  # hooks may say other things at this step than when the run began
-            trajectory.place.renew(len(plan.steps) if step is None else step, t)
+            trajectory.buffer_set.recompute(len(plan.steps) if step is None else step, t)
         run.calls += 1
         if step is None:
             out = trajectory.refresh_at(t, call.x)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ebcache_fast.dropin.patching import Method
 from ebcache_fast.dropin.signatures import Answering, FacebookDiTSignature, ForwardCall, Signature
 from ebcache_fast.models import (
-    CogVideoXContext,
+    CogVideoXConditioning,
     CogVideoXDenoiser,
-    Context,
+    Conditioning,
     DiffusersDiTDenoiser,
     DiTDenoiser,
-    PixArtContext,
+    PixArtConditioning,
     PixArtDenoiser,
     as_denoiser,
 )
@@ -110,7 +110,7 @@ class PixArtSignature(_DiffusersSignature):
         known = known and sizes.keys() <= {"resolution", "aspect_ratio"}
         call = None
         if known and encoder_hidden_states is not None and timestep is not None:
-            context = PixArtContext(
+            context = PixArtConditioning(
                 encoder_hidden_states, encoder_attention_mask, sizes.get("resolution"), sizes.get("aspect_ratio")
             )
             of_each_row = all(one is None or one.shape[:1] == hidden_states.shape[:1] for one in context)
@@ -157,7 +157,7 @@ class CogVideoXSignature(_DiffusersSignature):
         if timestep_cond is None and not (attention_kwargs or others) and hidden_states.ndim == 5:
             cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
             shift = None if ofs is None else torch.as_tensor(ofs, device=hidden_states.device)
-            context = CogVideoXContext(encoder_hidden_states, cos, sin, shift)
+            context = CogVideoXConditioning(encoder_hidden_states, cos, sin, shift)
             is_one = shift is None or shift.numel() == 1  # not one for each row
             if is_one and encoder_hidden_states.shape[:1] == hidden_states.shape[:1]:
                 call = _of_label_0(hidden_states.transpose(1, 2), torch.as_tensor(timestep), context)
@@ -178,7 +178,7 @@ class CogVideoXSignature(_DiffusersSignature):
         return out.transpose(1, 2).contiguous()
 
 
-def _is_known_mask(context: PixArtContext) -> bool:
+def _is_known_mask(context: PixArtConditioning) -> bool:
     """Whether there is a mask of tokens, one to be added to the scores of all latents alike, or none."""
     mask, (rows, *tokens) = context.mask, context.text.shape[:2]
     if mask is None or mask.shape == (rows, *tokens):
@@ -186,7 +186,7 @@ def _is_known_mask(context: PixArtContext) -> bool:
     return mask.shape == (rows, 1, *tokens) and mask.dtype == context.text.dtype  # of bools attention makes another
 
 
-def _of_label_0(x: Tensor, t: Tensor, context: Context) -> ForwardCall:
+def _of_label_0(x: Tensor, t: Tensor, context: Conditioning) -> ForwardCall:
     """The call of a model whose rows differ by their context alone."""
     return ForwardCall(x, t, torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), context=context)
 

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from ebcache_fast.dropin.patching import MethodPatch
 from ebcache_fast.dropin.probe import probe
 from ebcache_fast.dropin.signatures import ForwardCall
-from ebcache_fast.engine.fingerprint import Fingerprint, Watch
-from ebcache_fast.engine.numerics import Functions, Numerics
+from ebcache_fast.engine.flags import Flags, Functions
+from ebcache_fast.engine.module_watch import ModuleState, Watch
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import EBCacheError, InputError
 from ebcache_fast.models import Denoiser, as_denoiser
@@ -36,8 +36,8 @@ class Admitted(NamedTuple):
 
     call: ForwardCall
     denoiser: Denoiser
-    weights: Fingerprint
-    numerics: Numerics
+    weights: ModuleState
+    flags: Flags
 
 
 class Eligibility:
@@ -54,7 +54,7 @@ class Eligibility:
             raise InputError(f"{type(model).__name__}'s {layer} is in training mode; call model.eval()")
         self.guided_channels = probe(model, plan)  # of forward_with_cfg; 0 where the model's own has to run
         self.forget()
-        self._probed: Probed = self._code(self._watch.look(), Numerics.now(self._device).functions)
+        self._probed: Probed = self._code(self._watch.look(), Flags.now(self._device).functions)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has another model to look at."""
@@ -79,21 +79,21 @@ class Eligibility:
         Raises DeclinedError where the model's own forward has to answer, UnfitError where it has to try.
         """
         call, tensors = self._asks_for_nothing_else(call)
-        weights, numerics = self._watch.look(), Numerics.now(self._device)  # while the device may be busy with a call
-        if (seen := (weights.parts, numerics.functions)) != self._seen:
-            self._look_again(weights, numerics.functions)
+        weights, flags = self._watch.look(), Flags.now(self._device)  # while the device may be busy with a call
+        if (seen := (weights.parts, flags.functions)) != self._seen:
+            self._look_again(weights, flags.functions)
             self._seen = seen
-            numerics = Numerics.now(self._device)  # which may be another by now
+            flags = Flags.now(self._device)  # which may be another by now
         if self._misfit:
             raise DeclinedError(self._misfit)
-        if numerics.autocast:
+        if flags.autocast:
             raise DeclinedError("autocast is on")
         lacks = [one is None for one in call.context]
         form = weights, call.guided_channels, lacks, [(one.shape, one.dtype, one.device) for one in tensors]
         if form != self._checked:
             self._check(call)
             self._checked = form
-        return Admitted(call, self._denoiser, weights, numerics)
+        return Admitted(call, self._denoiser, weights, flags)
 
     def _check(self, call: ForwardCall) -> None:
         try:
@@ -120,7 +120,7 @@ class Eligibility:
             raise DeclinedError("cfg_scale differs within the batch")
         return call, tensors
 
-    def _look_again(self, weights: Fingerprint, functions: Functions) -> None:
+    def _look_again(self, weights: ModuleState, functions: Functions) -> None:
         """Find out whether the model can still be answered for; hooks or modules may be others by now."""
         self._misfit = None
         try:
@@ -140,7 +140,7 @@ class Eligibility:
             if module := self._denoiser.passed_over_hooks():
                 self._misfit = f"{module} has hooks, and no part of the engine calls it"
 
-    def _code(self, weights: Fingerprint, functions: Functions) -> Probed:
+    def _code(self, weights: ModuleState, functions: Functions) -> Probed:
         modules = [module for _, module in walk(self.model)]
         forwards = [vars(module).get("forward") for module in modules[1:]]  # the model's own is where ours lies
         return [tuple(module._modules.items()) for module in modules], forwards, weights.code, functions

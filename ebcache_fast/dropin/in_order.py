@@ -6,7 +6,7 @@ from ebcache_fast.dropin.cached_forward import CachedForward
 from ebcache_fast.dropin.eligibility import Admitted
 from ebcache_fast.dropin.runs import RunState, Turn
 from ebcache_fast.dropin.signatures import ForwardCall
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.errors import TrajectoryError
 
 
@@ -21,16 +21,16 @@ class InOrderForward(CachedForward):
     model's own forward answers.
     """
 
-    _ending, _in_order = Ending.PREDICT_GUARDED, True
+    _tail, _in_order = Tail(guarded=True), True
 
     def _step(self, admitted: Admitted) -> Tensor:
         if self.choice is not None:
             self._take(self.choice.at(None))
-        call, _, weights, numerics = admitted
+        call, _, weights, flags = admitted
         turn = self._runs.next_in_order(self._kind_of(call), call.held)
         if turn is None or turn.run is None:
             return super()._step(admitted)
-        if (changed := turn.run.stand(weights, numerics).changed) is not None:
+        if (changed := turn.run.stand(weights, flags).changed) is not None:
             self._runs.drop(turn.run)
             raise TrajectoryError(f"{changed}; begin it again")
         return self._next(turn, turn.run, call)

@@ -9,7 +9,7 @@ from ebcache_fast.dropin.diffusers_signatures import signature_of
 from ebcache_fast.dropin.other_caches import has_foreign_forward, refuse_parts_that_keep
 from ebcache_fast.dropin.patching import bare
 from ebcache_fast.dropin.signatures import ForwardCall
-from ebcache_fast.engine.buffers import Ending
+from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.graphs import no_graphs
 from ebcache_fast.engine.guidance import GUIDED_CHANNELS
@@ -91,7 +91,7 @@ class _Probe:
         generator = torch.Generator("cpu").manual_seed(0)
         dtype = torch.int64 if isinstance(plan.timesteps[0], int) else torch.float32
         t = torch.tensor(plan.timesteps[0], dtype=dtype, device="cpu")
-        latents, context = denoiser.example(rows, small=small)
+        latents, context = denoiser.probe_inputs(rows, small=small)
         self._call = ForwardCall(
             x=torch.randn(rows, *latents, generator=generator, device="cpu").to(weight),
             t=t.repeat(rows).to(weight.device),
@@ -148,8 +148,8 @@ class _Probe:
         return f"they differ by {distance:.1e} of the largest output, above {largest:g}"
 
     def _predict(self, call: ForwardCall) -> Tensor:
-        run = self._engine.forward_run(self._plan, call.batch, Ending.PREDICT)
+        run = self._engine.forward_run(self._plan, call.batch, Tail())
         run.guide(CFG_SCALE)
         ours = run.predict(0, call.x)
-        self._engine.release(run.place)
+        self._engine.release(run.buffer_set)
         return ours

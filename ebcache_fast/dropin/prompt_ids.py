@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ebcache_fast.dropin.runs import location_of, reference_to
-from ebcache_fast.models import Context
+from ebcache_fast.models import Conditioning
 
 
 class _Tensors(NamedTuple):
@@ -28,22 +28,22 @@ class _Tensors(NamedTuple):
 class _Seen:
     """One prompt: what it held, and the tensors that held it."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Conditioning) -> None:
         self._copies = tuple(None if one is None else one.detach().clone() for one in context)
         self._tensors: list[_Tensors] = []
 
-    def is_same(self, context: Context) -> bool:
+    def is_same(self, context: Conditioning) -> bool:
         """Whether these are tensors seen before, unchanged; where torch counts, without a look at what they hold."""
         versions, locations = _versions(context), _locations(context)
         if any(each.versions == versions and each.locations == locations for each in self._tensors):
             return None not in versions or self.is_equal(context)
         return False
 
-    def is_equal(self, context: Context) -> bool:
+    def is_equal(self, context: Conditioning) -> bool:
         """Whether they hold the same; that may wait for the device."""
         return len(context) == len(self._copies) and all(map(_equal, context, self._copies))
 
-    def note(self, context: Context) -> None:
+    def note(self, context: Conditioning) -> None:
         """Know it again by these tensors, for as long as they live."""
         references = tuple(reference_to(one) for one in context if one is not None)
         alive = [each for each in self._tensors if each.are_alive]
@@ -58,7 +58,7 @@ class PromptIds:
         self._seen: OrderedDict[int, _Seen] = OrderedDict()
         self._ids = count(1)
 
-    def id_of(self, context: Context, in_use: Callable[[], Container[Hashable]] = tuple) -> int:
+    def id_of(self, context: Conditioning, in_use: Callable[[], Container[Hashable]] = tuple) -> int:
         """The id of this prompt, a new one for one that is not known; 0 where there is none.
 
         Those ``in_use`` are not forgotten.
@@ -89,9 +89,9 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and torch.equal(one, other)
 
 
-def _locations(context: Context) -> tuple[Hashable, ...]:
+def _locations(context: Conditioning) -> tuple[Hashable, ...]:
     return tuple(None if one is None else location_of(one) for one in context)
 
 
-def _versions(context: Context) -> tuple[int | None, ...]:
+def _versions(context: Conditioning) -> tuple[int | None, ...]:
     return tuple(-1 if one is None else None if one.is_inference() else one._version for one in context)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ebcache_fast.dropin.decision import AGAIN, NOBODY, Stand, Standing, Verdict, Whose
-from ebcache_fast.engine.fingerprint import Fingerprint
-from ebcache_fast.engine.numerics import Numerics
+from ebcache_fast.engine.flags import Flags
+from ebcache_fast.engine.module_watch import ModuleState
 from ebcache_fast.engine.trajectory import ForwardTrajectory
 
 Key = tuple[Hashable, ...]  # what a run is of: its labels first, the id of its prompts last, or 0 for none
@@ -32,7 +32,7 @@ class RunState:
     """One run in progress, and the memory for its caches."""
 
     trajectory: ForwardTrajectory
-    weights: Fingerprint
+    weights: ModuleState
     expected: int = 0  # the step that comes next
     goes_back: bool = False  # its last call was of the step before the one of the call before
     is_doubtful: bool = False  # its tensors are gone, and never came anew so far
@@ -40,12 +40,12 @@ class RunState:
     hits: int = 0  # calls that reused something
     group: "Group | None" = None  # in which it is kept
 
-    def stand(self, weights: Fingerprint, numerics: Numerics) -> Stand:
+    def stand(self, weights: ModuleState, flags: Flags) -> Stand:
         """Describe it in plain values, given weights and settings of now."""
         changed = None
         if self.weights != weights:
             changed = "weights changed within a run"
-        elif self.trajectory.place.spec.numerics != numerics:  # under which it began
+        elif self.trajectory.buffer_set.spec.flags != flags:  # under which it began
             changed = "torch's settings or functions changed within a run"
         return Stand(self.is_doubtful, self.goes_back and self.expected == 2, changed)
 
@@ -125,7 +125,7 @@ class Runs:
         }
 
     def find(
-        self, key: Key, held: Tensor, step: int | None, weights: Fingerprint, numerics: Numerics, *, is_full: bool
+        self, key: Key, held: Tensor, step: int | None, weights: ModuleState, flags: Flags, *, is_full: bool
     ) -> Turn:
         """Decide whose call this is; ``is_full``: the plan computes everything in it, so that it needs no caches."""
         reference, group = self._held.get((key, location_of(held)), (None, None))
@@ -136,7 +136,7 @@ class Runs:
             forgotten = Standing({}, self._forgotten.lost, self._forgotten.ends)
         else:
             group.is_held = True
-        at = {expected: run.stand(weights, numerics) for expected, run in group.at.items()}
+        at = {expected: run.stand(weights, flags) for expected, run in group.at.items()}
         standing = Standing(at, group.lost, group.ends, group.gave_way)
         verdict = self._decide(step, standing, forgotten, is_full=is_full)
         return Turn(key, held, step, group, verdict, None if verdict.run is None else group.at[verdict.run])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ebcache_fast.dropin.patching import Method
 from ebcache_fast.engine.engine import Batch
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import Context, Denoiser
+from ebcache_fast.models import Conditioning, Denoiser
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -31,7 +31,7 @@ class ForwardCall(NamedTuple):
     y: Tensor  # (R,) integers
     cfg_scale: float | Tensor = 1.0  # one number
     guided_channels: int = 0
-    context: Context = ()  # of R rows
+    context: Conditioning = ()  # of R rows
 
     @property
     def samples(self) -> int:
@@ -72,7 +72,7 @@ class ForwardCall(NamedTuple):
         x, t, y, weight = self.x, self.t, self.y, denoiser.weight()
         if not x.ndim or not len(x):
             raise InputError(f"x of shape {tuple(x.shape)} holds no row; pass one latent or more")
-        denoiser.sized(tuple(x.shape[1:]), self.context)
+        denoiser.for_shape(tuple(x.shape[1:]), self.context)
         if x.dtype != weight.dtype:
             raise InputError(f"x is {x.dtype}, but the model {weight.dtype}; convert one of them")
         context = (("the context", one, ()) for one in self.context if one is not None)

@@ -9,26 +9,26 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.engine.buffers import BufferSpec, Ending, allocate
+from ebcache_fast.engine.buffers import BufferSpec, allocate
+from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.graphs import Graph, Graphs
-from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.runner import Runner
 from ebcache_fast.engine.stats import Counts
 from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError, InputError
-from ebcache_fast.models.denoiser import Context, Denoiser
+from ebcache_fast.models.base import Conditioning, Denoiser
 from ebcache_fast.models.float8 import Float8Branches
 from ebcache_fast.models.layers import tensors_of
-from ebcache_fast.ops import Operations
+from ebcache_fast.ops.operations import Operations
 from ebcache_fast.plan import Plan, Program, lower
 
-Work = tuple[Dispatch, ...]  # what is run at once: a dispatch, or a whole trajectory of them
+Dispatches = tuple[Dispatch, ...]  # what is run at once: a dispatch, or a whole trajectory of them
 Programs = tuple[Program, ...]  # the same for this memory and this model: what a graph is known by
 
 
 @dataclass(frozen=True)
-class Ready:
+class Executable:
     """Work that can run: all that is left to do for it is a call."""
 
     run: Callable[[], None]
@@ -56,9 +56,9 @@ class BufferSet:
     ) -> None:
         self.spec = spec
         self.buffers = buffers = allocate(spec, denoiser)
-        self._float8 = Float8Branches(model, buffers.constants) if spec.float8 else None
+        self._float8 = Float8Branches(model, buffers.per_run) if spec.float8 else None
         self._runner = Runner(
-            denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace, buffers.constants, self._float8
+            denoiser, operations, buffers.modulation, buffers.guide, buffers.workspace, buffers.per_run, self._float8
         )
         self._model, self._denoiser, self._counts = model, denoiser, counts
         self._backend, self._why_no_graphs = graphs, why_no_graphs
@@ -67,7 +67,7 @@ class BufferSet:
         self._lowered: dict[tuple[Dispatch, frozenset[int]], Program] = {}
         self._streams = StreamOrder(buffers.x.device)
         self._strict = False
-        self._samples = spec.ending not in (Ending.PREDICT, Ending.PREDICT_GUARDED)  # else it hands outputs out
+        self._samples = spec.tail.update  # else it hands outputs out
         self._next_step: int | None = None  # what the clock on the device says, if that is known
 
     @property
@@ -80,27 +80,27 @@ class BufferSet:
         self._streams.join(chain(self.buffers.tensors, self._runner.clock.tensors))
 
     @torch.no_grad()
-    def prepare(self, works: Sequence[Work], room: int, *, strict: bool) -> list[Ready]:
+    def prepare(self, batches: Sequence[Dispatches], room: int, *, strict: bool) -> list[Executable]:
         """Every piece of work, ready to run. Up to ``room`` graphs are captured, which spoils what the memory holds.
 
         What can't be captured will run eagerly, and is counted; CaptureError instead if ``strict``.
         """
         self._strict = strict
         float8 = frozenset[int]() if self._float8 is None else self._float8.sites
-        lowered = {work: tuple(self._lower(one, float8) for one in work) for work in dict.fromkeys(works)}
+        lowered = {work: tuple(self._lower(one, float8) for one in work) for work in dict.fromkeys(batches)}
         for programs in lowered.values():
             if programs not in self._graphs and programs not in self._refused:
                 self._capture(programs, room, strict=strict)
                 room -= programs in self._graphs
-        ready = {work: self._ready(work, programs) for work, programs in lowered.items()}
-        return [ready[work] for work in works]
+        executable = {work: self._executable(work, programs) for work, programs in lowered.items()}
+        return [executable[work] for work in batches]
 
     @torch.no_grad()
-    def set_context(self, context: Context) -> None:
+    def set_conditioning(self, context: Conditioning) -> None:
         """Make ready for runs in this context; before anything is captured that reads what it says."""
         self.join()
         try:
-            self._denoiser.prepare(context, self.buffers.constants)
+            self._denoiser.prepare(context, self.buffers.per_run)
             if self._float8 is not None:
                 self._float8.prepare()
         except torch.OutOfMemoryError as error:
@@ -109,43 +109,43 @@ class BufferSet:
                 f"({str(error).splitlines()[0]}); sample fewer at once"
             ) from error
 
-    def load(self, plan: Plan, row_labels: Tensor, context: Context, scale: float) -> None:
+    def load(self, plan: Plan, row_labels: Tensor, context: Conditioning, scale: float) -> None:
         """Make ready for a run under ``plan`` over rows of these labels (R,), guided by ``scale``."""
         buffers = self.buffers
         buffers.modulation.load(plan.timesteps, row_labels, context, plan.factors)
         settings = buffers.guide.settings
         settings.copy_(torch.tensor([scale, plan.eps_scale], dtype=settings.dtype, device="cpu"))
-        if self.spec.ending is Ending.PREDICT_GUARDED:
+        if self.spec.tail.guarded:
             buffers.guard.load(plan.timesteps, row_labels)
 
     @torch.no_grad()
-    def renew(self, step: int, t: float) -> None:
+    def recompute(self, step: int, t: float) -> None:
         """Compute anew what the step at timestep ``t`` shares with others, for hooks that may say another thing now."""
         modulation = self.buffers.modulation
-        self.set_context(modulation.context)
+        self.set_conditioning(modulation.context)
         modulation.load_row(step, t)
 
-    def as_of_now(self, ready: Ready) -> Ready:
+    def as_of_now(self, executable: Executable) -> Executable:
         """The same, but eagerly where its graph was captured under other settings or functions of torch than now's.
 
         CaptureError instead if strict.
         """
-        if ready.why_eager is not None or Numerics.now(self.buffers.x.device) == self.spec.numerics:
-            return ready
+        if executable.why_eager is not None or Flags.now(self.buffers.x.device) == self.spec.flags:
+            return executable
         why = "torch's settings or functions changed within a run"
         if self._strict:
             raise CaptureError(f"{why}, which its graphs don't follow; strict=False runs its steps eagerly from there")
-        return replace(ready, run=ready.run_eagerly, why_eager=why)
+        return replace(executable, run=executable.run_eagerly, why_eager=why)
 
-    def run(self, ready: Ready, step: int) -> None:
+    def run(self, executable: Executable, step: int) -> None:
         """Run work of which ``step`` is the first."""
         self.join()
         if step != self._next_step:
             self._runner.clock.set(step)
         self._next_step = None  # unless all goes well
-        ready.run()
-        self._next_step = step + len(ready.names)
-        self._count(ready)
+        executable.run()
+        self._next_step = step + len(executable.names)
+        self._count(executable)
 
     def _lower(self, dispatch: Dispatch, float8: frozenset[int]) -> Program:
         if (known := self._lowered.get((dispatch, float8))) is not None:
@@ -191,24 +191,24 @@ class BufferSet:
             logging.getLogger(__name__).warning("steps run eagerly, not as a CUDA graph: %s (%s)", why, str(error))
         self._refused[programs] = why
 
-    def _ready(self, work: Work, programs: Programs) -> Ready:
+    def _executable(self, work: Dispatches, programs: Programs) -> Executable:
         names = tuple(dispatch.plan.type_name for dispatch in work for _ in range(dispatch.steps))
         hits = sum(program.steps * len(program.reads) for program in programs)
         graph = self._graphs.get(programs)
         execute = partial(self._execute, programs)
         if graph is not None:
-            return Ready(graph.replay, execute, names, hits, None)
-        return Ready(execute, execute, names, hits, self._refused[programs])
+            return Executable(graph.replay, execute, names, hits, None)
+        return Executable(execute, execute, names, hits, self._refused[programs])
 
-    def _count(self, ready: Ready) -> None:
+    def _count(self, executable: Executable) -> None:
         counts = self._counts
-        for name in ready.names:
+        for name in executable.names:
             counts.steps[name] += 1
-        counts.hits += ready.hits
-        if ready.why_eager is None:
+        counts.hits += executable.hits
+        if executable.why_eager is None:
             counts.replays += 1
         else:
-            counts.eager[ready.why_eager] += len(ready.names)
+            counts.eager[executable.why_eager] += len(executable.names)
 
     @torch.no_grad()
     def _execute(self, programs: Programs) -> None:
@@ -218,5 +218,5 @@ class BufferSet:
                 runner.update(program, buffers.x, buffers.cache, buffers.update)
                 continue
             runner.predict(program, buffers.x, buffers.cache, buffers.out)
-            if self.spec.ending is Ending.PREDICT_GUARDED:
+            if self.spec.tail.guarded:
                 buffers.guard.check(runner.clock.now, buffers.out)

@@ -2,66 +2,52 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.cache import FeatureCache
+from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.modulation import ModulationTable
-from ebcache_fast.engine.numerics import Numerics
 from ebcache_fast.engine.order_guard import OrderGuard
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Denoiser
-from ebcache_fast.operands import Guide, Update
+from ebcache_fast.models.base import Denoiser
+from ebcache_fast.ops.operands import GuidanceArgs, Update
 from ebcache_fast.plan import Memory
 from ebcache_fast.samplers.coefficients import WITH_MEMORY, WITHOUT_MEMORY
 
 SPARE_ROWS = 1  # of modulation, after those of the plan: for a timestep that nobody planned
 
 
-class Ending(Enum):
-    """What the last operation of a step does with the predicted noise."""
+@dataclass(frozen=True)
+class Tail:
+    """What the last operation of a step does with the predicted noise: hands it out, or takes the sampler's step."""
 
-    PREDICT = "predict"  # hands it out: the model's own forward
-    PREDICT_GUARDED = "predict, guarded"  # the same, and checks that it was called in the planned order
-    UPDATE = "update"  # takes the sampler's step
-    UPDATE_WITH_NOISE = "update with noise"  # takes the sampler's step, which adds noise
-    UPDATE_WITH_MEMORY = "update with memory"  # takes the sampler's step, which keeps something for the next
-    UPDATE_WITH_NOISE_AND_MEMORY = "update with noise and memory"
+    update: bool = False  # takes the sampler's step; else the output is the caller's, as of the model's own forward
+    noise: bool = False  # the sampler's step adds noise
+    memory: bool = False  # the sampler's step keeps something for the next
+    guarded: bool = False  # an output handed out is checked: was it called in the planned order?
 
     @classmethod
-    def of_sampler(cls, rows: Tensor, noise: Tensor) -> "Ending":
+    def of_sampler(cls, coefficients: Tensor, noise: Tensor) -> Self:
         """That of a sampler with these coefficients, (S, 6) or (S, 9), and this noise, none beyond entry 0 or more."""
-        memory = rows.shape[1] > WITHOUT_MEMORY
-        if len(noise) > 1:
-            return cls.UPDATE_WITH_NOISE_AND_MEMORY if memory else cls.UPDATE_WITH_NOISE
-        return cls.UPDATE_WITH_MEMORY if memory else cls.UPDATE
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether there is noise for every step."""
-        return self in (Ending.UPDATE_WITH_NOISE, Ending.UPDATE_WITH_NOISE_AND_MEMORY)
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether a step leaves something to the next."""
-        return self in (Ending.UPDATE_WITH_MEMORY, Ending.UPDATE_WITH_NOISE_AND_MEMORY)
+        return cls(update=True, noise=len(noise) > 1, memory=coefficients.shape[1] > WITHOUT_MEMORY)
 
 
 @dataclass(frozen=True)
 class BufferSpec:
     """Whatever decides the sizes of a trajectory's memory: trajectories of equal specs can use it in turn."""
 
-    ending: Ending
+    tail: Tail
     samples: int
     copies: int  # 2 under guidance: the unconditional rows follow the conditional ones
     guided_channels: int
     conditions: int  # distinct ones that there is room for
     steps: int  # of the plan
     memory: Memory
-    numerics: Numerics
+    flags: Flags
     latents: tuple[int, ...]  # one of them, as the caller has it
     context: tuple[tuple[torch.Size, torch.dtype] | None, ...]  # what each tensor of it is like
     float8: bool = False  # whether branches take their input so where they can
@@ -80,20 +66,20 @@ class Buffers:
     x: Tensor  # (N, C, H, W), or of videos (N, C, F, H, W): latents, float32 or float64
     out: Tensor  # (R, Cout, H, W) or (R, Cout, F, H, W), the same: what a step predicts
     update: Update  # the sampler's steps
-    guide: Guide
+    guide: GuidanceArgs
     modulation: ModulationTable
     cache: FeatureCache
-    constants: Workspace  # what `Denoiser.prepare` and `Float8Branches.prepare` wrote
+    per_run: Workspace  # what `Denoiser.prepare` and `Float8Branches.prepare` wrote
     workspace: Workspace
 
     @property
     def tensors(self) -> Iterator[Tensor]:
         """All of it that is allocated by now."""
-        yield from (self.x, self.out, self.guide.settings, self.update.rows, *self.guard.tensors)
+        yield from (self.x, self.out, self.guide.settings, self.update.coefficients, *self.guard.tensors)
         for optional in (self.update.noise, self.update.previous):
             if optional is not None:
                 yield optional
-        for part in (self.modulation, self.cache, self.constants, self.workspace):
+        for part in (self.modulation, self.cache, self.per_run, self.workspace):
             yield from part.tensors
 
     @property
@@ -126,9 +112,9 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
         return torch.empty(shape, dtype=latent_dtype(denoiser), device=weight.device)
 
     def update() -> Update:
-        coefficients = empty(spec.steps, WITH_MEMORY if spec.ending.has_memory else WITHOUT_MEMORY)
-        noise = empty(spec.steps, *latents) if spec.ending.draws_noise else None
-        return Update(coefficients, noise, empty(*latents) if spec.ending.has_memory else None)
+        coefficients = empty(spec.steps, WITH_MEMORY if spec.tail.memory else WITHOUT_MEMORY)
+        noise = empty(spec.steps, *latents) if spec.tail.noise else None
+        return Update(coefficients, noise, empty(*latents) if spec.tail.memory else None)
 
     try:
         return Buffers(
@@ -136,12 +122,12 @@ def allocate(spec: BufferSpec, denoiser: Denoiser) -> Buffers:
             x=empty(*latents),
             out=empty(spec.rows, denoiser.out_channels, *denoiser.latent_shape[1:]),
             update=update(),
-            guide=Guide(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
+            guide=GuidanceArgs(empty(2), min(spec.guided_channels, channels), channels, spec.copies),
             modulation=ModulationTable(
                 denoiser, spec.steps + SPARE_ROWS, spec.conditions, stream_rows, spec.memory.extra
             ),
             cache=FeatureCache(denoiser.shape, spec.memory, spec.rows, weight.dtype, weight.device),
-            constants=Workspace(weight.dtype, weight.device),
+            per_run=Workspace(weight.dtype, weight.device),
             workspace=Workspace(weight.dtype, weight.device),
         )
     except torch.OutOfMemoryError as error:

@@ -9,24 +9,24 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast import ops
-from ebcache_fast.engine.buffer_set import BufferSet, Ready, Work
-from ebcache_fast.engine.buffers import BufferSpec, Ending, room_for
-from ebcache_fast.engine.ends import OF_ENDS
-from ebcache_fast.engine.feature_cache import FeatureCache
-from ebcache_fast.engine.fingerprint import Watch
+from ebcache_fast.engine.buffer_set import BufferSet, Dispatches, Executable
+from ebcache_fast.engine.buffers import BufferSpec, Tail, room_for
+from ebcache_fast.engine.cache import FeatureCache
+from ebcache_fast.engine.embed_head import OF_EMBED_HEAD
+from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.graphs import Graphs, cuda_graphs
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.modulation import count_distinct
-from ebcache_fast.engine.numerics import Numerics
+from ebcache_fast.engine.module_watch import Watch
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
 from ebcache_fast.errors import CacheLimitError, CaptureError, InputError, TrajectoryError
-from ebcache_fast.fallback import Fallback
-from ebcache_fast.models import Context, Denoiser, as_denoiser
+from ebcache_fast.models import Conditioning, Denoiser, as_denoiser
 from ebcache_fast.models.float8 import ready_sites
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops.fallback import Fallback
 from ebcache_fast.plan import Plan
 
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     samples: int  # R, or R / 2 under guidance
     guided_channels: int
     latents: tuple[int, ...]  # the shape of one, as the caller has it
-    context: Context = ()  # of R rows
+    context: Conditioning = ()  # of R rows
 
     def with_own_context(self) -> Self:
         """With a copy of the context, so that a run keeps no tensor of its caller's alive."""
@@ -85,7 +85,7 @@ class Engine:
     @contextmanager
     @torch.no_grad()
     def sampling(
-        self, plan: Plan, labels: Tensor, guidance: Guidance, rows: Tensor, noise: Tensor, context: Context = ()
+        self, plan: Plan, labels: Tensor, guidance: Guidance, rows: Tensor, noise: Tensor, context: Conditioning = ()
     ) -> Iterator[Trajectory]:
         """A run of our own loop over a batch.
 
@@ -96,53 +96,53 @@ class Engine:
         Raises TrajectoryError at the limit of trajectories, InputError for too little memory.
         """
         dispatches = StepScheduler(plan).dispatches()
-        works = [dispatches] if self.options.whole_trajectory else [(dispatch,) for dispatch in dispatches]
+        batches = [dispatches] if self.options.whole_trajectory else [(dispatch,) for dispatch in dispatches]
         self._follow_the_weights()
         if module := self.denoiser.passed_over_hooks():
             raise InputError(f"{module} has hooks, and no part of the engine calls it; remove them, or hook its layers")
-        ending = Ending.of_sampler(rows, noise)
+        tail = Tail.of_sampler(rows, noise)
         row_labels = guidance.row_labels(self.denoiser, labels)
         batch = Batch(row_labels, len(labels), guidance.channels, tuple(noise.shape[2:]), context)
-        place = self._lease(plan, batch, ending)
+        buffer_set = self._lease(plan, batch, tail)
         try:
-            place.set_context(context)
-            ready = self._prepare(place, works)
-            place.load(plan, row_labels, context, guidance.scale)
-            place.buffers.x.copy_(noise[0])
-            update = place.buffers.update
-            update.rows.copy_(rows)
+            buffer_set.set_conditioning(context)
+            executable = self._prepare(buffer_set, batches)
+            buffer_set.load(plan, row_labels, context, guidance.scale)
+            buffer_set.buffers.x.copy_(noise[0])
+            update = buffer_set.buffers.update
+            update.coefficients.copy_(rows)
             if update.noise is not None:
                 update.noise.copy_(noise[1:])
             if update.previous is not None:
                 update.previous.zero_()
-            trajectory = Trajectory(place, ready)
+            trajectory = Trajectory(buffer_set, executable)
             try:
                 yield trajectory
             finally:
                 trajectory.end()
         finally:
-            self.release(place)
+            self.release(buffer_set)
 
     @torch.no_grad()
-    def forward_run(self, plan: Plan, batch: Batch, ending: Ending) -> ForwardTrajectory:
-        """A run of somebody else's loop; its ``place`` must be released. Raises as `sampling` does."""
+    def forward_run(self, plan: Plan, batch: Batch, tail: Tail) -> ForwardTrajectory:
+        """A run of somebody else's loop; its ``buffer_set`` must be released. Raises as `sampling` does."""
         self._follow_the_weights()
-        place = self._lease(plan, batch, ending)
+        buffer_set = self._lease(plan, batch, tail)
         try:
-            place.set_context(batch.context)
-            ready = self._prepare(place, [(Dispatch(step, 1),) for step in plan.steps])
-            place.load(plan, batch.row_labels, batch.context, scale=1.0)
+            buffer_set.set_conditioning(batch.context)
+            executable = self._prepare(buffer_set, [(Dispatch(step, 1),) for step in plan.steps])
+            buffer_set.load(plan, batch.row_labels, batch.context, scale=1.0)
         except BaseException:
-            self.release(place)
+            self.release(buffer_set)
             raise
-        return ForwardTrajectory(place, ready)
+        return ForwardTrajectory(buffer_set, executable)
 
-    def release(self, place: BufferSet) -> None:
+    def release(self, buffer_set: BufferSet) -> None:
         """Take a buffer set back; the next trajectory that fits gets it, with its graphs."""
         with self._lock:
-            if place in self._leased:  # else it was of weights that are gone
-                self._leased.remove(place)
-                self._idle.append(place)
+            if buffer_set in self._leased:  # else it was of weights that are gone
+                self._leased.remove(buffer_set)
+                self._idle.append(buffer_set)
 
     def let_go(self) -> None:
         """Free the memory, and the graphs, of all that no trajectory holds."""
@@ -154,34 +154,34 @@ class Engine:
         """What runs the fused operations."""
         return self._operations or self._selected.operations
 
-    def _lease(self, plan: Plan, batch: Batch, ending: Ending) -> BufferSet:
-        denoiser = self.denoiser.sized(batch.latents, batch.context)
+    def _lease(self, plan: Plan, batch: Batch, tail: Tail) -> BufferSet:
+        denoiser = self.denoiser.for_shape(batch.latents, batch.context)
         with self._lock:
             rows = len(batch.row_labels)
             spec = BufferSpec(
-                ending=ending,
+                tail=tail,
                 samples=batch.samples,
                 copies=rows // batch.samples,
                 guided_channels=batch.guided_channels,
                 conditions=room_for(count_distinct(denoiser.conditions(batch.row_labels)), rows),
                 steps=len(plan),
                 memory=plan.memory,
-                numerics=Numerics.now(batch.row_labels.device),
+                flags=Flags.now(batch.row_labels.device),
                 latents=batch.latents,
                 context=tuple(None if one is None else (one.shape, one.dtype) for one in batch.context),
                 float8=self.options.fp8,
             )
-            place = next((one for one in reversed(self._idle) if one.spec == spec), None)
-            if place is None:
+            buffer_set = next((one for one in reversed(self._idle) if one.spec == spec), None)
+            if buffer_set is None:
                 self._make_room()
                 self._keep_to_the_limit(spec, denoiser)
-                place = self._new_place(spec, denoiser)
+                buffer_set = self._new_buffer_set(spec, denoiser)
             else:
-                self._idle.remove(place)
-            place.join()
-            self._leased.append(place)
+                self._idle.remove(buffer_set)
+            buffer_set.join()
+            self._leased.append(buffer_set)
             self.counts.trajectories += 1
-            return place
+            return buffer_set
 
     def _follow_the_weights(self) -> None:
         """Forget whatever was captured of weights that lie elsewhere by now, or of modules that were replaced."""
@@ -197,17 +197,19 @@ class Engine:
         self.denoiser = self._make_denoiser(self.model)
         self.options.check(self.denoiser)
         weight = self.denoiser.weight()
-        selected = ops.select(weight.device, weight.dtype, dependent_launch=self.options.dependent_launch)
+        selected = ops.select(weight.device, weight.dtype, pdl=self.options.pdl)
         self._selected = Fallback(selected, strict=self.options.strict)
-        ends = () if self.denoiser.has_plain_ends else OF_ENDS
-        self._runs_otherwise = dict.fromkeys(ends, "the model's own layers") | {"scaled_linear": self._in_float8()}
+        embed_head = () if self.denoiser.has_plain_embed_head else OF_EMBED_HEAD
+        self._runs_otherwise = dict.fromkeys(embed_head, "the model's own layers") | {
+            "scaled_linear": self._in_float8()
+        }
 
     def _in_float8(self) -> str:
         """Which products run so."""
         if not self.options.fp8:
             return "nothing: fp8=False"
-        ready, shape = len(ready_sites(self.model)), self.denoiser.shape
-        return f"float8, in {ready} of {len(shape.sites)} branches"
+        executable, shape = len(ready_sites(self.model)), self.denoiser.shape
+        return f"float8, in {executable} of {len(shape.sites)} branches"
 
     def _make_room(self) -> None:
         limit = self.options.max_trajectories
@@ -233,7 +235,7 @@ class Engine:
                 f"max_cache_bytes={limit}; sample fewer at once, or raise the limit"
             )
 
-    def _new_place(self, spec: BufferSpec, denoiser: Denoiser) -> BufferSet:
+    def _new_buffer_set(self, spec: BufferSpec, denoiser: Denoiser) -> BufferSet:
         device = denoiser.weight().device
         graphs, why = self._make_graphs(device), f"no CUDA graphs on a {device.type} device"
         if graphs is not None and (python := self._python_in_the_way(spec)) is not None:
@@ -254,17 +256,17 @@ class Engine:
         """What a graph would leave out, or keep as it was when captured."""
         if self._made_of.watched:
             return "the model's layers have hooks"
-        if spec.numerics.autocast:
+        if spec.flags.autocast:
             return "autocast"
         foreign = self.denoiser.foreign_layer()
         return None if foreign is None else f"{foreign} is no layer of torch's own"
 
-    def _prepare(self, place: BufferSet, works: Sequence[Work]) -> list[Ready]:
+    def _prepare(self, buffer_set: BufferSet, batches: Sequence[Dispatches]) -> list[Executable]:
         with self._lock:
-            wanted = len(set(works)) - place.graphs
+            wanted = len(set(batches)) - buffer_set.graphs
             while self._idle and self._room_for_graphs() < wanted:
                 del self._idle[0]  # used longest ago
-        return place.prepare(works, self._room_for_graphs(), strict=self.options.strict)
+        return buffer_set.prepare(batches, self._room_for_graphs(), strict=self.options.strict)
 
     def _room_for_graphs(self) -> int:
         return self.options.max_graphs - sum(one.graphs for one in self._sets)

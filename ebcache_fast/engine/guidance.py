@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Denoiser
-from ebcache_fast.operands import Guide
+from ebcache_fast.models.base import Denoiser
+from ebcache_fast.ops.operands import GuidanceArgs
 
 GUIDED_CHANNELS = 3  # the original DiT guides the first three eps channels
 
@@ -44,8 +44,8 @@ class Guidance:
             raise InputError(f"cfg_scale={self.scale} needs a null label, which this model has not; use cfg_scale=1")
         return torch.cat([labels, torch.full_like(labels, denoiser.num_classes)])
 
-    def guide(self, denoiser: Denoiser, eps_scale: float, dtype: torch.dtype) -> Guide:
+    def guide(self, denoiser: Denoiser, eps_scale: float, dtype: torch.dtype) -> GuidanceArgs:
         """Guidance with eps scaling as operands for ``denoiser``; ``dtype`` is that of the latents."""
         channels = denoiser.latent_shape[0]
         settings = torch.tensor([self.scale, eps_scale], dtype=dtype, device=denoiser.weight().device)
-        return Guide(settings, min(self.channels, channels), channels, copies=2 if self.active else 1)
+        return GuidanceArgs(settings, min(self.channels, channels), channels, copies=2 if self.active else 1)

@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.models.denoiser import Context, Denoiser, Modulation
-from ebcache_fast.operands import Norm
+from ebcache_fast.models.base import Conditioning, Denoiser, Modulation
+from ebcache_fast.ops.operands import Norm
 from ebcache_fast.plan import Term
 
 Factors = Sequence[Sequence[float]]  # of each step, of each extra term
@@ -38,10 +38,10 @@ class ModulationTable:
         self.head = weight.new_empty(steps, 2, conditions, shape.width)
         self.row_of = torch.zeros(rows, dtype=torch.int32, device=weight.device)
         self._distinct = self.row_of.new_zeros(1, dtype=torch.int64)
-        self._context: Context = ()
+        self._context: Conditioning = ()
 
     @classmethod
-    def of(cls, denoiser: Denoiser, timesteps: tuple[float, ...], labels: Tensor, context: Context = ()) -> Self:
+    def of(cls, denoiser: Denoiser, timesteps: tuple[float, ...], labels: Tensor, context: Conditioning = ()) -> Self:
         """A table of the very size that these steps, labels (R,) and their context need, filled."""
         conditions = denoiser.conditions(labels)
         table = cls(denoiser, len(timesteps), count_distinct(conditions), len(conditions))
@@ -54,7 +54,7 @@ class ModulationTable:
         return self._vectors, self.head, self.row_of
 
     def load(
-        self, timesteps: tuple[float, ...], labels: Tensor, context: Context = (), factors: Factors | None = None
+        self, timesteps: tuple[float, ...], labels: Tensor, context: Conditioning = (), factors: Factors | None = None
     ) -> None:
         """Fill the rows of these steps for labels (R,); equal labels, the null label above all, are stored once.
 
@@ -72,7 +72,7 @@ class ModulationTable:
                     torch.mul(self.sites[step, term.gate, 2], factor, out=self._extra[step, i])
 
     @property
-    def context(self) -> Context:
+    def context(self) -> Conditioning:
         """That of the last `load`."""
         return self._context
 

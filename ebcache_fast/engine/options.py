@@ -1,8 +1,9 @@
 """How an engine is to run."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from ebcache_fast.errors import InputError
+from ebcache_fast.former import warn
 from ebcache_fast.models import Denoiser
 from ebcache_fast.models.float8 import check_float8
 
@@ -13,26 +14,32 @@ class EngineOptions:
 
     strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
     whole_trajectory: our own loop is one graph, instead of one for each kind of step.
-    dependent_launch: kernels are launched while the one before still runs; from compute capability 9.0.
+    pdl: programmatic dependent launch, a kernel is launched while the one before still runs; from compute capability
+    9.0.
     fp8: QKV's and fc1's products in float8, which rounds what they multiply to 4 bits; see `Float8Branches`. On a GPU,
     of a DiT of the original layout in bfloat16, from compute capability 8.9; a CPU gains nothing by it.
     release: a drop-in keeps no memory between runs; see `ebcache_fast.enable`.
     max_cache_bytes: the caches of all trajectories together take so much at most, None means as much as there is; one
     that would take more raises InputError before it takes any.
     max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
+    dependent_launch: former name of pdl.
     Raises InputError for a limit below 1, or that is no whole number.
     """
 
     strict: bool = False
     whole_trajectory: bool = False
-    dependent_launch: bool = False
+    pdl: bool = False
     fp8: bool = False
     max_graphs: int = 64
     max_trajectories: int = 4
     release: bool = False
     max_cache_bytes: int | None = None
+    dependent_launch: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, dependent_launch: bool | None) -> None:
+        if dependent_launch is not None:
+            warn("EngineOptions(dependent_launch=...)", "pdl=...", stacklevel=4)
+            object.__setattr__(self, "pdl", dependent_launch)
         for name in ("max_graphs", "max_trajectories"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")

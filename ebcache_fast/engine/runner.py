@@ -7,15 +7,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.engine.ends import Ends, Pending, ends_of
-from ebcache_fast.engine.feature_cache import FeatureCache
+from ebcache_fast.engine.cache import FeatureCache
+from ebcache_fast.engine.clock import StepClock
+from ebcache_fast.engine.embed_head import EmbedHead, Pending, embed_head_of
 from ebcache_fast.engine.modulation import ModulationTable
-from ebcache_fast.engine.step_clock import StepClock
 from ebcache_fast.engine.workspace import Workspace
-from ebcache_fast.models.denoiser import Denoiser, Means
+from ebcache_fast.models.base import BranchResources, Denoiser
 from ebcache_fast.models.float8 import FLOAT8, Float8Branches
-from ebcache_fast.operands import At, Guide, Norm, Quantised, Update
-from ebcache_fast.ops import Operations
+from ebcache_fast.ops.operands import GuidanceArgs, Norm, Quantised, StepIndex, Update
+from ebcache_fast.ops.operations import Operations
 from ebcache_fast.plan import LONGEST_RUN, Launch, Program, Slot, Term
 from ebcache_fast.plan import program as names
 
@@ -27,8 +27,8 @@ class _Step:
     x: Tensor  # (B, C, H, W)
     cache: FeatureCache
     steps: int
-    head: Callable[[Tensor, Pending, At], None]
-    run: Callable[[Tensor, At], None]
+    head: Callable[[Tensor, Pending, StepIndex], None]
+    run: Callable[[Tensor, StepIndex], None]
     u: Tensor  # the input of the branch that comes next, the stream where that takes it as it is
     quantised: Quantised | None = None  # the same in float8, where it takes it so
 
@@ -45,14 +45,14 @@ class Runner:
         denoiser: Denoiser,
         operations: Operations,
         modulation: ModulationTable,
-        guide: Guide,
+        guide: GuidanceArgs,
         workspace: Workspace,
-        constants: Workspace,
+        per_run: Workspace,
         float8: Float8Branches | None = None,
     ) -> None:
         self._denoiser, self._operations = denoiser, operations
         self._modulation, self._guide, self._workspace = modulation, guide, workspace
-        self._constants, self._means = constants, Means(operations, workspace, constants)
+        self._constants, self._means = per_run, BranchResources(operations, workspace, per_run)
         self._float8, self._sites = float8, denoiser.shape.sites
         self._normed = [shape.is_normed for shape in denoiser.shape.site_shapes]
         self.clock = StepClock(modulation.row_of)
@@ -60,7 +60,7 @@ class Runner:
         tokens = 1 if denoiser.text_tokens else denoiser.shape.tokens
         self._stream_shape = len(modulation.row_of), tokens, denoiser.shape.width
         self._rows = len(modulation.row_of) * tokens // denoiser.shape.tokens  # of the batch
-        self._table: dict[str, Callable[[Launch, _Step, At], None]] = {
+        self._table: dict[str, Callable[[Launch, _Step, StepIndex], None]] = {
             names.EMBED: self._embed,
             names.EMBED_NORM: self._embed_norm,
             names.RESIDUAL: self._residual,
@@ -81,7 +81,7 @@ class Runner:
     def predict(self, program: Program, x: Tensor, cache: FeatureCache, out: Tensor) -> None:
         """Guided and scaled output for latents x (B, C, H, W) -> out (R, Cout, H, W), in x's dtype."""
 
-        def head(h: Tensor, pending: Pending, at: At) -> None:
+        def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
             self._ends.predict(h, pending, self._head_norm(), at, self._guide, out)
 
         self._launch_all(program, _Step(x, cache, 1, head, _never, self._buffer("h")))
@@ -89,10 +89,10 @@ class Runner:
     def update(self, program: Program, x: Tensor, cache: FeatureCache, update: Update) -> None:
         """All steps of a program, the sampler's included, on x (B, C, H, W) in place."""
 
-        def head(h: Tensor, pending: Pending, at: At) -> None:
+        def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
             self._ends.update(x, h, pending, self._head_norm(), at, self._guide, update)
 
-        def run(sums: Tensor, at: At) -> None:
+        def run(sums: Tensor, at: StepIndex) -> None:
             self._ends.run_update(x, sums, self._head_norm(), at, self._guide, update)
 
         self._launch_all(program, _Step(x, cache, program.steps, head, run, self._buffer("h")))
@@ -107,24 +107,24 @@ class Runner:
         last = program.launches[-1]
         self._table[last.name](last, step, self.clock.last(program.steps))
 
-    def _embed(self, launch: Launch, step: _Step, at: At) -> None:
+    def _embed(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         self._ends.embed(step.x, self._buffer("h"))
 
-    def _embed_norm(self, launch: Launch, step: _Step, at: At) -> None:
+    def _embed_norm(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         h, step.u, step.quantised = self._buffer("h"), self._buffer("u"), None
         self._ends.embed_norm_modulate(step.x, self._norm(launch), at, h, step.u)
 
-    def _residual(self, launch: Launch, step: _Step, at: At) -> None:
+    def _residual(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         pending = self._pending(launch.terms, step)
         self._operations.gated_residual(self._buffer("h"), pending.branches, pending.gates, at)
 
-    def _residual_norm(self, launch: Launch, step: _Step, at: At) -> None:
+    def _residual_norm(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         step.u, step.quantised = self._buffer("u"), None
         h, pending = self._buffer("h"), self._pending(launch.terms, step)
         branches, gates = pending.branches, pending.gates
         self._operations.gated_residual_norm_modulate(h, branches, gates, self._norm(launch), at, step.u)
 
-    def _residual_quantise(self, launch: Launch, step: _Step, at: At) -> None:
+    def _residual_quantise(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         if self._float8_of(launch) is None:  # its layer is not as plain as it was
             self._residual_norm(launch, step, at)
             return
@@ -134,42 +134,42 @@ class Runner:
         branches, gates = pending.branches, pending.gates
         self._operations.gated_residual_norm_quantise(h, branches, gates, self._norm(launch), at, u)
 
-    def _branch(self, launch: Launch, step: _Step, at: At) -> None:
-        site, means = self._sites[launch.site], self._means
+    def _branch(self, launch: Launch, step: _Step, at: StepIndex) -> None:
+        site, res = self._sites[launch.site], self._means
         if launch.tokens:
-            self._denoiser.run_branch(*site, *self._of_tokens(launch), means)
+            self._denoiser.run_branch(*site, *self._of_tokens(launch), res)
             return
         out = self._value(launch.out, step)
         if launch.window:
-            means = means._replace(window=launch.window)
+            res = res._replace(window=launch.window)
         if step.quantised is not None and self._float8 is not None:
-            self._float8.run(site, step.quantised, out, means)
+            self._float8.run(site, step.quantised, out, res)
         elif launch.is_shared:
             (conditional, unconditional), u = out.chunk(2), step.u.view(out.shape).chunk(2)[0]
-            self._denoiser.run_branch(*site, u, conditional, means)
+            self._denoiser.run_branch(*site, u, conditional, res)
             self._operations.copy(conditional, unconditional)
         else:
             u = step.u if self._normed[launch.site] else self._buffer("h")
-            self._denoiser.run_branch(*site, u.view(out.shape), out, means)
+            self._denoiser.run_branch(*site, u.view(out.shape), out, res)
 
-    def _select(self, launch: Launch, step: _Step, at: At) -> None:
+    def _select(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         values = self._value(launch.sources[0], step)
         scores = self._workspace.buffer("scores", *values.shape[:2])
         torch.linalg.vector_norm(values, dim=2, out=scores)
         self._operations.select_tokens(scores, launch.tokens, self._chosen(launch, len(values)))
 
-    def _gather(self, launch: Launch, step: _Step, at: At) -> None:
+    def _gather(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         u, _ = self._of_tokens(launch)
         self._operations.gather_tokens(step.u.view(len(u), -1, u.shape[2]), self._chosen(launch, len(u)), u)
 
-    def _scatter(self, launch: Launch, step: _Step, at: At) -> None:
+    def _scatter(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         _, made = self._of_tokens(launch)
         self._operations.scatter_tokens(made, self._chosen(launch, len(made)), self._value(launch.out, step))
 
-    def _copy(self, launch: Launch, step: _Step, at: At) -> None:
+    def _copy(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         self._operations.copy(self._value(launch.sources[0], step), self._value(launch.out, step))
 
-    def _subtract(self, launch: Launch, step: _Step, at: At) -> None:
+    def _subtract(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         minuend, subtrahend = (self._value(source, step) for source in launch.sources)
         self._operations.subtract(minuend, subtrahend, self._value(launch.out, step))
 
@@ -189,20 +189,20 @@ class Runner:
         shape = self._rows, launch.tokens, self._stream_shape[2]
         return self._workspace.buffer("u of tokens", *shape), self._workspace.buffer("output of tokens", *shape)
 
-    def _sum(self, launch: Launch, step: _Step, at: At) -> None:
+    def _sum(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         h = self._buffer("h")
         self._gated_sum(launch, step.cache, at, h, h.unsqueeze(0))
 
-    def _make_sums(self, launch: Launch, step: _Step, at: At) -> None:
+    def _make_sums(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         self._gated_sum(launch, step.cache, at, None, self._sums(step.steps))
 
-    def _head(self, launch: Launch, step: _Step, at: At) -> None:
+    def _head(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         step.head(self._buffer("h"), self._pending(launch.terms, step), at)
 
-    def _run_steps(self, launch: Launch, step: _Step, at: At) -> None:
+    def _run_steps(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         step.run(self._sums(step.steps), at)
 
-    def _gated_sum(self, launch: Launch, cache: FeatureCache, at: At, base: Tensor | None, sums: Tensor) -> None:
+    def _gated_sum(self, launch: Launch, cache: FeatureCache, at: StepIndex, base: Tensor | None, sums: Tensor) -> None:
         """Add the terms of neighbouring slots in one launch."""
         first, count = launch.terms[0], len(launch.terms)
         slots = cache.slots(first.slot, count).view(count, *self._stream_shape)
@@ -220,8 +220,8 @@ class Runner:
         return self._float8 if self._float8 is not None and self._float8.takes(self._sites[launch.site]) else None
 
     @property
-    def _ends(self) -> Ends:
-        return ends_of(self._denoiser, self._operations, self._constants)
+    def _ends(self) -> EmbedHead:
+        return embed_head_of(self._denoiser, self._operations, self._constants)
 
     def _head_norm(self) -> Norm:
         return self._modulation.head_norm(self._denoiser.head_norm)
@@ -233,5 +233,5 @@ class Runner:
         return self._workspace.buffer("sums", LONGEST_RUN, *self._stream_shape)[:steps]
 
 
-def _never(sums: Tensor, at: At) -> None:
+def _never(sums: Tensor, at: StepIndex) -> None:
     """What a step whose output is wanted does with sums of several: there are none."""

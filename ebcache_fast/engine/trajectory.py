@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebcache_fast.engine.buffer_set import BufferSet, Ready
+from ebcache_fast.engine.buffer_set import BufferSet, Executable
 from ebcache_fast.engine.buffers import Buffers
 from ebcache_fast.errors import TrajectoryError
 
@@ -27,15 +27,15 @@ def split(out: Tensor, samples: int, channels: int) -> Prediction:
 class Trajectory:
     """A run of our own loop: it knows its steps, and neither allocates nor waits for anything between them."""
 
-    def __init__(self, place: BufferSet, ready: Sequence[Ready]) -> None:
-        self._place, self._waiting = place, list(reversed(ready))
+    def __init__(self, buffer_set: BufferSet, executable: Sequence[Executable]) -> None:
+        self._buffer_set, self._waiting = buffer_set, list(reversed(executable))
         self._done = 0
         self._why_over: str | None = None
 
     @property
     def x(self) -> Tensor:
         """The latents (N, C, H, W) as of now, in memory that the next run overwrites."""
-        return self._place.buffers.x
+        return self._buffer_set.buffers.x
 
     def advance(self) -> int:
         """Run what is to be run at once, in place; returns how many steps that were, 0 at the end.
@@ -47,12 +47,12 @@ class Trajectory:
             raise TrajectoryError(f"{self._why_over}; begin a new run")
         if not self._waiting:
             return 0
-        ready = self._place.as_of_now(self._waiting.pop())
+        executable = self._buffer_set.as_of_now(self._waiting.pop())
         self._why_over = "a step of this run failed, perhaps half way through"  # unless all goes well
-        self._place.run(ready, self._done)
+        self._buffer_set.run(executable, self._done)
         self._why_over = None
-        self._done += len(ready.names)
-        return len(ready.names)
+        self._done += len(executable.names)
+        return len(executable.names)
 
     def end(self) -> None:
         """Its memory is another run's from now on."""
@@ -62,33 +62,35 @@ class Trajectory:
 class ForwardTrajectory:
     """A run of somebody else's loop, who calls the model once a step."""
 
-    def __init__(self, place: BufferSet, ready: Sequence[Ready]) -> None:
-        self.place, self._ready = place, ready
+    def __init__(self, buffer_set: BufferSet, executable: Sequence[Executable]) -> None:
+        self.buffer_set, self._executable = buffer_set, executable
         self._scale: float | None = None  # that it guides by, if the host knows
         with torch.inference_mode(mode=False):  # else only that mode could write to it
-            self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=place.buffers.x.is_cuda)
+            self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=buffer_set.buffers.x.is_cuda)
 
     def predict(self, step: int, x: Tensor, *, is_refresh: bool = False) -> Tensor:
         """The planned step for latents x (N, C, H, W) -> (R, Cout, H, W) in x's dtype, the caller's to keep.
 
         ``is_refresh``: everything is computed and stored, whatever was planned.
         """
-        self.place.join()
-        buffers = self.place.buffers
+        self.buffer_set.join()
+        buffers = self.buffer_set.buffers
         buffers.x.copy_(x[: len(buffers.x)])
-        self.place.run(self._ready[0 if is_refresh else step], step)  # the first of every plan computes everything
+        self.buffer_set.run(
+            self._executable[0 if is_refresh else step], step
+        )  # the first of every plan computes everything
         out = buffers.out
         return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
 
-    def refresh(self, step: int, x: Tensor) -> Tensor:
+    def run_full(self, step: int, x: Tensor) -> Tensor:
         """`predict` with everything computed and stored."""
         return self.predict(step, x, is_refresh=True)
 
     @torch.no_grad()
     def refresh_at(self, t: float, x: Tensor) -> Tensor:
-        """`refresh` at a timestep that is not in the plan."""
-        self._joined().modulation.load_row(len(self._ready), t)
-        return self.refresh(len(self._ready), x)
+        """`run_full` at a timestep that is not in the plan."""
+        self._joined().modulation.load_row(len(self._executable), t)
+        return self.run_full(len(self._executable), x)
 
     def guide(self, scale: float | Tensor) -> None:
         """Guide by this scale from now on."""
@@ -105,7 +107,7 @@ class ForwardTrajectory:
 
     def is_broken(self, *, wait: bool) -> bool:
         """Whether the device found a call that was not the planned one: by now, or without waiting by a while ago."""
-        broken = self.place.buffers.guard.broken
+        broken = self.buffer_set.buffers.guard.broken
         if wait:
             return bool(broken)
         seen = bool(self._broken)
@@ -114,5 +116,5 @@ class ForwardTrajectory:
 
     def _joined(self) -> Buffers:
         """The memory, for the caller's stream of now: it may call on another one than last time."""
-        self.place.join()
-        return self.place.buffers
+        self.buffer_set.join()
+        return self.buffer_set.buffers

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.files import replacing
-from ebcache_fast.models.dit import DiT
+from ebcache_fast.models.modules import DiT
 from ebcache_fast.models.weights_file import Metadata, StateDict, dtype_of, first_line, read_weights, shown
+from ebcache_fast.plan.files import replacing
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:

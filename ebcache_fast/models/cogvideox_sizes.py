@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Context
+from ebcache_fast.models.base import Conditioning
 from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
 
 _LAYOUT = Layout(
@@ -35,14 +35,14 @@ _LAYOUT = Layout(
     norms=("norm_out.norm",),
     block_norms=("norm1.norm", "norm2.norm"),
     branches=("attn1", "ff"),
-    ends=("patch_embed", "proj_out"),
+    embed_head=("patch_embed", "proj_out"),
     called=("norm_final",),
     passed_over=("embedding_dropout", "norm_out"),
     block_passed_over=("norm1", "norm2"),
 )
 
 
-class CogVideoXContext(NamedTuple):
+class CogVideoXConditioning(NamedTuple):
     """What a call gives besides latents and timesteps."""
 
     text: Tensor  # (N, L, E), as the text encoder gives it
@@ -50,7 +50,7 @@ class CogVideoXContext(NamedTuple):
     sin: Tensor | None = None
     ofs: Tensor | None = None  # (1,) or (), of models that take it
 
-    def rows(self, chosen: Tensor) -> "CogVideoXContext":
+    def rows(self, chosen: Tensor) -> "CogVideoXConditioning":
         """Of these rows (M,), in this order."""
         return self._replace(text=self.text[chosen])
 
@@ -70,9 +70,9 @@ class CogVideoXSizes(DiffusersDenoiser):
         self.text_tokens: int = embed.max_text_seq_length
         self.rows, self.rotates = 1, False  # of the text, and whether the attention does
 
-    def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+    def for_shape(self, latents: tuple[int, ...], context: Conditioning) -> Self:
         self._check_there_is_text(context)
-        given = cast(CogVideoXContext, context)
+        given = cast(CogVideoXConditioning, context)
         if len(latents) != 4 or latents[0] != self.in_channels or _leaves_a_rest(latents[1:], self.patch):
             raise InputError(
                 f"latents of (channels, frames, height, width) {tuple(latents)} do not fit; this model takes "
@@ -84,14 +84,14 @@ class CogVideoXSizes(DiffusersDenoiser):
                 f"text of shape {tuple(text.shape)} does not fit; this model takes (rows, tokens, "
                 f"{self.patch_embed.text_proj.in_features})"
             )
-        sized = copy.copy(self)
-        vars(sized).pop("shape", None)
-        sized.latent_shape, sized.rotates = tuple(latents), given.cos is not None
-        sized.rows, sized.text_tokens = text.shape[:2]
-        sized._check_positions(given)
-        return sized
+        for_shape = copy.copy(self)
+        vars(for_shape).pop("shape", None)
+        for_shape.latent_shape, for_shape.rotates = tuple(latents), given.cos is not None
+        for_shape.rows, for_shape.text_tokens = text.shape[:2]
+        for_shape._check_positions(given)
+        return for_shape
 
-    def _check_positions(self, given: CogVideoXContext) -> None:
+    def _check_positions(self, given: CogVideoXConditioning) -> None:
         embed, table = self.patch_embed, (self.video_tokens, self.head_width)
         if self.adds_positions and self.text_tokens != embed.max_text_seq_length:
             raise InputError(
@@ -110,7 +110,7 @@ class CogVideoXSizes(DiffusersDenoiser):
         if (given.ofs is None) != (self._model.ofs_embedding is None):
             raise InputError(f"ofs={given.ofs} does not fit; pass one number to a model that takes it, None to others")
 
-    def example(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Context]:
+    def probe_inputs(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Conditioning]:
         weight, embed = self.weight(), self.patch_embed
         depth, height, width = self.patch
         frames, sides = 2 * depth, (height, 2 * width)
@@ -124,7 +124,7 @@ class CogVideoXSizes(DiffusersDenoiser):
         text = draw(rows, embed.max_text_seq_length, embed.text_proj.in_features)
         ofs = None if self._model.ofs_embedding is None else weight.new_full((1,), 2.0)
         video = frames * sides[0] * sides[1] // (depth * height * width)
-        context = CogVideoXContext(text, ofs=ofs)
+        context = CogVideoXConditioning(text, ofs=ofs)
         if not self.patch_embed.use_positional_embeddings:
             angles = draw(video, self.head_width).float()
             context = context._replace(cos=angles.cos(), sin=angles.sin())

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Context
+from ebcache_fast.models.base import Conditioning
 from ebcache_fast.models.diffusers_layers import first_foreign, refuse_other_ways
-from ebcache_fast.models.dit_layout import check_layout, check_norms
-from ebcache_fast.models.layers import are_plain_ends, is_watched, weight_of
+from ebcache_fast.models.layers import are_plain_embed_head, is_watched, weight_of
+from ebcache_fast.models.layout import check_layout, check_norms
 
 BLOCKS = "transformer_blocks"
 
@@ -25,7 +25,7 @@ class Layout:
     norms: tuple[str, ...]  # LayerNorms that the fused operations compute
     block_norms: tuple[str, ...]
     branches: tuple[str, ...]  # of a block: modules that the engine calls, or the parts of which it calls
-    ends: tuple[str, str]  # embedding and head: modules that are called unless both are plain
+    embed_head: tuple[str, str]  # embedding and head: modules that are called unless both are plain
     called: tuple[str, ...] = ()  # what else is called in a step
     passed_over: tuple[str, ...] = ()  # modules of which parts are called, and never they themselves
     block_passed_over: tuple[str, ...] = ()
@@ -48,11 +48,11 @@ class DiffusersDenoiser:
         check_norms(model, (*self._of_blocks(self.layout.block_norms), *self.layout.norms))
 
     @property
-    def has_plain_ends(self) -> bool:
-        embedder, linear = map(self._at, self.layout.ends)
-        return are_plain_ends(embedder, linear, self.weight())
+    def has_plain_embed_head(self) -> bool:
+        embedder, linear = map(self._at, self.layout.embed_head)
+        return are_plain_embed_head(embedder, linear, self.weight())
 
-    def _check_there_is_text(self, context: Context) -> None:
+    def _check_there_is_text(self, context: Conditioning) -> None:
         if not context:
             raise InputError(f"{type(self._model).__name__} is given no text to follow here; use its pipeline instead")
 
@@ -65,8 +65,8 @@ class DiffusersDenoiser:
         return next((path for path in (BLOCKS, *where.passed_over, *of_blocks) if is_watched(self._at(path))), None)
 
     def foreign_layer(self) -> str | None:
-        ends = () if self.has_plain_ends else self.layout.ends
-        paths = (*ends, *self.layout.called, *self._of_blocks(self.layout.branches))
+        embed_head = () if self.has_plain_embed_head else self.layout.embed_head
+        paths = (*embed_head, *self.layout.called, *self._of_blocks(self.layout.branches))
         return first_foreign((path, self._at(path)) for path in paths)
 
     def _of_blocks(self, names: Sequence[str]) -> Iterator[str]:

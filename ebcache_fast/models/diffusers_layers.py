@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Means
+from ebcache_fast.models.base import BranchResources
 from ebcache_fast.models.layers import has_plain_weights, is_watched, linear_gelu, linear_into, walk
 
 
@@ -84,30 +84,30 @@ def is_usual_feed_forward(feed_forward: Any) -> bool:
     )
 
 
-def feed_forward_into(feed_forward: Any, u: Tensor, out: Tensor, means: Means) -> None:
+def feed_forward_into(feed_forward: Any, u: Tensor, out: Tensor, res: BranchResources) -> None:
     """Write ``feed_forward(u)``, (N, T, D), into ``out``; of the usual kind through the fused operations."""
     if not is_usual_feed_forward(feed_forward):
         out.copy_(feed_forward(u))
         return
     gelu, linear = feed_forward.net[0], feed_forward.net[2]
-    widened = linear_gelu(gelu.proj, u, means)
+    widened = linear_gelu(gelu.proj, u, res)
     linear_into(linear, gelu(u) if widened is None else widened, out)
 
 
-def self_attention_into(attention: Any, u: Tensor, out: Tensor, means: Means) -> None:
+def self_attention_into(attention: Any, u: Tensor, out: Tensor, res: BranchResources) -> None:
     """Write ``attention(u)``, (N, T, D), into ``out``; of the usual kind through the fused operations."""
     if not is_usual_attention(attention):
-        refuse_window(attention, means)
+        refuse_window(attention, res)
         out.copy_(attention(u))
         return
-    linear_into(attention.to_out[0], _attend(attention, u, means), out)
+    linear_into(attention.to_out[0], _attend(attention, u, res), out)
 
 
-def refuse_window(attention: Any, means: Means) -> None:
+def refuse_window(attention: Any, res: BranchResources) -> None:
     """InputError where a module of another kind, which runs as it is, is to attend within a window."""
-    if means.window:
+    if res.window:
         raise InputError(
-            f"a {type(attention).__name__} of another kind runs as it is, and takes no window of {means.window} "
+            f"a {type(attention).__name__} of another kind runs as it is, and takes no window of {res.window} "
             "tokens; compute or reuse its output instead"
         )
 
@@ -123,16 +123,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
-def _attend(attention: Any, u: Tensor, means: Means) -> Tensor:
+def _attend(attention: Any, u: Tensor, res: BranchResources) -> Tensor:
     """Self-attention before its output projection, (N, T, D) -> (N, T, D)."""
     n, tokens, width = u.shape
     projections = attention.to_q, attention.to_k, attention.to_v
-    if means.operations.attention is None or means.window:
+    if res.operations.attention is None or res.window:
         q, k, v = (heads_of(attention, each(u)) for each in projections)
-        return means.attend(q, k, v).transpose(1, 2).flatten(2)
-    packed = means.scratch.buffer("qkv", n, tokens, 3 * width)
+        return res.attend(q, k, v).transpose(1, 2).flatten(2)
+    packed = res.scratch.buffer("qkv", n, tokens, 3 * width)
     for each, part in zip(projections, packed.chunk(3, dim=2), strict=True):
         linear_into(each, u, part)
-    out = means.scratch.buffer("attention", n, tokens, width)
-    means.operations.attention(packed, attention.heads, out)
+    out = res.scratch.buffer("attention", n, tokens, width)
+    res.operations.attention(packed, attention.heads, out)
     return out

@@ -5,12 +5,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast import ops, reference
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Denoiser, Means, Scratch
-from ebcache_fast.models.dit_denoiser import DiTDenoiser, attend
+from ebcache_fast.models.base import BranchResources, BufferPool, Denoiser
+from ebcache_fast.models.facebook_dit import DiTDenoiser, attend
 from ebcache_fast.models.layers import has_plain_weights, is_plain, linear_into
-from ebcache_fast.operands import Quantised
+from ebcache_fast.ops import operations as ops
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import Quantised
 from ebcache_fast.plan import Branch, Site, layered
 
 FLOAT8 = torch.float8_e4m3fn
@@ -19,7 +20,7 @@ ALIGNMENT = 16  # of a product's sizes on a GPU
 
 def check_float8(denoiser: Denoiser) -> None:
     """InputError, with the remedy, where the model or its device has no float8 products."""
-    weight, sizes = denoiser.weight(), dict(denoiser.shape.fingerprint)
+    weight, sizes = denoiser.weight(), dict(denoiser.shape.sizes)
     if not isinstance(denoiser, DiTDenoiser):
         why: str | None = f"{type(denoiser).__name__} sees another layout"
     elif not all(map(has_plain_weights, denoiser.first_layers())):
@@ -54,8 +55,8 @@ class Float8Branches:
     All of this is calculated; it was measured on no GPU yet.
     """
 
-    def __init__(self, model: nn.Module, constants: Scratch) -> None:
-        self._model, self._constants = cast(Any, model), constants
+    def __init__(self, model: nn.Module, per_run: BufferPool) -> None:
+        self._model, self._constants = cast(Any, model), per_run
         self._weights: dict[Site, Quantised] = {}
 
     def prepare(self) -> None:
@@ -72,14 +73,14 @@ class Float8Branches:
         """Whether `run` is for this branch: its weight was made, and its layer is as plain as it was."""
         return site in self._weights and _is_ready(self._first_layer(site))
 
-    def run(self, site: Site, u: Quantised, out: Tensor, means: Means) -> None:
+    def run(self, site: Site, u: Quantised, out: Tensor, res: BranchResources) -> None:
         """Write a branch's ungated output for its input u (N, T, D) into ``out``, of the same shape."""
         (layer, branch), first, (rows, tokens, _) = site, self._first_layer(site), u.values.shape
         block, flat = self._model.blocks[layer], Quantised(u.values.flatten(0, 1), u.scales.flatten())
-        made = means.scratch.buffer("of float8", rows, tokens, first.out_features)
-        means.operations.scaled_linear(flat, self._weights[site], first.bias, made.flatten(0, 1))
+        made = res.scratch.buffer("of float8", rows, tokens, first.out_features)
+        res.operations.scaled_linear(flat, self._weights[site], first.bias, made.flatten(0, 1))
         if branch is Branch.SELF_ATTN:
-            linear_into(block.attn.proj, attend(block.attn, made, means), out)
+            linear_into(block.attn.proj, attend(block.attn, made, res), out)
         else:
             linear_into(block.mlp.fc2, block.mlp.act(made), out)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Means
-from ebcache_fast.operands import Linear
+from ebcache_fast.models.base import BranchResources
+from ebcache_fast.ops.operands import Linear
 
 # What a fused operation can read. Any other class of tensor (quantised, sharded, packed) has Python of its own, knows
 # perhaps few operations, and need have no memory that a kernel could read: the module that it belongs to runs.
@@ -99,12 +99,12 @@ def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
         out.copy_(linear(u))
 
 
-def linear_gelu(linear: Any, u: Tensor, means: Means) -> Tensor | None:
+def linear_gelu(linear: Any, u: Tensor, res: BranchResources) -> Tensor | None:
     """``gelu_tanh(linear(u))``, (N, T, D) -> (N, T, F), in one operation; None where there is none for this layer."""
-    operations = means.operations
+    operations = res.operations
     if operations.linear_gelu is None or not (is_plain(linear) and u.dtype == linear.weight.dtype):
         return None
-    out = means.scratch.buffer("mlp", *u.shape[:2], linear.out_features)
+    out = res.scratch.buffer("mlp", *u.shape[:2], linear.out_features)
     operations.linear_gelu(u.flatten(0, 1), Linear(linear.weight, linear.bias), out.flatten(0, 1))
     return out
 
@@ -114,7 +114,7 @@ def is_plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and is_bare(linear)
 
 
-def are_plain_ends(embedder: Any, linear: Any, *others: Tensor) -> bool:
+def are_plain_embed_head(embedder: Any, linear: Any, *others: Tensor) -> bool:
     """Whether embedding and head are bare layers, and these others plain tensors of one dtype with them."""
     if not (is_plain(linear) and is_plain_patching(embedder) and PLAIN_TENSORS.issuperset(map(type, others))):
         return False

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.denoiser import Context
+from ebcache_fast.models.base import Conditioning
 from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
-from ebcache_fast.models.dit_layout import check_plain
+from ebcache_fast.models.layout import check_plain
 
 USUAL_TEXT = 300  # tokens of a prompt, as PixArt-Sigma's pipeline has them
 _LAYOUT = Layout(
@@ -34,12 +34,12 @@ _LAYOUT = Layout(
     norms=("norm_out",),
     block_norms=("norm1", "norm2"),
     branches=("attn1", "attn2", "ff"),
-    ends=("pos_embed", "proj_out"),
+    embed_head=("pos_embed", "proj_out"),
     passed_over=("adaln_single",),
 )
 
 
-class PixArtContext(NamedTuple):
+class PixArtConditioning(NamedTuple):
     """What a call gives besides latents and timesteps."""
 
     text: Tensor  # (N, L, E), as the text encoder gives it
@@ -47,9 +47,9 @@ class PixArtContext(NamedTuple):
     resolution: Tensor | None = None  # (N, 2), and
     aspect_ratio: Tensor | None = None  # (N, 1), of models that were trained with sizes
 
-    def rows(self, chosen: Tensor) -> "PixArtContext":
+    def rows(self, chosen: Tensor) -> "PixArtConditioning":
         """Of these rows (M,), in this order."""
-        return PixArtContext(self.text[chosen], *(None if one is None else one[chosen] for one in self[1:]))
+        return PixArtConditioning(self.text[chosen], *(None if one is None else one[chosen] for one in self[1:]))
 
 
 class PixArtSizes(DiffusersDenoiser):
@@ -68,9 +68,9 @@ class PixArtSizes(DiffusersDenoiser):
         self.latent_shape = embed.proj.in_channels, embed.height * self.patch_size, embed.width * self.patch_size
         self.text = USUAL_TEXT
 
-    def sized(self, latents: tuple[int, ...], context: Context) -> Self:
+    def for_shape(self, latents: tuple[int, ...], context: Conditioning) -> Self:
         self._check_there_is_text(context)
-        given = cast(PixArtContext, context)
+        given = cast(PixArtConditioning, context)
         channels, patch = self.latent_shape[0], self.patch_size
         if len(latents) != 3 or latents[0] != channels or any(not side or side % patch for side in latents[1:]):
             shape = ", ".join(map(str, latents))
@@ -85,19 +85,23 @@ class PixArtSizes(DiffusersDenoiser):
             )
         if self.has_sizes and (given.resolution is None or given.aspect_ratio is None):
             raise InputError("resolution or aspect_ratio is missing, which this model takes; pass added_cond_kwargs")
-        sized = copy.copy(self)
-        vars(sized).pop("shape", None)
-        sized.latent_shape, sized.text = cast(tuple[int, int, int], tuple(latents)), given.text.shape[1]
-        return sized
+        for_shape = copy.copy(self)
+        vars(for_shape).pop("shape", None)
+        for_shape.latent_shape, for_shape.text = cast(tuple[int, int, int], tuple(latents)), given.text.shape[1]
+        return for_shape
 
-    def example(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Context]:
+    def probe_inputs(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Conditioning]:
         patch, weight = self.patch_size, self.weight()
         generator = torch.Generator("cpu").manual_seed(1)
         text = torch.randn(rows, 3, self.text_width, generator=generator, device="cpu").to(weight)
         mask = torch.ones(rows, 3, dtype=torch.int64, device=weight.device)
         mask[-1, -1] = 0
         resolution, aspect_ratio = (weight.new_tensor(size).expand(rows, -1) for size in ((512.0, 384.0), (0.75,)))
-        context = PixArtContext(text, mask, resolution, aspect_ratio) if self.has_sizes else PixArtContext(text, mask)
+        context = (
+            PixArtConditioning(text, mask, resolution, aspect_ratio)
+            if self.has_sizes
+            else PixArtConditioning(text, mask)
+        )
         return (self.latent_shape[0], 2 * patch, 3 * patch) if small else self.latent_shape, context
 
     @property

@@ -69,8 +69,9 @@ __all__ = [
 def __getattr__(name: str) -> type:
     """Former names, with a DeprecationWarning."""
     if name == "Action":
-        from ebcache_fast.plan.former import Action, say
+        from ebcache_fast.former import warn
+        from ebcache_fast.plan.former import Action
 
-        say("ebcache_fast.plan.Action", "COMPUTE and REUSE")
+        warn("ebcache_fast.plan.Action", "COMPUTE and REUSE")
         return Action
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

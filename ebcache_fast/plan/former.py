@@ -1,9 +1,9 @@
 """Former forms of arguments, which keep working for one release: a depth and branches where sites stand now."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from ebcache_fast.former import warn
 from ebcache_fast.plan.rules import COMPUTE, REUSE
 from ebcache_fast.plan.sites import Branch, Site, layered
 
@@ -18,11 +18,6 @@ def sites_of(sites: Any, branches: Any, *others: Any) -> tuple[tuple[Site, ...],
     """Sites, and the argument after them, of calls in today's form or with a depth and branches."""
     if not hasattr(sites, "__index__"):
         return sites, branches
-    say("a depth and branches", "layered(depth, branches)", stacklevel=4)
+    warn("a depth and branches", "layered(depth, branches)", stacklevel=4)
     names: Sequence[Branch] = branches
     return layered(int(sites), names), others[0] if others else 1.0
-
-
-def say(former: str, now: str, *, stacklevel: int = 3) -> None:
-    """Warn of a form that will go."""
-    warnings.warn(f"{former} will go with the next release; use {now}", DeprecationWarning, stacklevel=stacklevel)

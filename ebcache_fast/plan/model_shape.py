@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ebcache_fast.former import warn
 from ebcache_fast.plan.sites import Branch, Site, SiteShape
 
 
@@ -12,7 +13,7 @@ class ModelShape:
     """The sizes of a model that decide cost and memory; its adapter builds it.
 
     ``fixed_macs`` (per row) and ``fixed_weights`` are what every step costs outside of the sites: embedding,
-    modulation, head. ``fingerprint`` holds the named sizes that a CacheTable can be bound to.
+    modulation, head. ``sizes`` holds the named sizes that a CacheTable can be bound to.
     """
 
     width: int
@@ -20,7 +21,7 @@ class ModelShape:
     site_shapes: tuple[SiteShape, ...]  # in the order in which the model runs them
     fixed_macs: int
     fixed_weights: int
-    fingerprint: tuple[tuple[str, int], ...]
+    sizes: tuple[tuple[str, int], ...]
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -36,6 +37,12 @@ class ModelShape:
     def branches(self) -> tuple[Branch, ...]:
         """The branches that its layers run, each once, in order."""
         return tuple(dict.fromkeys(shape.branch for shape in self.site_shapes))
+
+    @property
+    def fingerprint(self) -> tuple[tuple[str, int], ...]:
+        """`sizes`, by their former name."""
+        warn("ModelShape.fingerprint", "ModelShape.sizes")
+        return self.sizes
 
     @property
     def slot_elements(self) -> int:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Self
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan.former import say
+from ebcache_fast.former import warn
 from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
 from ebcache_fast.plan.sites import Branch, Site, branch_names, layered
 from ebcache_fast.plan.spans import SpanRule
@@ -146,7 +146,7 @@ class StepPlan:
 
     def action(self, layer: int, branch: Branch) -> Rule:
         """`rule_at`, by its former name."""
-        say("StepPlan.action", "StepPlan.rule_at")
+        warn("StepPlan.action", "StepPlan.rule_at")
         return self.rule_at(layer, branch)
 
     def rule_at(self, layer: int, branch: Branch) -> Rule:

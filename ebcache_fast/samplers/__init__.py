@@ -5,13 +5,13 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.noise_schedule import NoiseSchedule
 from ebcache_fast.samplers.coefficients import Sampler, StepRow, scaled_v
 from ebcache_fast.samplers.ddim import ddim, ddim_over
 from ebcache_fast.samplers.ddpm import ddpm, ddpm_over
 from ebcache_fast.samplers.dpm_solver import dpm_solver, dpm_solver_over
+from ebcache_fast.samplers.from_diffusers import sampler_of
 from ebcache_fast.samplers.noise import trajectory_noise
-from ebcache_fast.samplers.of_scheduler import sampler_of
+from ebcache_fast.samplers.schedule import NoiseSchedule
 
 __all__ = [
     "SAMPLERS",

@@ -1,4 +1,4 @@
-"""What a sampler is: timesteps, and for each one row of the coefficients of `sampler_step.sampler_update`."""
+"""Samplers as data: timesteps, and for each one row of the coefficients of `ebcache_fast.ops.update.sampler_update`."""
 
 import math
 from dataclasses import dataclass, replace

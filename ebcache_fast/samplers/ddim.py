@@ -3,9 +3,9 @@
 import numpy as np
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
 from ebcache_fast.samplers.coefficients import Sampler
-from ebcache_fast.samplers.data_form import Array, DataForm
+from ebcache_fast.samplers.schedule import NoiseSchedule, respaced_timesteps
+from ebcache_fast.samplers.x0_form import Array, DataForm
 
 
 def ddim(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> Sampler:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ebcache_fast.noise_schedule import NoiseSchedule, respaced_timesteps
 from ebcache_fast.samplers.coefficients import Sampler
-from ebcache_fast.samplers.data_form import Array, DataForm
+from ebcache_fast.samplers.schedule import NoiseSchedule, respaced_timesteps
+from ebcache_fast.samplers.x0_form import Array, DataForm
 
 
 def ddpm(schedule: NoiseSchedule, steps: int) -> Sampler:

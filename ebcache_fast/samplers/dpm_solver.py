@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ebcache_fast.noise_schedule import NoiseSchedule, solver_timesteps
 from ebcache_fast.samplers.coefficients import Sampler
-from ebcache_fast.samplers.data_form import Array, DataForm
+from ebcache_fast.samplers.schedule import NoiseSchedule, solver_timesteps
+from ebcache_fast.samplers.x0_form import Array, DataForm
 
 
 def dpm_solver(schedule: NoiseSchedule, steps: int) -> Sampler:
