@@ -1,4 +1,4 @@
-"""What every step of a sampling run computes and what it reuses, decided before the run starts.
+"""Plans: what every step of a sampling run computes and what it reuses, decided before the run starts.
 
 A model is a row of *sites*, each one branch of one layer. A `StepPlan` has a rule for each of them (compute and keep,
 reuse, ...); a `Plan` lines up the StepPlans of a whole run. `lower` makes a `Program` of a step, a tuple of launches,

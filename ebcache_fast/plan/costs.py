@@ -1,4 +1,4 @@
-"""What programs cost on a model of given sizes: counts over their launches."""
+"""Costs of programs on a model of given sizes: counts over their launches."""
 
 from ebcache_fast.plan.model_shape import ModelShape
 from ebcache_fast.plan.program import BRANCH, Launch, Program
@@ -15,7 +15,7 @@ def branch_weights(program: Program, shape: ModelShape) -> int:
 
 
 def _macs(launch: Launch, shape: ModelShape) -> int:
-    """Of one branch: of all its tokens and rows, or of those that are chosen."""
+    """Multiply-accumulates of one branch for one row of the batch, fewer where it runs some tokens or half the rows."""
     macs = shape.site_shapes[launch.site].macs
     if launch.window:  # scores and sums reach so many tokens of all
         macs -= 2 * shape.tokens * max(0, shape.tokens - launch.window - 1) * shape.width

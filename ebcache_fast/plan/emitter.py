@@ -1,4 +1,4 @@
-"""What rules write a step's program with: a few primitives, and all fusing behind them."""
+"""The Emitter: a few primitives that rules write a step's program with, and all fusing behind them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -77,7 +77,7 @@ class Emitter:
             self._held, self._has_input = [], False
 
     def input(self, site: int, *, is_plain: bool = False) -> None:
-        """What the branch of a site takes: the stream up to date, normalised and modulated; ``is_plain``: no float8."""
+        """Make a branch's input: the stream up to date, normalised and modulated; ``is_plain``: not in float8."""
         if self._has_input:
             return
         self._has_input = True
@@ -171,10 +171,10 @@ class Emitter:
         return last
 
     def _longest_stretch(self) -> tuple[int, int]:
-        """Where among the pending terms most lie one after another, and how many."""
+        """Start and length of the longest stretch of pending terms that lie one after another; (0, 1) if none do."""
         start, longest = 0, (0, 1)
-        for i, (one, other) in enumerate(pairwise(self._pending), start=1):
-            start = start if self._memory.are_neighbours(one, other) else i
+        for i, (term, following) in enumerate(pairwise(self._pending), start=1):
+            start = start if self._memory.are_neighbours(term, following) else i
             longest = max(longest, (start, i + 1 - start), key=itemgetter(1))
         return longest
 

@@ -23,7 +23,7 @@ def taylor(steps: Sequence[int], now: int) -> list[Fraction]:
     total = [Fraction(0)] * len(steps)
     for order in range(len(steps)):
         share = Fraction((now - steps[0]) ** order, factorial(order))
-        total = [one + share * each for one, each in zip(total, differences[0], strict=True)]
+        total = [factor + share * value for factor, value in zip(total, differences[0], strict=True)]
         differences = [
             [(a - b) / (steps[i] - steps[i + 1]) for a, b in zip(differences[i], differences[i + 1], strict=True)]
             for i in range(len(differences) - 1)
@@ -35,7 +35,7 @@ LAWS: Mapping[str, Callable[[Sequence[int], int], list[Fraction]]] = {"taylor": 
 
 
 class _Group(NamedTuple):
-    """What is forecast together: the ages of one slot."""
+    """Terms that are forecast together: the ages ``first`` to ``last`` of one slot, under one law."""
 
     gate: int | None
     law: str

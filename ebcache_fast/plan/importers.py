@@ -58,8 +58,8 @@ def from_eb_npy(
         orders = {"execution": codes, "index": codes[::-1]}
         if order not in orders:
             raise TableError(f"order: expected one of {', '.join(orders)}, got {order!r}")
-        made = Provenance(by="EB-Cache (arXiv 2503.07120)", source=Path(path).name, options={"order": order})
-        return CacheTable(timesteps, orders[order], eps_scale, made=made, allow_amplify=allow_amplify)
+        provenance = Provenance(by="EB-Cache (arXiv 2503.07120)", source=Path(path).name, options={"order": order})
+        return CacheTable(timesteps, orders[order], eps_scale, made=provenance, allow_amplify=allow_amplify)
 
 
 def from_smoothcache(
@@ -91,15 +91,19 @@ def from_smoothcache(
             frozenset(branch for (_, branch), row in rows.items() if row[i] is REUSE) for i in range(len(timesteps))
         )
         lists = branch_names(branch for _, branch in rows)
-        made = Provenance(by=SMOOTHCACHE, source=Path(path).name, options={LISTS: lists})
+        provenance = Provenance(by=SMOOTHCACHE, source=Path(path).name, options={LISTS: lists})
         if depth is not None:
             steps = _steps_of_rows(rows, len(timesteps), depth, branches)
             step_types = [step.step_type for step in steps]
             return CacheTable(
-                timesteps, step_types, eps_scale, made=made, allow_amplify=allow_amplify, step_plans=steps
+                timesteps, step_types, eps_scale, made=provenance, allow_amplify=allow_amplify, step_plans=steps
             )
         return CacheTable(
-            timesteps, [types[each] for each in reused], eps_scale, made=made, allow_amplify=allow_amplify
+            timesteps,
+            [types[branches_reused] for branches_reused in reused],
+            eps_scale,
+            made=provenance,
+            allow_amplify=allow_amplify,
         )
 
 
@@ -199,9 +203,9 @@ def _row(name: str, flags: object, steps: int) -> Row:
 
 
 def eps_scale_of(eps_scale: float | None, adm_lambda: float | None = None, eb_delta: float | None = None) -> float:
-    """b from whichever of the three conventions is given, 1 for none; TableError for more than one."""
-    given = [value for value in (eps_scale, adm_lambda, eb_delta) if value is not None]
-    if len(given) > 1:
+    """The factor b from whichever of three conventions names it, 1 if none does; TableError for more than one."""
+    factors = [value for value in (eps_scale, adm_lambda, eb_delta) if value is not None]
+    if len(factors) > 1:
         raise TableError("eps_scale, adm_lambda and eb_delta all mean b; give one of them")
     if adm_lambda is not None:
         return eps_scale_from_adm(adm_lambda)

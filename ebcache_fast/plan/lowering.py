@@ -1,4 +1,4 @@
-"""From what a step does at each site to what it launches, and the proof that nothing is read before it is stored."""
+"""Lowering of a step's rules to its launches, and the proof that nothing is read before it is stored."""
 
 from collections.abc import Iterable, Sequence
 

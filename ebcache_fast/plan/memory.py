@@ -1,4 +1,4 @@
-"""Where the slots of a plan lie, and the gates that its terms are multiplied by."""
+"""Memory of a plan: the places of its slots, and the gates that its terms are multiplied by."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Memory:
 
     @classmethod
     def of(cls, programs: Iterable[Program]) -> Self:
-        """What these programs need, over a whole run."""
+        """The memory that these programs of a whole run need."""
         programs = tuple(programs)
         terms = {term for program in programs for launch in program for term in launch.terms}
         live = {slot for program in programs for slot in program.reads}
@@ -33,10 +33,10 @@ class Memory:
         return cls(tuple(sorted(live)), tuple(sorted(extra)), tuple(sorted(written - live)))
 
     def scratches(self, site_shapes: Iterable[SiteShape]) -> dict[Slot, int]:
-        """Which scratch each slot that nobody reads goes to, counted from 0.
+        """The number, from 0, of the scratch that each slot nobody reads is written to.
 
-        One serves all that wait for nothing at the same time: not the outputs of one group of parallel sites, nor what
-        has different meanings.
+        One scratch serves all that wait for nothing at the same time: not the outputs of one group of parallel sites,
+        nor what has different meanings.
         """
         places: list[int] = []  # in the group
         for shape in site_shapes:
@@ -46,24 +46,24 @@ class Memory:
         return {slot: number[kind] for slot, kind in kinds.items()}
 
     def slots_for(self, shape: ModelShape) -> int:
-        """How many slots have memory on a model: those that are live, and scratch."""
+        """Number of slots that have memory on a model: those that are live, and scratch."""
         return len(self.live) + len(set(self.scratches(shape.site_shapes).values()))
 
     def place_of(self, slot: Slot) -> int | None:
-        """Where a live slot lies among them; None for one that nobody reads."""
+        """The place of a live slot among them, from 0; None for a slot that nobody reads."""
         return self._place.get(slot)
 
     def column_of(self, term: Term) -> tuple[bool, int]:
-        """The gate of a term: whether it is an extra one or a site's own, and its column."""
+        """The gate of a term: True for an extra one, False for a site's own, and its column."""
         own = term.gate is not None and not term.law
         return (False, term.gate or 0) if own else (True, self._extra[term])
 
-    def are_neighbours(self, one: Term, other: Term) -> bool:
-        """Whether the other's slot and gate lie right after the one's."""
-        place, next_place = self._place.get(one.slot), self._place.get(other.slot)
+    def are_neighbours(self, term: Term, following: Term) -> bool:
+        """True if the slot and the gate of ``following`` lie right after those of ``term``."""
+        place, next_place = self._place.get(term.slot), self._place.get(following.slot)
         if place is None or next_place != place + 1:
             return False
-        (is_extra, column), next_column = self.column_of(one), self.column_of(other)
+        (is_extra, column), next_column = self.column_of(term), self.column_of(following)
         return next_column == (is_extra, column + 1)
 
     @cached_property

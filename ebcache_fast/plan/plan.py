@@ -114,7 +114,7 @@ class Plan:
         return frozenset(step for step, program in lowered.items() if program.launches[-1].name == RUN)
 
     def counts(self) -> Counter[StepType | None]:
-        """How many steps there are of each type; None counts those that fit no type."""
+        """Number of steps of each type, under None of those that fit no type."""
         return Counter(step.step_type for step in self.steps)
 
     def runs(self) -> tuple[tuple[int, int], ...]:

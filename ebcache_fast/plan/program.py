@@ -1,4 +1,4 @@
-"""What one step launches: the form between plans and kernels, that can be hashed, checked, counted and read."""
+"""Programs: the launches of one step, between plans and kernels; hashed, verified, counted and printed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Slot(NamedTuple):
 
     @classmethod
     def of(cls, site: int, age: int = 0, meaning: str = OUTPUT) -> "Slot":
-        """That of one site, counted through the model."""
+        """The slot of one site, counted through the model."""
         return cls(meaning, site, site, age)
 
 
@@ -62,7 +62,7 @@ class Term(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch, or of a branch the few of its products and its attention."""
+    """Launch of one kernel; that of a branch stands for its few matrix products and its attention."""
 
     name: str
     terms: tuple[Term, ...] = ()  # added to the stream, in this order
@@ -125,7 +125,7 @@ class Program:
 
 
 def _lines(program: Program) -> Iterator[str]:
-    """One a launch; layers that are alike but for their number are said once."""
+    """Program as text, one line a launch; layers that are alike but for their number stand once."""
     groups = _by_layer(program)
     at = 0
     while at < len(groups):
@@ -156,7 +156,7 @@ def _line(launch: Launch, program: Program, layer: int) -> str:
     if launch.site >= 0:
         parts.append(_named(program.sites[launch.site], layer))
     parts.append(_terms(launch.terms, program, layer))
-    sources = ("the stream" if one is None else _slot(one, program, layer) for one in launch.sources)
+    sources = ("the stream" if slot is None else _slot(slot, program, layer) for slot in launch.sources)
     parts += ["of " + " less ".join(sources)] * bool(launch.sources)
     parts += [f"{name} {value}" for name in ("window", "tokens") if (value := getattr(launch, name))]
     parts += ["for both"] * launch.is_shared

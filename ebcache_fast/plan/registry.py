@@ -79,7 +79,7 @@ class Registry(Generic[_Thing]):
         raise NotImplementedError
 
     def find(self, name: str) -> _Thing:
-        """What has this name; TableError, saying what is known, where nothing has."""
+        """The thing of this name; TableError, listing the known names, for any other."""
         if name not in self._things:
             problems = self.plugin_problems
         if name not in self._things:
@@ -92,7 +92,7 @@ class Registry(Generic[_Thing]):
 
     @cached_property
     def plugin_problems(self) -> tuple[str, ...]:
-        """What went wrong where the entry points were loaded, which is done once, here."""
+        """Failures of the entry points, a line each; they are loaded once, here."""
         problems = []
         for entry in entry_points(group=GROUP):
             try:
@@ -114,7 +114,9 @@ class RuleRegistry(Registry[type[Any]]):
         """Raise TableError for what is no such class."""
         rule: Any = thing
         is_frozen = getattr(getattr(rule, "__dataclass_params__", None), "frozen", False)
-        if not is_frozen or not any(all(hasattr(rule, each) for each in needed) for needed in (_OF_SITES, _OF_SPANS)):
+        if not is_frozen or not any(
+            all(hasattr(rule, member) for member in needed) for needed in (_OF_SITES, _OF_SPANS)
+        ):
             raise TableError(
                 f"rule {name!r}: expected a frozen dataclass with {', '.join(_OF_SITES)}, or of spans with "
                 f"{', '.join(_OF_SPANS)}, got {shown(rule)}"
@@ -130,10 +132,10 @@ class RuleRegistry(Registry[type[Any]]):
         rule = self.find(name)
         _check_arguments(name, arguments, rule)
         try:
-            made: AnyRule = rule(**arguments)
+            instance: AnyRule = rule(**arguments)
         except Exception as error:  # whatever other people's rules raise
             raise TableError(f"rule {name!r}: {_line(error)}") from error
-        return made
+        return instance
 
     def describe(self, rule: AnyRule) -> tuple[str, dict[str, int | str]]:
         """Name and arguments of a rule, of which `make` makes an equal one; TableError for one without a name."""
@@ -177,7 +179,7 @@ def _listed(arguments: Mapping[str, object]) -> str:
 
 
 def _origin(thing: Any) -> tuple[str, str]:
-    """What stays the same where a module is run again; in a notebook each cell is a file of its own."""
+    """Identity of a thing that stays when its module is run again: its path, and its file outside of notebooks."""
     does = getattr(thing, "emit", None) or getattr(thing, "enter", None) or thing
     code = None if thing.__module__ == "__main__" else getattr(does, "__code__", None)
     return _path(thing), getattr(code, "co_filename", "")

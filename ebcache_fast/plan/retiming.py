@@ -1,8 +1,8 @@
-"""Which step of a run is where a step of a run of another number of steps is."""
+"""Retiming by step index: the step of a run that matches each step of a run of another length."""
 
 
 def steps_as_far(own: int, others: int) -> list[int]:
-    """For each of ``others`` steps the one of ``own`` that is as far into its run, the earlier where two are as near.
+    """The step among ``own`` that is as far into its run as each of ``others`` is, the earlier where two are as near.
 
     By index, the first and the last at the ends. By timestep or log-SNR a table comes less near to one that is
     calibrated where the sampler spaces its timesteps in another way: `bench/retime.py` measures it.

@@ -1,4 +1,4 @@
-"""What a step may do at one site: a rule says it in the emitter's primitives."""
+"""Rules for one site: what a step may do there, said in the emitter's primitives."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,11 +10,11 @@ from ebcache_fast.plan.sites import Branch, Site
 
 
 class Rule(Protocol):
-    """Hashable and without state: it only appends to an emitter."""
+    """Rule of one site, hashable and without state: it only appends to an emitter."""
 
     @property
     def runs_branch(self) -> bool:
-        """Whether the branch of its site runs, wholly or in part."""
+        """True if the branch of its site runs, wholly or in part."""
         ...
 
     def check(self, site: Site) -> None:

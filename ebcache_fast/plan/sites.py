@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 
 class Branch(Enum):
-    """One residual branch of a transformer layer."""
+    """Residual branch of a transformer layer."""
 
     SELF_ATTN = "self_attn"
     CROSS_ATTN = "cross_attn"
@@ -16,12 +17,12 @@ class Branch(Enum):
 
     @property
     def branch(self) -> "Branch":
-        """Itself: a model's shape once held the cost of each branch, which named it so. It will go."""
+        """The branch itself: a model's shape once held the cost of each branch, which named it so. It will go."""
         return self
 
 
 class Site(NamedTuple):
-    """One branch of one layer. A model's sites stand in the order in which it runs them."""
+    """Branch of one layer. A model's sites stand in the order in which it runs them."""
 
     layer: int
     branch: Branch
@@ -59,13 +60,11 @@ def layered(depth: int, branches: Sequence[Branch]) -> tuple[Site, ...]:
 
 def branch_names(branches: Iterable[Branch]) -> str:
     """Branches as messages name them, in the order of `Branch`: ``SELF_ATTN + MLP``."""
-    chosen = frozenset(branches)
-    return " + ".join(branch.name for branch in Branch if branch in chosen)
+    named = frozenset(branches)
+    return " + ".join(branch.name for branch in Branch if branch in named)
 
 
 def described(sites: Sequence[Site]) -> str:
     """Sites as messages name them: ``28 layers of SELF_ATTN + MLP``, and so on where layers differ."""
-    layers = [
-        " + ".join(site.branch.name for site in of_layer) for _, of_layer in groupby(sites, lambda one: one.layer)
-    ]
+    layers = [" + ".join(site.branch.name for site in of_layer) for _, of_layer in groupby(sites, attrgetter("layer"))]
     return ", then ".join(f"{len(list(alike))} layers of {names}" for names, alike in groupby(layers))

@@ -1,4 +1,4 @@
-"""What a step may do over several sites at once."""
+"""Rules over spans: what a step may do over several sites at once."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,14 +8,14 @@ from ebcache_fast.plan.program import CHANGE, MARK, Slot
 
 
 class SpanRule(Protocol):
-    """Hashable and without state. It covers the sites from ``first`` to ``last``."""
+    """Rule of the sites from ``first`` to ``last``, hashable and without state."""
 
     first: int
     last: int
 
     @property
     def skips(self) -> bool:
-        """Whether nothing is done at its sites."""
+        """True if nothing is done at its sites."""
         ...
 
     def enter(self, emitter: Emitter) -> None:
@@ -54,4 +54,4 @@ class SkipSpan:
         emitter.add(Slot(CHANGE, self.first, self.last), None)
 
     def leave(self, emitter: Emitter) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What one step does at each site: the types of steps, and `StepPlan`."""
+"""StepType, the steps that treat all layers alike, and `StepPlan`, a rule for each site."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class StepType(IntEnum):
         return _REUSES[self]
 
     def fits(self, branches: tuple[Branch, ...]) -> bool:
-        """Whether layers of these branches have all that it speaks of, as layers of any branches have of 0 to 3."""
+        """True if layers of these branches have all that it speaks of, as layers of any branches have of 0 to 3."""
         return self <= StepType.MLP or self.reuses <= frozenset(branches)
 
 
@@ -53,7 +53,7 @@ _REUSES = {
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One rule a site, and rules over spans of them, of which some skip what is inside.
+    """Rules of one step: one for each site, and rules over spans of them, of which some skip what is inside.
 
     Raises TableError without a site, for another number of rules than sites, for a rule at a site that can't take it,
     and for spans that leave the model, or overlap.
@@ -118,7 +118,7 @@ class StepPlan:
         """The step type this plan equals, the first that does; None where layers differ."""
         branches = tuple(dict.fromkeys(site.branch for site in self.sites))
         types = (step_type for step_type in StepType if step_type.fits(branches) and not self.spans)
-        return next((each for each in types if StepPlan.uniform(each, self.sites).rules == self.rules), None)
+        return next((alike for alike in types if StepPlan.uniform(alike, self.sites).rules == self.rules), None)
 
     @property
     def type_name(self) -> str:
@@ -141,7 +141,7 @@ class StepPlan:
 
     @property
     def computes_nothing(self) -> bool:
-        """Whether no branch runs, so that all layers collapse into one sum over gated slots."""
+        """True if no branch runs, so that all layers collapse into one sum over gated slots."""
         return not self.computed
 
     def action(self, layer: int, branch: Branch) -> Rule:
@@ -150,5 +150,5 @@ class StepPlan:
         return self.rule_at(layer, branch)
 
     def rule_at(self, layer: int, branch: Branch) -> Rule:
-        """What this step does at one site."""
+        """The rule of one site; ValueError where the model has no such site."""
         return self.rules[self.sites.index(Site(layer, branch))]

@@ -122,7 +122,7 @@ class CacheTable:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """One of the tables that come with the package; `named_tables` lists them."""
+        """Read one of the tables that come with the package; TableError unless `named_tables` lists its name."""
         if name not in named_tables():
             raise TableError(f"name: expected one of {', '.join(named_tables())}, got {name!r}")
         return cls._from_file(_shelf() / f"{name}.json")
@@ -163,7 +163,7 @@ class CacheTable:
 
     @property
     def tables(self) -> tuple[Self]:
-        """Itself, where a `TableSet` has several."""
+        """Tuple of this one table, as a `TableSet` has several."""
         return (self,)
 
     def __len__(self) -> int:
@@ -181,7 +181,7 @@ class CacheTable:
         return self.step_types[self.timesteps.index(timestep)]
 
     def retime(self, timesteps: Iterable[float], sampler: SamplerSpec | None = None) -> Self:
-        """The same steps at another sampler's ``timesteps``, one by one where they are as many.
+        """Move the table to another sampler's ``timesteps``: the same steps, one by one where they are as many.
 
         Where they are not, each step does what the one does that is as far into the run; the first stays the first.
         What a calibration saw at each step is left out then. See docs/bundled_model.md for how near that comes to a
@@ -209,10 +209,10 @@ class CacheTable:
                 f"timesteps: expected the table's {len(self)} steps, got {len(exact)}; use a table made for "
                 f"{len(exact)} steps, or retime(timesteps)"
             )
-        for i, (own, given) in enumerate(zip(self.timesteps, exact, strict=True)):
-            if own != given:
+        for i, (own, asked) in enumerate(zip(self.timesteps, exact, strict=True)):
+            if own != asked:
                 raise TableError(
-                    f"timesteps[{i}]: expected the table's {own}, got {given}; "
+                    f"timesteps[{i}]: expected the table's {own}, got {asked}; "
                     "retime(timesteps) moves a table by step index"
                 )
 

@@ -1,4 +1,4 @@
-"""What a Cache Table takes, made plain and held to its range; every message names the field."""
+"""Checks of a Cache Table's fields: each is made plain and held to its range; every message names the field."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +14,15 @@ def check_lengths(
     timesteps: Sequence[float],
     step_types: Sequence[StepType | None],
     sampler: SamplerSpec | None,
-    made: Provenance | None,
+    provenance: Provenance | None,
 ) -> None:
     """Raise TableError, naming the field, unless all that is said of each step is said of each of the timesteps."""
     lengths = {"step_types": len(step_types)}
     if sampler is not None:
         lengths["sampler.steps"] = sampler.steps
-    if made is not None:
-        lengths |= {f"made.errors.{name}": len(errors) for name, errors in made.errors.items()}
-        lengths |= {f"made.votes.{name}": len(votes) for name, votes in made.votes.items()}
+    if provenance is not None:
+        lengths |= {f"made.errors.{name}": len(errors) for name, errors in provenance.errors.items()}
+        lengths |= {f"made.votes.{name}": len(votes) for name, votes in provenance.votes.items()}
     for name, length in lengths.items():
         if length != len(timesteps):
             raise TableError(f"{name}: expected {len(timesteps)}, one per timestep, got {length}")
@@ -50,14 +50,14 @@ def _as_int(name: str, value: object, highest: int = MAX_INT) -> int:
     return number
 
 
-def as_step_types(given: Iterable[int | None], steps: tuple[StepPlan, ...] | None) -> tuple[StepType | None, ...]:
+def as_step_types(codes: Iterable[int | None], steps: tuple[StepPlan, ...] | None) -> tuple[StepType | None, ...]:
     """Types from their codes; with ``steps`` they have to be theirs."""
     if steps is None:
-        return tuple(_as_step_type(f"step_types[{i}]", step_type) for i, step_type in enumerate(given))
-    types, given = tuple(step.step_type for step in steps), tuple(given)
-    if given != types:
+        return tuple(_as_step_type(f"step_types[{i}]", step_type) for i, step_type in enumerate(codes))
+    types, codes = tuple(step.step_type for step in steps), tuple(codes)
+    if codes != types:
         raise TableError(
-            f"step_types: expected those of step_plans, got {shown(given)}; give the types alone, with step_plans=None"
+            f"step_types: expected those of step_plans, got {shown(codes)}; give the types alone, with step_plans=None"
         )
     return types
 

@@ -31,7 +31,7 @@ def naming(source: object) -> Iterator[None]:
 
 
 def is_npy(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as numpy's arrays do; no file at all does not."""
+    """True if a file begins as numpy's arrays do; False for no file at all."""
     try:
         with open(path, "rb") as file:
             return file.read(len(NPY)) == NPY
@@ -88,7 +88,7 @@ def key_shown(name: str) -> str:
 
 def _layout(value: object, indent: str = "") -> str:
     """JSON with one key a line and every list on one line, but for lists of objects and `Rows`."""
-    if isinstance(value, list) and value and (isinstance(value, Rows) or all(isinstance(each, dict) for each in value)):
+    if isinstance(value, list) and value and (isinstance(value, Rows) or all(isinstance(item, dict) for item in value)):
         inner = indent + "  "
         return "[\n" + ",\n".join(inner + _layout(item, inner) for item in value) + f"\n{indent}]"
     if not isinstance(value, dict) or not value:

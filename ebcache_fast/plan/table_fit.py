@@ -1,4 +1,4 @@
-"""Whether a Cache Table is for a model: by the sizes it is bound to, and by what the project it came from meant."""
+"""Fit of a Cache Table to a model: by the sizes it is bound to, and by what the project it came from meant."""
 
 from collections.abc import Iterable
 
@@ -36,16 +36,18 @@ def check_sites(sites: tuple[Site, ...], shape: ModelShape) -> None:
         )
 
 
-def check_origin(made: Provenance | None, step_types: Iterable[StepType | None], branches: tuple[Branch, ...]) -> None:
+def check_origin(
+    provenance: Provenance | None, step_types: Iterable[StepType | None], branches: tuple[Branch, ...]
+) -> None:
     """Raise TableError where an imported schedule lists a branch that the model lacks, or can't say which it lists.
 
     Tables that the first version imported do not know whether ATTENTION, of a model with cross-attention, was meant
     to reuse that too.
     """
-    if made is None or made.by != SMOOTHCACHE:
+    if provenance is None or provenance.by != SMOOTHCACHE:
         return
-    if LISTS in made.options:
-        listed = str(made.options[LISTS]).split(" + ")
+    if LISTS in provenance.options:
+        listed = str(provenance.options[LISTS]).split(" + ")
         if lacking := [name for name in listed if name not in (branch.name for branch in branches)]:
             raise TableError(
                 f"made.options.{LISTS}: the schedule has lists for {' + '.join(lacking)}, got a model of "
@@ -53,6 +55,6 @@ def check_origin(made: Provenance | None, step_types: Iterable[StepType | None],
             )
     elif Branch.CROSS_ATTN in branches and {StepType.ATTENTION, StepType.ATTN_MLP}.intersection(step_types):
         raise TableError(
-            f"made: {made.by} {made.source!r} was imported before step types told SELF_ATTN from CROSS_ATTN, and this "
-            "model has both; import the schedule again"
+            f"made: {provenance.by} {provenance.source!r} was imported before step types told SELF_ATTN from "
+            "CROSS_ATTN, and this model has both; import the schedule again"
         )

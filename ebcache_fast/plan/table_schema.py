@@ -70,7 +70,7 @@ class SamplerSpec(_Record):
 
 
 class Provenance(_Record):
-    """How a table was made: ``by`` whom or what, from which ``source``, with which ``options``.
+    """Origin of a table: ``by`` whom or what, from which ``source``, with which ``options`` it was made.
 
     A calibration also keeps what it saw at each step: the mean ``errors`` of every candidate (None where it
     was not tried) and the number of ``votes`` for every step type.
@@ -83,13 +83,13 @@ class Provenance(_Record):
     votes: dict[StepName, PerStep[Count]] = {}
 
     def moved_from(self, steps: int) -> Self:
-        """That of a table which was moved to another number of steps: without what was seen at each of ``steps``."""
+        """The origin of a table moved to another number of steps: without what was seen at each of its ``steps``."""
         moved = {"options": {**self.options, "retimed_from_steps": steps}, "errors": {}, "votes": {}}
         return self.model_copy(update=moved)
 
 
 class AnyTableFile(_Record):
-    """What the file of a table has in either version."""
+    """Keys that the file of a table has in either version."""
 
     format: Literal["ebcache-fast.cache-table"]  # TABLE_FORMAT
     model: dict[str, Count] | None

@@ -58,9 +58,9 @@ class TableSet:
                 f"format: expected {SET_FORMAT!r}, got {TABLE_FORMAT!r}, one table; load it with CacheTable.load"
             )
         tables = []
-        for i, each in enumerate(TableSetFile(**document).tables):
+        for i, table in enumerate(TableSetFile(**document).tables):
             with naming(f"tables[{i}]"):
-                tables.append(CacheTable.from_document(each))
+                tables.append(CacheTable.from_document(table))
         return cls(tables)
 
     def __len__(self) -> int:
@@ -84,13 +84,13 @@ Tables = CacheTable | Plan | TableSet | list[CacheTable] | tuple[CacheTable, ...
 
 
 def tables_of(tables: Tables) -> tuple[CacheTable | Plan, ...]:
-    """One or several, each by itself; TableError where a list or tuple is of what no TableSet can be made."""
+    """The tables one by one, of one or several; TableError for a list or tuple that can be no TableSet."""
     several = TableSet(tables) if isinstance(tables, list | tuple) else tables
     return several.tables if isinstance(several, TableSet) else (several,)
 
 
 def load_tables(path: str | os.PathLike[str]) -> CacheTable | TableSet:
-    """Whichever a file holds: one table or several; TableError as their own ``load`` says."""
+    """The table, or the set of them, that a file holds; TableError as their own ``load`` says."""
     with naming(path):
         document = read_json(Path(path))
         kind = TableSet if document.get("format") == SET_FORMAT else CacheTable

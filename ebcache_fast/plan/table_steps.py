@@ -53,7 +53,7 @@ def spelt(steps: Sequence[StepPlan], registry: RuleRegistry = RULES) -> dict[str
 
 
 def arguments_of(document: dict[str, Any]) -> dict[str, Any]:
-    """What a CacheTable is made with, from the JSON object of either version; TableError where it is neither."""
+    """The arguments of CacheTable in a JSON object of either version; TableError where it is neither."""
     schema = document.get("schema")
     if type(schema) is int and schema > 2:
         raise TableError(f"schema: expected 1 or 2, got {shown(schema)}; install the ebcache_fast that wrote the file")
@@ -128,14 +128,14 @@ def _sites(layers: tuple[Layers, ...]) -> tuple[Site, ...]:
 
 def _rules(kinds: Mapping[str, Mapping[str, object]], registry: RuleRegistry) -> dict[str, AnyRule]:
     rules: dict[str, AnyRule] = {}
-    for name, given in kinds.items():
+    for name, spelling in kinds.items():
         with naming(f"kinds.{key_shown(name)}"):
             if re.fullmatch(_KIND, name) is None:
                 raise TableError("expected a name of a-z, 0-9 and _ that begins with a letter")
-            if not isinstance(given.get("rule"), str):
-                raise TableError(f"rule: expected the name of a rule, got {shown(given.get('rule'))}")
-            arguments = {argument: value for argument, value in given.items() if argument != "rule"}
-            rules[name] = registry.make(str(given["rule"]), arguments)
+            if not isinstance(spelling.get("rule"), str):
+                raise TableError(f"rule: expected the name of a rule, got {shown(spelling.get('rule'))}")
+            arguments = {argument: value for argument, value in spelling.items() if argument != "rule"}
+            rules[name] = registry.make(str(spelling["rule"]), arguments)
             if same := next((other for other in rules if other != name and rules[other] == rules[name]), None):
                 raise TableError(f"expected another rule than {same} is; name each rule once")
     return rules
@@ -185,7 +185,7 @@ def _row(names: Sequence[str]) -> str:
     items, start = [], 0
     while start < len(names):
         times = {length: _times(names, start, length) for length in range(1, LONGEST + 1)}
-        length = max(times, key=lambda each: (each * times[each] if times[each] > 1 else 0, -each))
+        length = max(times, key=lambda size: (size * times[size] if times[size] > 1 else 0, -size))
         pattern = " ".join(names[start : start + length])
         repeated = pattern if length == 1 else f"({pattern})"
         items.append(f"{repeated}*{times[length]}" if times[length] > 1 else pattern)
@@ -194,7 +194,7 @@ def _row(names: Sequence[str]) -> str:
 
 
 def _times(names: Sequence[str], start: int, length: int) -> int:
-    """How often the pattern of so many kinds at ``start`` stands there, one after another."""
+    """Number of times that the pattern of ``length`` kinds at ``start`` stands there, one after another."""
     pattern, times = names[start : start + length], 1
     while names[start + times * length : start + (times + 1) * length] == pattern:
         times += 1
