@@ -18,7 +18,7 @@ from ebcache_fast.models.embeddings import timestep_embedding
 from ebcache_fast.models.facebook_dit import DiTDenoiser
 from ebcache_fast.models.modules import DIT_MODELS, DiT
 from ebcache_fast.ops.operations import TORCH
-from ebcache_fast.plan import Branch
+from ebcache_fast.plan import Branch, Site
 from ebcache_fast.plan.table import CacheTable
 
 CLASSES, WIDTH, HEADS, SIDE = 5, 16, 4, 6
@@ -156,13 +156,12 @@ def assembled(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     denoiser.modulation(t, y, (), modulation)
     sites = modulation.sites[rows, :, :, rows]  # (N, K, 3, D)
     h = denoiser.embed(x, res(x).per_run)
-    for layer in range(denoiser.shape.depth):
-        for b, branch in enumerate((Branch.SELF_ATTN, Branch.MLP)):
-            shift, scale, gate = sites[:, 2 * layer + b].unbind(1)
-            u = normed(h, shift, scale, denoiser.norm(layer, branch))
-            out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
-            denoiser.run_branch(layer, branch, u, out, res(h))
-            h = h + gate.unsqueeze(1) * out
+    for i, site in enumerate(denoiser.shape.sites):
+        shift, scale, gate = sites[:, i].unbind(1)
+        u = normed(h, shift, scale, denoiser.norm(site))
+        out = torch.empty(h.shape, dtype=h.dtype)  # contiguous, as the engine's cache is
+        denoiser.branch(site, u, out, res(h))
+        h = h + gate.unsqueeze(1) * out
     shift, scale = modulation.head[rows, :, rows].unbind(1)
     return denoiser.head(normed(h, shift, scale, denoiser.head_norm))
 
@@ -212,7 +211,7 @@ def test_epsilons_are_read_per_layer_and_branch() -> None:
     model = Foreign(eps=1e-3)
     model.blocks[1].norm2.eps = 0.5
     denoiser = DiTDenoiser(model)
-    eps = [denoiser.norm(layer, b).eps for layer in range(2) for b in (Branch.SELF_ATTN, Branch.MLP)]
+    eps = [denoiser.norm(site).eps for site in denoiser.shape.sites]
     assert eps == [1e-3, 3 * 1e-3, 1e-3, 0.5]
 
 
@@ -240,7 +239,7 @@ def test_a_branch_writes_into_the_memory_it_is_given(branch: Branch, strides: tu
     u = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     out = torch.empty(2 * 9 * WIDTH, dtype=torch.float64).as_strided(u.shape, strides)
     with torch.no_grad():
-        DiTDenoiser(model).run_branch(1, branch, u, out, res(u))
+        DiTDenoiser(model).branch(Site(1, branch), u, out, res(u))
         expected = block.attn(u) if branch is Branch.SELF_ATTN else block.mlp(u)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
@@ -268,7 +267,7 @@ def test_autocast() -> None:
     for branch, module in ((Branch.SELF_ATTN, model.blocks[0].attn), (Branch.MLP, model.blocks[0].mlp)):
         out = torch.empty_like(u)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            DiTDenoiser(model).run_branch(0, branch, u, out, res(u))
+            DiTDenoiser(model).branch(Site(0, branch), u, out, res(u))
             assert torch.equal(out, module(u).float())
 
 

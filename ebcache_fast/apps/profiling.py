@@ -26,7 +26,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.models import Denoiser, as_denoiser
 from ebcache_fast.models.base import BranchResources, BufferPool, Conditioning, Modulation
 from ebcache_fast.ops.operations import Operations
-from ebcache_fast.plan import Branch
+from ebcache_fast.plan import Branch, Site
 from ebcache_fast.plan.files import replacing
 
 Around = Callable[[str], AbstractContextManager[object]]  # a range of this name
@@ -132,9 +132,9 @@ class _AnnotatedDenoiser:
         with self._around("head"):
             return self._denoiser.head(u)
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, res: BranchResources) -> None:
-        with self._around(f"layer {layer} {BRANCHES[branch]}"):
-            self._denoiser.run_branch(layer, branch, u, out, res)
+    def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
+        with self._around(f"layer {site.layer} {BRANCHES[site.branch]}"):
+            self._denoiser.branch(site, u, out, res)
 
 
 @dataclass

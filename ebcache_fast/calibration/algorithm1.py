@@ -203,7 +203,7 @@ class _Search:
         shape, weight = denoiser.shape, denoiser.weight()
         row_labels = guidance.row_labels(denoiser, labels)
         per_run = Workspace(weight.dtype, weight.device)
-        denoiser.prepare(context, per_run)
+        denoiser.precompute(context, per_run)
         float8 = None if float8_of is None else Float8Branches(float8_of, per_run)
         if float8 is not None:
             float8.prepare()

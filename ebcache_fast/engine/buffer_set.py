@@ -100,7 +100,7 @@ class BufferSet:
         """Make ready for runs in this context; before anything is captured that reads what it says."""
         self.join()
         try:
-            self._denoiser.prepare(context, self.buffers.per_run)
+            self._denoiser.precompute(context, self.buffers.per_run)
             if self._float8 is not None:
                 self._float8.prepare()
         except torch.OutOfMemoryError as error:

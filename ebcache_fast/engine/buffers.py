@@ -69,7 +69,7 @@ class Buffers:
     guide: GuidanceArgs
     modulation: ModulationTable
     cache: FeatureCache
-    per_run: Workspace  # what `Denoiser.prepare` and `Float8Branches.prepare` wrote
+    per_run: Workspace  # what `Denoiser.precompute` and `Float8Branches.prepare` wrote
     workspace: Workspace
 
     @property

@@ -137,7 +137,7 @@ class Runner:
     def _branch(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         site, res = self._sites[launch.site], self._means
         if launch.tokens:
-            self._denoiser.run_branch(*site, *self._of_tokens(launch), res)
+            self._denoiser.branch(site, *self._of_tokens(launch), res)
             return
         out = self._value(launch.out, step)
         if launch.window:
@@ -146,11 +146,11 @@ class Runner:
             self._float8.run(site, step.quantised, out, res)
         elif launch.is_shared:
             (conditional, unconditional), u = out.chunk(2), step.u.view(out.shape).chunk(2)[0]
-            self._denoiser.run_branch(*site, u, conditional, res)
+            self._denoiser.branch(site, u, conditional, res)
             self._operations.copy(conditional, unconditional)
         else:
             u = step.u if self._normed[launch.site] else self._buffer("h")
-            self._denoiser.run_branch(*site, u.view(out.shape), out, res)
+            self._denoiser.branch(site, u.view(out.shape), out, res)
 
     def _select(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         values = self._value(launch.sources[0], step)
@@ -213,7 +213,7 @@ class Runner:
         return Pending(slots, [self._modulation.gate(step.cache.column_of(term)) for term in terms])
 
     def _norm(self, launch: Launch) -> Norm:
-        return self._modulation.norm(launch.site, cast(nn.LayerNorm, self._denoiser.norm(*self._sites[launch.site])))
+        return self._modulation.norm(launch.site, cast(nn.LayerNorm, self._denoiser.norm(self._sites[launch.site])))
 
     def _float8_of(self, launch: Launch) -> Float8Branches | None:
         """What runs a site's branch in float8, if it is to."""

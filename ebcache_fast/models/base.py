@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ebcache_fast.ops.operands import Linear, Patches
 from ebcache_fast.ops.operations import Operations
-from ebcache_fast.plan import Branch, ModelShape
+from ebcache_fast.plan import ModelShape, Site
 
 TEXT = "text"  # among the constants: the text tokens (N, text, D) of a model that has them in its stream
 
@@ -43,7 +43,7 @@ class BranchResources(NamedTuple):
 
     operations: Operations
     scratch: BufferPool  # what it holds means nothing between two branches
-    per_run: BufferPool  # what `Denoiser.prepare` wrote
+    per_run: BufferPool  # what `Denoiser.precompute` wrote
     window: int = 0  # of tokens that self-attention reaches, half of them on either side; 0 for all
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Denoiser(Protocol):
         """Write the modulation of every pair of timesteps t (S,) and conditions y (U,) int64 into ``out``."""
         ...
 
-    def prepare(self, context: Conditioning, per_run: BufferPool) -> None:
+    def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
         """Write all that a step needs of the context into ``per_run``, in the same buffers for the same sizes."""
         ...
 
@@ -161,10 +161,10 @@ class Denoiser(Protocol):
         """The head's modulated input (N, T - text, D) -> (N, C or 2C, H, W), through the model's own layers."""
         ...
 
-    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm | None:
+    def norm(self, site: Site) -> nn.LayerNorm | None:
         """The LayerNorm before a branch; None where the branch takes the stream as it is."""
         ...
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, res: BranchResources) -> None:
+    def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
         """Write a branch's ungated output for its input u (N, T, D) into ``out``, of the same shape."""
         ...

@@ -13,7 +13,7 @@ from ebcache_fast.models.diffusers_layers import feed_forward_into, heads_of, is
 from ebcache_fast.models.layers import linear_into
 from ebcache_fast.models.layout import mlp, self_attention
 from ebcache_fast.ops.operands import Linear, Patches
-from ebcache_fast.plan import Branch, ModelShape, repeated
+from ebcache_fast.plan import Branch, ModelShape, Site, repeated
 
 _TEXT, _VIDEO = 0, 1  # the two conditions that tokens have
 
@@ -70,7 +70,7 @@ class CogVideoXDenoiser(CogVideoXSizes):
         head = model.norm_out.linear(model.norm_out.silu(c)).view(len(t), 2, 1, -1)
         out.head.copy_(head.expand(-1, -1, len(y), -1))
 
-    def prepare(self, context: Conditioning, per_run: BufferPool) -> None:
+    def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
         given = cast(CogVideoXConditioning, context)
         text, positions = given.text.to(self.weight().dtype), self.positions()
         per_run.buffer("embeddings", *text.shape).copy_(text)
@@ -89,13 +89,13 @@ class CogVideoXDenoiser(CogVideoXSizes):
     def final(self, h: Tensor) -> Tensor:
         return cast(Tensor, self._model.norm_final(h[:, self.text_tokens :])).contiguous()
 
-    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm:
-        block = self._blocks[layer]
-        return cast(nn.LayerNorm, (block.norm1 if branch is Branch.SELF_ATTN else block.norm2).norm)
+    def norm(self, site: Site) -> nn.LayerNorm:
+        block = self._blocks[site.layer]
+        return cast(nn.LayerNorm, (block.norm1 if site.branch is Branch.SELF_ATTN else block.norm2).norm)
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, res: BranchResources) -> None:
-        block = self._blocks[layer]
-        if branch is Branch.MLP:
+    def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
+        block = self._blocks[site.layer]
+        if site.branch is Branch.MLP:
             feed_forward_into(block.ff, u, out, res)
         elif is_usual_attention(block.attn1, "CogVideoXAttnProcessor2_0", also=("norm_q", "norm_k")):
             linear_into(block.attn1.to_out[0], self._attend(block.attn1, u, res), out)

@@ -15,7 +15,7 @@ from ebcache_fast.models.layers import PLAIN_TENSORS
 from ebcache_fast.models.layout import LabelConditioned, shape_of
 from ebcache_fast.models.modules import unpatchify
 from ebcache_fast.ops.operands import Linear, Patches
-from ebcache_fast.plan import Branch, ModelShape
+from ebcache_fast.plan import Branch, ModelShape, Site
 
 _EMB = "transformer_blocks.0.norm1.emb"
 _LAYOUT = Layout(
@@ -98,7 +98,7 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
         vars(for_shape).update(latent_shape=tuple(latents), _reads_positions=False)
         return for_shape
 
-    def prepare(self, context: Conditioning, per_run: BufferPool) -> None:
+    def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
         if not self._reads_positions:
             positions = positions_of(self._model.pos_embed, self.latent_shape)
             per_run.buffer("positions", *positions.shape).copy_(positions)
@@ -121,13 +121,13 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     def embed(self, x: Tensor, per_run: BufferPool) -> Tensor:
         return cast(Tensor, self._model.pos_embed(x))
 
-    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm:
-        block = self._blocks[layer]
-        return cast(nn.LayerNorm, block.norm1.norm if branch is Branch.SELF_ATTN else block.norm3)
+    def norm(self, site: Site) -> nn.LayerNorm:
+        block = self._blocks[site.layer]
+        return cast(nn.LayerNorm, block.norm1.norm if site.branch is Branch.SELF_ATTN else block.norm3)
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, res: BranchResources) -> None:
-        block = self._blocks[layer]
-        if branch is Branch.SELF_ATTN:
+    def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
+        block = self._blocks[site.layer]
+        if site.branch is Branch.SELF_ATTN:
             self_attention_into(block.attn1, u, out, res)
         else:
             feed_forward_into(block.ff, u, out, res)

@@ -24,7 +24,7 @@ from ebcache_fast.models.layers import (
 from ebcache_fast.models.layout import LabelConditioned, check_layout, check_norms, check_plain, shape_of
 from ebcache_fast.models.modules import unpatchify
 from ebcache_fast.ops.operands import Linear, Patches
-from ebcache_fast.plan import Branch, ModelShape
+from ebcache_fast.plan import Branch, ModelShape, Site
 
 _LAYOUT = (
     "blocks.0.norm1.eps",
@@ -113,13 +113,13 @@ class DiTDenoiser(LabelConditioned):
     def embed(self, x: Tensor, per_run: BufferPool) -> Tensor:
         return cast(Tensor, self._model.x_embedder(x) + self._model.pos_embed)
 
-    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm:
-        block = self._blocks[layer]
-        return cast(nn.LayerNorm, block.norm1 if branch is Branch.SELF_ATTN else block.norm2)
+    def norm(self, site: Site) -> nn.LayerNorm:
+        block = self._blocks[site.layer]
+        return cast(nn.LayerNorm, block.norm1 if site.branch is Branch.SELF_ATTN else block.norm2)
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, res: BranchResources) -> None:
-        block = self._blocks[layer]
-        if branch is Branch.SELF_ATTN:
+    def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
+        block = self._blocks[site.layer]
+        if site.branch is Branch.SELF_ATTN:
             linear_into(block.attn.proj, attend(block.attn, block.attn.qkv(u), res), out)
         else:
             linear_into(block.mlp.fc2, _widen(block.mlp, u, res), out)

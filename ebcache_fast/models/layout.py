@@ -118,7 +118,7 @@ class LabelConditioned(ABC):
     def conditions(self, labels: Tensor) -> Tensor:
         return labels
 
-    def prepare(self, context: Conditioning, per_run: BufferPool) -> None:
+    def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
         return  # there is nothing besides labels
 
     def final(self, h: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ebcache_fast.models.layout import cross_attention, mlp, self_attention
 from ebcache_fast.models.pixart_sizes import PixArtConditioning, PixArtSizes
 from ebcache_fast.ops import reference
 from ebcache_fast.ops.operands import Linear, Patches
-from ebcache_fast.plan import Branch, ModelShape, repeated
+from ebcache_fast.plan import Branch, ModelShape, Site, repeated
 
 
 class PixArtDenoiser(PixArtSizes):
@@ -83,7 +83,7 @@ class PixArtDenoiser(PixArtSizes):
         head = embedded.view(steps, rows, 1, -1) + self._model.scale_shift_table
         out.head.copy_(head.transpose(1, 2))
 
-    def prepare(self, context: Conditioning, per_run: BufferPool) -> None:
+    def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
         given = cast(PixArtConditioning, context)
         projection = self._model.caption_projection
         text = given.text.to(self.weight().dtype)
@@ -105,16 +105,16 @@ class PixArtDenoiser(PixArtSizes):
     def final(self, h: Tensor) -> Tensor:
         return h
 
-    def norm(self, layer: int, branch: Branch) -> nn.LayerNorm | None:
-        block = self._blocks[layer]
-        return {Branch.SELF_ATTN: block.norm1, Branch.MLP: block.norm2}.get(branch)
+    def norm(self, site: Site) -> nn.LayerNorm | None:
+        block = self._blocks[site.layer]
+        return {Branch.SELF_ATTN: block.norm1, Branch.MLP: block.norm2}.get(site.branch)
 
-    def run_branch(self, layer: int, branch: Branch, u: Tensor, out: Tensor, res: BranchResources) -> None:
-        block = self._blocks[layer]
-        if branch is Branch.SELF_ATTN:
+    def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
+        block = self._blocks[site.layer]
+        if site.branch is Branch.SELF_ATTN:
             self_attention_into(block.attn1, u, out, res)
-        elif branch is Branch.CROSS_ATTN:
-            self._cross_attention_into(layer, u, out, res)
+        elif site.branch is Branch.CROSS_ATTN:
+            self._cross_attention_into(site.layer, u, out, res)
         else:
             feed_forward_into(block.ff, u, out, res)
 
