@@ -10,7 +10,6 @@ from fake_runs import plan_of
 from tiny import tiny_dit
 from torch import Tensor
 
-from ebcache_fast.engine.buffer_set import BufferSet
 from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Batch, Engine
 from ebcache_fast.engine.stream_order import StreamOrder
@@ -46,17 +45,17 @@ class Memory:
 
 def test_each_waits_for_the_one_before_it_and_the_memory_knows_of_all(on: Callable[[Stream], None]) -> None:
     first, second, memory = Stream(), Stream(), Memory()
-    order = StreamOrder(torch.device("cuda", 1))
+    order = StreamOrder(torch.device("cuda", 1), lambda: [memory])  # type: ignore[list-item]
     for stream in (first, first, second, second, first):
         on(stream)
-        order.join([memory])  # type: ignore[list-item]
+        order.join()
     assert second.waited_for == [first]
     assert first.waited_for == [second]
     assert memory.used_by == [first, second, first]
 
 
 def test_a_cpu_has_none() -> None:
-    StreamOrder(torch.device("cpu")).join([torch.zeros(1)])
+    StreamOrder(torch.device("cpu"), lambda: pytest.fail("memory was asked for")).join()
 
 
 CALLS: dict[str, Callable[[ForwardTrajectory, Tensor], object]] = {
@@ -74,7 +73,7 @@ def test_a_call_joins_before_it_writes(name: str, monkeypatch: pytest.MonkeyPatc
     engine, x = Engine(tiny_dit(3, torch.float32)), torch.zeros(2, 4, 8, 8)
     run = engine.forward_run(plan_of(), Batch(torch.tensor([0, 1]), 2, 0, (4, 8, 8)), Tail(guarded=True))
     with torch.no_grad(), FakeGraphs().quiet() as heard:
-        monkeypatch.setattr(BufferSet, "join", lambda _: heard.append("join"))
+        monkeypatch.setattr(StreamOrder, "join", lambda _: heard.append("join"))
         CALLS[name](run, x)
     written = next(i for i, name in enumerate(heard) if "copy_" in name or "fill_" in name)
     assert "join" in heard[:written]

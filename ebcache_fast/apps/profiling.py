@@ -192,7 +192,7 @@ class Stopwatch:
                 executable.names,
                 start=self._seen[0][1].elapsed_time(begin),
                 cost=begin.elapsed_time(end),
-                replayed=executable.why_eager is None,
+                replayed=executable.ran.why_eager is None,
             )
             for executable, begin, end in self._seen
         )

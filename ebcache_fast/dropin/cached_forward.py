@@ -176,7 +176,7 @@ class CachedForward:
         return out
 
     def _step(self, admitted: Admitted) -> Tensor:
-        call, denoiser, weights, flags = admitted
+        call, held, denoiser, weights, flags = admitted
         facts = call.read(denoiser)
         if len(facts.timesteps) != 1:
             raise DeclinedError("timesteps differ within the batch")
@@ -187,7 +187,7 @@ class CachedForward:
         step = self._scheduler.step_at(t) if course.is_followed else None
         is_full = step is not None and course.plan.refreshing[step]
         key = (facts.labels, *self._kind_of(call))
-        turn = self._runs.find(key, call.held, step, weights, flags, is_full=is_full)
+        turn = self._runs.find(key, held, step, weights, flags, is_full=is_full)
         if turn.verdict.why is not None:
             self._depart(turn, turn.verdict.why, t)
         if turn.verdict.whose is Whose.ALIKE:

@@ -35,6 +35,7 @@ class Admitted(NamedTuple):
     """A call that the engine can answer, and what it is to be answered with."""
 
     call: ForwardCall
+    held: Tensor  # the call's, by its caller, for the length of a run
     denoiser: Denoiser
     weights: ModuleState
     flags: Flags
@@ -93,7 +94,7 @@ class Eligibility:
         if form != self._checked:
             self._check(call)
             self._checked = form
-        return Admitted(call, self._denoiser, weights, flags)
+        return Admitted(call, tensors[0], self._denoiser, weights, flags)
 
     def _check(self, call: ForwardCall) -> None:
         try:

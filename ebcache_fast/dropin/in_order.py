@@ -26,8 +26,8 @@ class InOrderForward(CachedForward):
     def _step(self, admitted: Admitted) -> Tensor:
         if self.choice is not None:
             self._take(self.choice.at(None))
-        call, _, weights, flags = admitted
-        turn = self._runs.next_in_order(self._kind_of(call), call.held)
+        call, held, _, weights, flags = admitted
+        turn = self._runs.next_in_order(self._kind_of(call), held)
         if turn is None or turn.run is None:
             return super()._step(admitted)
         if (changed := turn.run.stand(weights, flags).changed) is not None:

@@ -46,7 +46,7 @@ class ForwardCall(NamedTuple):
     @property
     def held(self) -> Tensor:
         """What its caller holds for the length of a run: prompts, or labels."""
-        return next(one for one in (*self.context, self.y) if one is not None)
+        return self.tensors[0]
 
     def row_not_finite(self) -> int | None:
         """The first row whose text is not finite throughout; None without one. It waits for the device."""
@@ -63,9 +63,9 @@ class ForwardCall(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it has, in an order of their own."""
+        """All that it has, `held` first."""
         cfg_scale = (self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()
-        return self.x, self.t, self.y, *cfg_scale, *[one for one in self.context if one is not None]
+        return (*[tensor for tensor in self.context if tensor is not None], self.y, self.x, self.t, *cfg_scale)
 
     def check(self, denoiser: Denoiser) -> None:
         """InputError unless shapes, dtypes and devices are the model's; what the tensors hold is not looked at."""

@@ -13,7 +13,7 @@ from ebcache_fast.engine.buffers import BufferSpec, allocate
 from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.graphs import Graph, Graphs
 from ebcache_fast.engine.runner import Runner
-from ebcache_fast.engine.stats import Counts
+from ebcache_fast.engine.stats import Counts, Ran
 from ebcache_fast.engine.step_scheduler import Dispatch
 from ebcache_fast.engine.stream_order import StreamOrder
 from ebcache_fast.errors import CaptureError, InputError
@@ -33,9 +33,12 @@ class Executable:
 
     run: Callable[[], None]
     run_eagerly: Callable[[], None]
-    names: tuple[str, ...]  # the type of each step
-    hits: int
-    why_eager: str | None  # None of a graph
+    ran: Ran  # what is counted once it did
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The type of each step."""
+        return self.ran.names
 
 
 class BufferSet:
@@ -65,7 +68,9 @@ class BufferSet:
         self._graphs: dict[Programs, Graph] = {}
         self._refused: dict[Programs, str] = {}
         self._lowered: dict[tuple[Dispatch, frozenset[int]], Program] = {}
-        self._streams = StreamOrder(buffers.x.device)
+        self.streams = StreamOrder(
+            buffers.x.device, lambda: chain(self.buffers.tensors, self._runner.clock.tensors)
+        )  # whoever touches the memory joins it first
         self._strict = False
         self._samples = spec.tail.update  # else it hands outputs out
         self._next_step: int | None = None  # what the clock on the device says, if that is known
@@ -74,10 +79,6 @@ class BufferSet:
     def graphs(self) -> int:
         """How many there are."""
         return len(self._graphs)
-
-    def join(self) -> None:
-        """Let the current stream be the one that uses this memory from now on; before anything touches it."""
-        self._streams.join(chain(self.buffers.tensors, self._runner.clock.tensors))
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Dispatches], room: int, *, strict: bool) -> list[Executable]:
@@ -98,7 +99,7 @@ class BufferSet:
     @torch.no_grad()
     def set_conditioning(self, context: Conditioning) -> None:
         """Make ready for runs in this context; before anything is captured that reads what it says."""
-        self.join()
+        self.streams.join()
         try:
             self._denoiser.precompute(context, self.buffers.per_run)
             if self._float8 is not None:
@@ -130,22 +131,21 @@ class BufferSet:
 
         CaptureError instead if strict.
         """
-        if executable.why_eager is not None or Flags.now(self.buffers.x.device) == self.spec.flags:
+        if executable.ran.why_eager is not None or Flags.now(self.buffers.x.device) == self.spec.flags:
             return executable
         why = "torch's settings or functions changed within a run"
         if self._strict:
             raise CaptureError(f"{why}, which its graphs don't follow; strict=False runs its steps eagerly from there")
-        return replace(executable, run=executable.run_eagerly, why_eager=why)
+        return replace(executable, run=executable.run_eagerly, ran=executable.ran._replace(why_eager=why))
 
     def run(self, executable: Executable, step: int) -> None:
-        """Run work of which ``step`` is the first."""
-        self.join()
+        """Run work of which ``step`` is the first; its caller has joined `streams`."""
         if step != self._next_step:
             self._runner.clock.set(step)
         self._next_step = None  # unless all goes well
         executable.run()
-        self._next_step = step + len(executable.names)
-        self._count(executable)
+        self._next_step = step + len(executable.ran.names)
+        self._counts.ran[executable.ran] += 1
 
     def _lower(self, dispatch: Dispatch, float8: frozenset[int]) -> Program:
         if (known := self._lowered.get((dispatch, float8))) is not None:
@@ -197,18 +197,8 @@ class BufferSet:
         graph = self._graphs.get(programs)
         execute = partial(self._execute, programs)
         if graph is not None:
-            return Executable(graph.replay, execute, names, hits, None)
-        return Executable(execute, execute, names, hits, self._refused[programs])
-
-    def _count(self, executable: Executable) -> None:
-        counts = self._counts
-        for name in executable.names:
-            counts.steps[name] += 1
-        counts.hits += executable.hits
-        if executable.why_eager is None:
-            counts.replays += 1
-        else:
-            counts.eager[executable.why_eager] += len(executable.names)
+            return Executable(graph.replay, execute, Ran(names, hits, None))
+        return Executable(execute, execute, Ran(names, hits, self._refused[programs]))
 
     @torch.no_grad()
     def _execute(self, programs: Programs) -> None:

@@ -178,7 +178,7 @@ class Engine:
                 buffer_set = self._new_buffer_set(spec, denoiser)
             else:
                 self._idle.remove(buffer_set)
-            buffer_set.join()
+            buffer_set.streams.join()
             self._leased.append(buffer_set)
             self.counts.trajectories += 1
             return buffer_set

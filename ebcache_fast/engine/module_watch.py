@@ -1,6 +1,6 @@
 """What a model is made of right now, so that a graph or a table made from it can tell whether it still holds."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain, repeat, takewhile
 from operator import attrgetter, call, itemgetter
@@ -111,7 +111,9 @@ def _look_at(tree: _Tree) -> ModuleState | None:
     """The state of modules and their attributes, the whole model's first; None where one has fewer by now."""
     insides = tree.insides
     children, parameters, buffers, hooks, pre_hooks = (list(map(get, insides)) for get in INSIDE)
-    tensors = [one for one in _values(chain(parameters, buffers)) if one is not None]
+    filled = filter(None, chain(parameters, buffers))  # most modules have none of their own
+    tensors = [tensor for tensor in chain.from_iterable(map(dict.values, filled)) if tensor is not None]
+    below = chain.from_iterable(map(dict.values, filter(None, children)))
     # The model's own hooks run around a graph, and its own forward may be the one that asks.
     forwards = list(map(dict.get, insides[1:], repeat("forward")))
     hooked = any(hooks[1:]), any(pre_hooks[1:])
@@ -128,27 +130,19 @@ def _look_at(tree: _Tree) -> ModuleState | None:
     except (KeyError, AttributeError):
         return None
     kinds = map(type, tree.modules), processors, functions, modes if len({*modes}) > 1 else ()
-    columns = numbers, *kinds, classes, map(id, _values(children)), *python, forwards, map(id, tensors), *memory
+    columns = numbers, *kinds, classes, map(id, below), *python, forwards, map(id, tensors), *memory
     parts = tuple(list[Any](column) for column in columns)
     switches = list(map(dict.get, insides, repeat("_disable_adapters")))
     adapters = [] if switches.count(None) == len(switches) else _adapters(insides)  # most models have none
     with torch._C.DisableTorchFunctionSubclass():  # a class may refuse to be asked
-        versions = [*_versions(tensors), *adapters]
-    return ModuleState(parts, versions, others or any(hooked))
-
-
-def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, filter(None, dicts)))  # most are empty
+        try:
+            versions = list(map(attrgetter("_version"), tensors))
+        except RuntimeError:  # inference tensors have none
+            versions = [tensor._version for tensor in tensors if not tensor.is_inference()]
+    return ModuleState(parts, [*versions, *adapters], others or any(hooked))
 
 
 def _adapters(insides: Sequence[dict[str, Any]]) -> list[Any]:
     """Whether and how much each of peft's adapters counts, which are plain numbers beside its weights."""
     layers = [inside for inside in insides if inside.get("_disable_adapters") is not None]
     return [(one["_disable_adapters"], str(one.get("_active_adapter")), str(one.get("scaling"))) for one in layers]
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(attrgetter("_version"), tensors))
-    except RuntimeError:  # inference tensors have none
-        return [tensor._version for tensor in tensors if not tensor.is_inference()]

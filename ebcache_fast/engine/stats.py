@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,36 @@ def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
+class Ran(NamedTuple):
+    """What is counted of steps that ran at once."""
+
+    names: tuple[str, ...]  # the type of each
+    hits: int
+    why_eager: str | None  # None of a graph
+
+
 @dataclass
 class Counts:
     """Where the engine and its buffer sets count."""
 
-    steps: Counter[str] = field(default_factory=Counter)
-    replays: int = 0
-    eager: Counter[str] = field(default_factory=Counter)
-    hits: int = 0
+    ran: Counter[Ran] = field(default_factory=Counter)
     trajectories: int = 0
     told: set[str] = field(default_factory=set)  # reasons to run eagerly that were logged
 
     def snapshot(self, graphs: int, cache_bytes: int, operations: Mapping[str, str]) -> Stats:
         """What was counted so far."""
+        steps, eager = Counter[str](), Counter[str]()
+        counted = list(self.ran.items())  # another thread may be counting
+        for ran, times in counted:
+            for name in ran.names:
+                steps[name] += times
+            if ran.why_eager is not None:
+                eager[ran.why_eager] += times * len(ran.names)
         return Stats(
-            steps=dict(self.steps),
-            replays=self.replays,
-            eager=dict(self.eager),
-            hits=self.hits,
+            steps=dict(steps),
+            replays=sum(times for ran, times in counted if ran.why_eager is None),
+            eager=dict(eager),
+            hits=sum(times * ran.hits for ran, times in counted),
             trajectories=self.trajectories,
             graphs=graphs,
             cache_bytes=cache_bytes,

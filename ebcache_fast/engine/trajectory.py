@@ -49,6 +49,7 @@ class Trajectory:
             return 0
         executable = self._buffer_set.as_of_now(self._waiting.pop())
         self._why_over = "a step of this run failed, perhaps half way through"  # unless all goes well
+        self._buffer_set.streams.join()
         self._buffer_set.run(executable, self._done)
         self._why_over = None
         self._done += len(executable.names)
@@ -73,12 +74,11 @@ class ForwardTrajectory:
 
         ``is_refresh``: everything is computed and stored, whatever was planned.
         """
-        self.buffer_set.join()
+        self.buffer_set.streams.join()
         buffers = self.buffer_set.buffers
         buffers.x.copy_(x[: len(buffers.x)])
-        self.buffer_set.run(
-            self._executable[0 if is_refresh else step], step
-        )  # the first of every plan computes everything
+        # The first of every plan computes everything.
+        self.buffer_set.run(self._executable[0 if is_refresh else step], step)
         out = buffers.out
         return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -116,5 +116,5 @@ class ForwardTrajectory:
 
     def _joined(self) -> Buffers:
         """The memory, for the caller's stream of now: it may call on another one than last time."""
-        self.buffer_set.join()
+        self.buffer_set.streams.join()
         return self.buffer_set.buffers
