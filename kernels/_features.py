@@ -1,4 +1,4 @@
-"""From tokens to noise: the head's features of a tile of tokens, guidance, and the sampler's step on them.
+"""Head's features of a tile of tokens, guidance on them, and the sampler's step.
 
 Where a tile's channels come from is a function of its own, ``tile_of(source, col, D)``: the residual stream in the
 head, latents and a gated sum in a run of steps. It is asked twice for each chunk of channels, first for the statistics
@@ -89,7 +89,7 @@ def add_row(
 
 
 @triton.jit
-def sampler_step(x, eps, variance, noise, row, VARIANCE: tl.constexpr, NOISE: tl.constexpr):
+def sampler_update(x, eps, variance, noise, row, VARIANCE: tl.constexpr, NOISE: tl.constexpr):
     """``cx * x + ce * eps + (noise_on * exp(log_var / 2) + sigma) * noise``; row points at the six coefficients."""
     x = tl.load(row) * x + tl.load(row + 1) * eps
     if NOISE:

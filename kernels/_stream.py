@@ -1,4 +1,4 @@
-"""What the kernels over the residual stream share: which modulation a row takes, and the gated residual itself.
+"""Pieces that kernels over the residual stream share: a row's modulation vectors, and the gated residual itself.
 
 The stream h is (R, T, D), here M = R * T rows of D channels. Everything is computed in float32.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def vector_offsets(batch_row, keep, at, strides):
-    """Where batch rows' modulation vectors start in a table (S, U, D) whose first two strides are given."""
+    """Offsets of batch rows' modulation vectors in a table (S, U, D), by the strides of its first two dimensions."""
     step = tl.load(at.step).to(tl.int64)
     condition = tl.load(at.row_of + batch_row, mask=keep, other=0).to(tl.int64)
     return step * strides[0] + condition * strides[1]

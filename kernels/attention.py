@@ -28,7 +28,7 @@ FLOAT32 = launch.Launch(32, 16, 8, 2)  # each float32 operand is three tf32 ones
 
 @triton.jit
 def _first_feature(row, head, token, strides, ALIGN: tl.constexpr):
-    """Where a token's features of a head begin; strides of rows, heads and tokens."""
+    """Offset of the first of a token's features of a head; strides of rows, heads and tokens."""
     of_row = tl.cast(row, tl.int64) * (strides[0] // ALIGN * ALIGN)
     of_head = tl.cast(head, tl.int64) * (strides[1] // ALIGN * ALIGN)
     return of_row + of_head + tl.cast(token, tl.int64) * (strides[2] // ALIGN * ALIGN)
@@ -130,8 +130,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, out: Tensor) 
             f"a window of {window} tokens in heads of {out.shape[3]} has no kernel; it must be 1 or more tokens, and "
             f"heads of 1 to {MAX_HEAD}; leave wider ones to torch's attention"
         )
-    if len({each.stride() for each in (q, k, v)}) != 1 or q.stride(3) != 1:
-        q, k, v = (each.contiguous() for each in (q, k, v))
+    if len({tensor.stride() for tensor in (q, k, v)}) != 1 or q.stride(3) != 1:
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     _launch("window_attention", q, k, v, min(window // 2, out.shape[2]), out)
 
 
@@ -140,9 +140,9 @@ def _launch(name: str, q: Tensor, k: Tensor, v: Tensor, reach: int | None, out: 
     R, heads, T, head = out.shape
     main, rest = _cut(head)
     entry = FLOAT32 if out.itemsize == 4 else launch.parameters(name, R * T, out.device)
-    chosen = launch.fit(entry, out.device, partial(_shared, (main + rest) * out.itemsize))
+    config = launch.fit(entry, out.device, partial(_shared, (main + rest) * out.itemsize))
     with launch.on(out):
-        _attention_kernel[(triton.cdiv(T, chosen.rows) * heads * R,)](
+        _attention_kernel[(triton.cdiv(T, config.rows) * heads * R,)](
             q,
             k,
             v,
@@ -157,17 +157,17 @@ def _launch(name: str, q: Tensor, k: Tensor, v: Tensor, reach: int | None, out: 
             REST=rest,
             ALIGN=math.gcd(16, *q.stride()[:3], *out.stride()[:3]),
             WINDOW=reach is not None,
-            QUERIES=chosen.rows,
-            KEYS=chosen.cols,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
+            QUERIES=config.rows,
+            KEYS=config.cols,
+            num_warps=config.warps,
+            num_stages=config.stages,
             **launch.OPTIONS,
         )
 
 
-def _shared(row: int, chosen: launch.Launch) -> int:
+def _shared(row: int, config: launch.Launch) -> int:
     """Most bytes of shared memory: a tile of queries, and for each stage one of keys and one of values."""
-    return (chosen.rows + 2 * chosen.stages * chosen.cols) * row + launch.ROOM
+    return (config.rows + 2 * config.stages * config.cols) * row + launch.ROOM
 
 
 def _cut(head: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What every launcher asks of its tensors before it launches: what a kernel can't take is an InputError.
+"""Checks of a launcher's tensors before it launches: InputError for all that its kernel can't take.
 
 A model's weights may lie in any order, as ``torch.channels_last`` or views of others: see `weights` and `norm_weights`.
 """
@@ -17,21 +17,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Weights = TypeVar("Weights", Linear, Patches)
 
 
-def weights(given: Weights) -> Weights:
-    """The same side by side: of what lies in another order a copy, which lives as long as the launch."""
-    return type(given)(*(each.contiguous() for each in given))
+def weights(operand: Weights) -> Weights:
+    """Return the weights contiguous: those in another order as copies, which live as long as the launch."""
+    return type(operand)(*(tensor.contiguous() for tensor in operand))
 
 
-def norm_weights(given: Norm) -> Norm:
-    """`weights`, of a LayerNorm's own; its modulation may have strides."""
-    if given.weight is None and given.bias is None:
-        return given
-    own = (None if each is None else each.contiguous() for each in (given.weight, given.bias))
-    return Norm(given.shift, given.scale, given.eps, *own)
+def norm_weights(operand: Norm) -> Norm:
+    """Return the norm with its own weight and bias contiguous; its modulation may have strides."""
+    if operand.weight is None and operand.bias is None:
+        return operand
+    own = (None if tensor is None else tensor.contiguous() for tensor in (operand.weight, operand.bias))
+    return Norm(operand.shift, operand.scale, operand.eps, *own)
 
 
 def stream(h: Tensor, *others: Tensor) -> tuple[int, int, int]:
-    """(R, T, D) of the residual stream; all others must be its like: shape, dtype, device, contiguous."""
+    """Return (R, T, D) of the residual stream; all others must be its like: shape, dtype, device, contiguous."""
     if h.dtype not in DTYPES:
         raise InputError(f"dtype {h.dtype} is none of {_names(DTYPES)}; the torch operations take it")
     if h.ndim != 3 or not h.numel():
@@ -43,7 +43,7 @@ def stream(h: Tensor, *others: Tensor) -> tuple[int, int, int]:
 
 
 def alike(tensor: Tensor, h: Tensor, shape: Sequence[int]) -> None:
-    """One operand: of this shape, contiguous, in h's dtype and on its device."""
+    """Raise InputError unless an operand has this shape, is contiguous, and has h's dtype and device."""
     if tensor.shape != torch.Size(shape):
         raise InputError(f"an operand of shape {tuple(tensor.shape)} does not fit; it must be {tuple(shape)}")
     if not tensor.is_contiguous():
@@ -54,7 +54,7 @@ def alike(tensor: Tensor, h: Tensor, shape: Sequence[int]) -> None:
 
 
 def quantised(rows: Quantised, h: Tensor) -> None:
-    """Rows like the stream's in float8_e4m3fn, and the scale of each in float32; both contiguous, on h's device."""
+    """Raise InputError unless rows are h's in float8_e4m3fn with a float32 scale each, contiguous, on h's device."""
     wanted = (h.shape, torch.float8_e4m3fn), (h.shape[:2], torch.float32)
     for tensor, (shape, dtype) in zip(rows, wanted, strict=True):
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
@@ -66,7 +66,7 @@ def quantised(rows: Quantised, h: Tensor) -> None:
 
 
 def heads(out: Tensor, *others: Tensor) -> None:
-    """What attention takes, (N, heads, T, d): one dtype, shape and device, the features of out side by side."""
+    """Raise InputError unless all are (N, heads, T, d) of one dtype and device, out with features side by side."""
     if out.dtype not in DTYPES:
         raise InputError(f"dtype {out.dtype} is none of {_names(DTYPES)}; the torch operations take it")
     if out.ndim != 4 or not out.numel() or out.stride(3) != 1:
@@ -83,27 +83,27 @@ def heads(out: Tensor, *others: Tensor) -> None:
         same_device(tensor, out)
 
 
-def choice(chosen: Tensor, h: Tensor) -> int:
-    """How many of h's tokens a choice (R, k) int32 names in each row; contiguous, on h's device."""
+def choice(indices: Tensor, h: Tensor) -> int:
+    """Return the number k of h's tokens that indices (R, k) int32, contiguous, on h's device, name in each row."""
     rows, tokens, _ = h.shape
-    k = chosen.shape[1] if chosen.ndim == 2 else 0
-    if not 1 <= k <= tokens or len(chosen) != rows or chosen.dtype != torch.int32 or not chosen.is_contiguous():
+    k = indices.shape[1] if indices.ndim == 2 else 0
+    if not 1 <= k <= tokens or len(indices) != rows or indices.dtype != torch.int32 or not indices.is_contiguous():
         raise InputError(
-            f"a choice of shape {tuple(chosen.shape)}, {chosen.dtype} and strides {chosen.stride()} does not fit; it "
-            f"must be ({rows}, 1 to {tokens}) int32, contiguous"
+            f"a choice of shape {tuple(indices.shape)}, {indices.dtype} and strides {indices.stride()} does not fit; "
+            f"it must be ({rows}, 1 to {tokens}) int32, contiguous"
         )
-    same_device(chosen, h)
+    same_device(indices, h)
     return k
 
 
 def same_device(tensor: Tensor, h: Tensor) -> None:
-    """One operand, on h's device."""
+    """Raise InputError unless an operand is on h's device."""
     if tensor.device != h.device:
         raise InputError(f"an operand is on {tensor.device}, but the residual stream on {h.device}; move one of them")
 
 
 def vectors(h: Tensor, *tables: Tensor) -> tuple[int, int]:
-    """The strides of a step and of a condition in modulation tables (S, U, D), the same for all of them."""
+    """Return the strides of a step and of a condition in modulation tables (S, U, D), the same for all of them."""
     for table in tables:
         if table.ndim != 3 or table.shape[2] != h.shape[2] or table.stride(2) != 1:
             raise InputError(
@@ -121,7 +121,7 @@ def vectors(h: Tensor, *tables: Tensor) -> tuple[int, int]:
 
 
 def norm(h: Tensor, what: Norm, *gates: Tensor) -> tuple[int, int]:
-    """The strides of a norm's modulation, and of gates; its own weight and bias (D,), if it has them."""
+    """Return the strides of a norm's modulation, and of gates; checks its own weight and bias (D,), if it has them."""
     for vector in (what.weight, what.bias):
         if vector is not None:
             alike(vector, h, h.shape[2:])
@@ -129,7 +129,7 @@ def norm(h: Tensor, what: Norm, *gates: Tensor) -> tuple[int, int]:
 
 
 def at(h: Tensor, where: StepIndex) -> None:
-    """The step and what advances, (1,) int32, and each batch row's condition, (R,) int32, on h's device."""
+    """Raise InputError unless the step and what advances are (1,), each row's condition (R,), int32, on h's device."""
     tensors = [("step", where.step, 1), ("row_of", where.row_of, len(h))]
     if where.advance is not None:
         tensors.append(("advance.to", where.advance.to, 1))
@@ -143,7 +143,7 @@ def at(h: Tensor, where: StepIndex) -> None:
 
 
 def branch_count(branches: Sequence[Tensor], gates: Sequence[Tensor], most: int) -> None:
-    """As many gates as branches, and no more than a kernel takes."""
+    """Raise InputError unless there are as many gates as branches, and no more than a kernel takes."""
     if len(branches) != len(gates) or len(branches) > most:
         raise InputError(
             f"{len(branches)} branches and {len(gates)} gates; give one gate a branch, and at most {most} at once"
@@ -151,7 +151,7 @@ def branch_count(branches: Sequence[Tensor], gates: Sequence[Tensor], most: int)
 
 
 def samples(h: Tensor, guide: GuidanceArgs) -> int:
-    """How many samples h's rows are of."""
+    """Return the number of samples that h's rows are of: half the rows under guidance."""
     if guide.copies not in (1, 2) or len(h) % guide.copies:
         raise InputError(f"{len(h)} rows are not {guide.copies} a sample; it must be 1, or 2 under guidance, of each")
     if not 0 <= guide.channels <= guide.eps_channels:
@@ -172,7 +172,7 @@ def patch_size(h: Tensor, image: Tensor) -> int:
 
 
 def latents(image: Tensor, h: Tensor, shape: Sequence[int]) -> None:
-    """Latents or an output, float32 of this shape, contiguous, on h's device."""
+    """Raise InputError unless latents or an output are float32 of this shape, contiguous, on h's device."""
     if image.shape != torch.Size(shape) or image.dtype != torch.float32 or not image.is_contiguous():
         raise InputError(
             f"latents of shape {tuple(image.shape)}, {image.dtype} and strides {image.stride()} do not fit; they must "
@@ -182,7 +182,7 @@ def latents(image: Tensor, h: Tensor, shape: Sequence[int]) -> None:
 
 
 def patches(h: Tensor, embedding: Patches, x: Tensor) -> int:
-    """The patch size of an embedding of latents x (B, C, H, W) that fits h."""
+    """Return the patch size of an embedding; InputError unless it fits latents x (B, C, H, W) and h."""
     patch = patch_size(h, x)
     alike(embedding.weight, h, (h.shape[2], x.shape[1], patch, patch))
     alike(embedding.bias, h, h.shape[2:])
@@ -191,7 +191,7 @@ def patches(h: Tensor, embedding: Patches, x: Tensor) -> int:
 
 
 def head(h: Tensor, linear: Linear, guide: GuidanceArgs, image: Tensor) -> tuple[int, int]:
-    """The patch size and the output's channels: those of eps, and perhaps as many of the variance."""
+    """Return the patch size and the output's channels: those of eps, and perhaps as many of the variance."""
     patch = patch_size(h, image)
     channels = len(linear.weight) // patch**2
     if channels * patch**2 != len(linear.weight) or channels not in (guide.eps_channels, 2 * guide.eps_channels):
@@ -205,7 +205,10 @@ def head(h: Tensor, linear: Linear, guide: GuidanceArgs, image: Tensor) -> tuple
 
 
 def update(what: Update, x: Tensor) -> None:
-    """A sampler's coefficients, (S, 6) or with a memory (S, 9), its noise (S, B, C, H, W), or None, and its memory."""
+    """Raise InputError unless a sampler's steps are fit for x (B, C, H, W).
+
+    Coefficients are (S, 6), with a memory (S, 9), noise (S, B, C, H, W) or None, a memory like x; all float32.
+    """
     rows, width = what.coefficients, 6 if what.previous is None else 9
     if rows.ndim != 2 or rows.shape[1] != width or rows.dtype != torch.float32:
         raise InputError(f"coefficients of shape {tuple(rows.shape)}, {rows.dtype} must be (S, {width}) float32")

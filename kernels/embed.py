@@ -88,8 +88,8 @@ def embed(x: Tensor, patches: Patches, h: Tensor, *, pdl: bool = False) -> None:
     _, tokens, width = checks.stream(h)
     patches = checks.weights(patches)
     patch, copies = _fit(x, patches, h)
-    chosen, elements = _chosen(x, h, patch)
-    grid = (triton.cdiv(tokens, chosen.rows), len(x), triton.cdiv(width, chosen.cols))
+    config, elements = _config(x, h, patch)
+    grid = (triton.cdiv(tokens, config.rows), len(x), triton.cdiv(width, config.cols))
     with launch.on(h):
         _embed_kernel[grid](
             x,
@@ -103,10 +103,10 @@ def embed(x: Tensor, patches: Patches, h: Tensor, *, pdl: bool = False) -> None:
             P=patch,
             COPIES=copies,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
-            COLS=chosen.cols,
+            ROWS=config.rows,
+            COLS=config.cols,
             E=elements,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )
 
@@ -123,9 +123,9 @@ def embed_norm_modulate(
     patch, copies = _fit(x, patches, h)
     strides = checks.norm(h, norm)
     checks.at(h, at)
-    chosen, elements = _chosen(x, h, patch)
+    config, elements = _config(x, h, patch)
     with launch.on(h):
-        _embed_norm_kernel[(triton.cdiv(tokens, chosen.rows), len(x))](
+        _embed_norm_kernel[(triton.cdiv(tokens, config.rows), len(x))](
             x,
             patches,
             norm,
@@ -141,16 +141,16 @@ def embed_norm_modulate(
             P=patch,
             COPIES=copies,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
-            COLS=chosen.cols,
+            ROWS=config.rows,
+            COLS=config.cols,
             E=elements,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )
 
 
-def _chosen(x: Tensor, h: Tensor, patch: int) -> tuple[launch.Launch, int]:
-    """How to launch, and the padded elements of a patch."""
+def _config(x: Tensor, h: Tensor, patch: int) -> tuple[launch.Launch, int]:
+    """Return the launch, and the padded elements of a patch."""
     elements = launch.elements_of(x.shape[1], patch)
     entry = launch.parameters("embed", len(h) * h.shape[1], h.device)
     return launch.fit_patches(entry, x, h.itemsize, elements, embeds=True, heads=False), elements

@@ -111,9 +111,9 @@ def gated_residual(
     strides = checks.vectors(h, *gates)
     checks.at(h, at)
     entry = launch.parameters("gated_residual", rows * tokens, h.device)
-    chosen = launch.fit(entry, h.device, lambda _: launch.ROOM)
+    config = launch.fit(entry, h.device, lambda _: launch.ROOM)
     cols = min(1024, triton.next_power_of_2(width))
-    grid = (triton.cdiv(rows * tokens, chosen.rows), triton.cdiv(width, cols))
+    grid = (triton.cdiv(rows * tokens, config.rows), triton.cdiv(width, cols))
     with launch.on(h):
         _residual_kernel[grid](
             h,
@@ -125,9 +125,9 @@ def gated_residual(
             tokens,
             width,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
+            ROWS=config.rows,
             COLS=cols,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )
 
@@ -186,9 +186,9 @@ def _launch_norm(
     checks.at(h, at)
     main = max(16, 1 << (width.bit_length() - 1))
     rest = triton.next_power_of_2(width - main) if width > main else 0
-    chosen = launch.fit_rows(launch.parameters("gated_residual", rows * tokens, h.device), main + rest, h.device)
+    config = launch.fit_rows(launch.parameters("gated_residual", rows * tokens, h.device), main + rest, h.device)
     with launch.on(h):
-        _norm_kernel[(triton.cdiv(rows * tokens, chosen.rows),)](
+        _norm_kernel[(triton.cdiv(rows * tokens, config.rows),)](
             h,
             tuple(branches),
             tuple(gates),
@@ -201,9 +201,9 @@ def _launch_norm(
             tokens,
             width,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
+            ROWS=config.rows,
             MAIN=main,
             REST=rest,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )

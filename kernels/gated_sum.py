@@ -83,8 +83,8 @@ def gated_sum(
     step_stride, condition_stride = checks.vectors(sums[0], gates[:, 0])
     checks.at(sums[0], at)
     entry = launch.parameters("gated_sum", rows * tokens, sums.device)
-    chosen = launch.fit(entry, sums.device, partial(_shared, steps, sums.itemsize))
-    grid = (triton.cdiv(rows * tokens, chosen.rows), triton.cdiv(width, chosen.cols))
+    config = launch.fit(entry, sums.device, partial(_shared, steps, sums.itemsize))
+    grid = (triton.cdiv(rows * tokens, config.rows), triton.cdiv(width, config.cols))
     with launch.on(sums):
         _sum_kernel[grid](
             slots,
@@ -100,14 +100,14 @@ def gated_sum(
             STEPS=steps,
             BASE=base is not None,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
-            COLS=chosen.cols,
-            STAGES=chosen.stages,
-            num_warps=chosen.warps,
+            ROWS=config.rows,
+            COLS=config.cols,
+            STAGES=config.stages,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )
 
 
-def _shared(steps: int, itemsize: int, chosen: launch.Launch) -> int:
+def _shared(steps: int, itemsize: int, config: launch.Launch) -> int:
     """Most bytes of shared memory: a tile of a slot and of each step's gates, for each stage but the one at hand."""
-    return (chosen.stages - 1) * chosen.rows * chosen.cols * itemsize * (1 + steps) + launch.ROOM
+    return (config.stages - 1) * config.rows * config.cols * itemsize * (1 + steps) + launch.ROOM

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._features import add_row, features, guided, remember, sampler_step
+from ebcache_fast.kernels._features import add_row, features, guided, remember, sampler_update
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import pixels
 from ebcache_fast.kernels._stream import residual, vector_offsets
@@ -127,7 +127,7 @@ def _update_kernel(
     latents = tl.load(x + where, mask=keep, other=0.0)
     eps *= tl.load(settings + 1)
     row = update.coefficients + step * (9 if MEMORY else 6)
-    stepped = sampler_step(latents, eps, variance, noise, row, VARIANCE, NOISE)
+    stepped = sampler_update(latents, eps, variance, noise, row, VARIANCE, NOISE)
     if MEMORY:
         stepped += tl.load(row + 6) * tl.load(update.previous + where, mask=keep, other=0.0)
         tl.store(update.previous + where, remember(latents, eps, row), mask=keep)
@@ -157,9 +157,9 @@ def head_predict(
     checks.latents(out, h, (rows, channels, *out.shape[2:]))
     elements = launch.elements_of(guide.eps_channels, patch)
     entry = launch.parameters("head", rows * tokens, h.device)
-    chosen = launch.fit_patches(entry, h, h.itemsize, elements, embeds=False, heads=True)
+    config = launch.fit_patches(entry, h, h.itemsize, elements, embeds=False, heads=True)
     with launch.on(h):
-        _predict_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
+        _predict_kernel[(triton.cdiv(tokens, config.rows), samples)](
             out,
             (h, tuple(branches), tuple(gates)),
             norm,
@@ -177,10 +177,10 @@ def head_predict(
             COPIES=guide.copies,
             GUIDED=guide.channels,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
-            COLS=chosen.cols,
+            ROWS=config.rows,
+            COLS=config.cols,
             E=elements,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )
 
@@ -210,9 +210,9 @@ def head_update(
     checks.update(update, x)
     elements = launch.elements_of(guide.eps_channels, patch)
     entry = launch.parameters("head", rows * tokens, h.device)
-    chosen = launch.fit_patches(entry, h, h.itemsize, elements, embeds=False, heads=True)
+    config = launch.fit_patches(entry, h, h.itemsize, elements, embeds=False, heads=True)
     with launch.on(h):
-        _update_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
+        _update_kernel[(triton.cdiv(tokens, config.rows), samples)](
             x,
             (h, tuple(branches), tuple(gates)),
             norm,
@@ -233,10 +233,10 @@ def head_update(
             NOISE=update.noise is not None,
             MEMORY=update.previous is not None,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
-            COLS=chosen.cols,
+            ROWS=config.rows,
+            COLS=config.cols,
             E=elements,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )
 

@@ -1,4 +1,4 @@
-"""How each kernel is launched: a fixed table by rows and architecture, found offline by bench/tune.py.
+"""Launch parameters of each kernel: a fixed table by rows and architecture, found offline by bench/tune.py.
 
 Nothing is tuned at run time: a captured graph must not depend on what else the card did while it was made. What a card
 does not have is found before the launch: every launcher knows an upper bound of the shared memory that its kernel takes
@@ -25,7 +25,7 @@ OPTIONS: Mapping[str, bool] = MappingProxyType({"enable_fp_fusion": True})
 
 
 class Launch(NamedTuple):
-    """One program's share of the work, and its resources."""
+    """A program's share of the work, and its resources."""
 
     rows: int  # rows of the residual stream, or tokens, a program
     cols: int  # channels a program, or a step of its loop
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 class Arch(NamedTuple):
-    """What launches depend on of a compute capability."""
+    """Traits of a compute capability that launches depend on."""
 
     like: int  # whose entries it takes, or the nearest older ones: products by mma (80), wgmma (90) or tcgen05 (100)
     shared: int  # bytes of shared memory that it grants a block

@@ -90,8 +90,8 @@ def linear_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
         checks.alike(tensor, u, shape)
     has_tma = launch.arch_of(u.device) >= TMA_ARCH and all(map(_suits_tma, (u, linear.weight, out)))
     entry = launch.parameters("linear_gelu", M, u.device)
-    chosen = launch.fit(entry, u.device, partial(_shared, u.itemsize, has_tma))
-    rows, cols, depth = chosen.rows, chosen.cols * 2 // u.itemsize, LINE // u.itemsize  # fewer where they take more
+    config = launch.fit(entry, u.device, partial(_shared, u.itemsize, has_tma))
+    rows, cols, depth = config.rows, config.cols * 2 // u.itemsize, LINE // u.itemsize  # fewer where they take more
     blocks = {"ROWS": rows, "COLS": cols, "DEPTH": depth}
     if has_tma:
         kernel = _tma_kernel
@@ -107,21 +107,21 @@ def linear_gelu(u: Tensor, linear: Linear, out: Tensor) -> None:
         blocks["ALIGN"] = math.gcd(D, F, 16)
     with launch.on(u):
         kernel[(triton.cdiv(M, rows) * triton.cdiv(F, cols),)](
-            *operands, M, D, F, **blocks, num_warps=chosen.warps, num_stages=chosen.stages, **launch.OPTIONS
+            *operands, M, D, F, **blocks, num_warps=config.warps, num_stages=config.stages, **launch.OPTIONS
         )
 
 
-def _shared(itemsize: int, has_tma: bool, chosen: launch.Launch) -> int:
+def _shared(itemsize: int, has_tma: bool, config: launch.Launch) -> int:
     """Most bytes of shared memory: a line of each row and column of the tile for each stage, and then the tile.
 
     By pointers the stage at hand is in registers already.
     """
-    cols, stages = chosen.cols * 2 // itemsize, chosen.stages if has_tma else max(chosen.stages - 1, 1)
-    return max(stages * (chosen.rows + cols) * LINE, chosen.rows * cols * 4) + launch.ROOM
+    cols, stages = config.cols * 2 // itemsize, config.stages if has_tma else max(config.stages - 1, 1)
+    return max(stages * (config.rows + cols) * LINE, config.rows * cols * 4) + launch.ROOM
 
 
 def _suits_tma(matrix: Tensor) -> bool:
-    """Whether every row of a contiguous matrix starts at a multiple of 16 bytes."""
+    """True if every row of a contiguous matrix starts at a multiple of 16 bytes."""
     return matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
 
 

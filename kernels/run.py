@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebcache_fast.kernels import checks, launch
-from ebcache_fast.kernels._features import add_row, features, remember, sampler_step
+from ebcache_fast.kernels._features import add_row, features, remember, sampler_update
 from ebcache_fast.kernels._order import advance, begin
 from ebcache_fast.kernels._patches import embedded, pixels
 from ebcache_fast.kernels._stream import load, vector_offsets
@@ -71,7 +71,7 @@ def _run_kernel(
             noise = tl.load(update.noise + (first_step + j) * image_size + where, mask=keep, other=0.0)
         eps *= tl.load(settings + 1)
         row = update.coefficients + (first_step + j) * (9 if MEMORY else 6)
-        stepped = sampler_step(latents, eps, variance, noise, row, VARIANCE, NOISE)
+        stepped = sampler_update(latents, eps, variance, noise, row, VARIANCE, NOISE)
         if MEMORY:
             stepped += tl.load(row + 6) * previous
             previous = remember(latents, eps, row)
@@ -109,9 +109,9 @@ def run_update(
     checks.update(update, x)
     elements = launch.elements_of(guide.eps_channels, patch)
     entry = launch.parameters("run", rows * tokens, x.device)
-    chosen = launch.fit_patches(entry, x, sums.itemsize, elements, embeds=True, heads=True)
+    config = launch.fit_patches(entry, x, sums.itemsize, elements, embeds=True, heads=True)
     with launch.on(x):
-        _run_kernel[(triton.cdiv(tokens, chosen.rows), samples)](
+        _run_kernel[(triton.cdiv(tokens, config.rows), samples)](
             x,
             sums,
             patches,
@@ -134,9 +134,9 @@ def run_update(
             NOISE=update.noise is not None,
             MEMORY=update.previous is not None,
             launch_pdl=pdl,
-            ROWS=chosen.rows,
-            COLS=chosen.cols,
+            ROWS=config.rows,
+            COLS=config.cols,
             E=elements,
-            num_warps=chosen.warps,
+            num_warps=config.warps,
             **launch.OPTIONS,
         )

@@ -26,7 +26,7 @@ LONGEST = 300  # characters of somebody else's error that are said
 
 
 class Fallback:
-    """An implementation of the fused operations, for which torch's answer whatever it can't launch.
+    """Operations that are torch's for whatever their own kernels can't launch.
 
     A launch that fails has done nothing, so that torch's operation takes the very same call, in the midst of a step as
     well. What is too large for the card is one operation's matter. Anything else (no C compiler, no driver, a cache
@@ -34,16 +34,16 @@ class Fallback:
     ``strict`` CaptureError is raised instead.
     """
 
-    def __init__(self, chosen: ops.Operations, *, strict: bool = False) -> None:
-        self._chosen, self._strict = chosen, strict
+    def __init__(self, operations: ops.Operations, *, strict: bool = False) -> None:
+        self._preferred, self._strict = operations, strict
         self._why: dict[str, str] = {}  # by operation that torch's answer
-        names = () if chosen.name == ops.TORCH.name else KERNELS
+        names = () if operations.name == ops.TORCH.name else KERNELS
         guarded: dict[str, Any] = {name: partial(self._run, name) for name in names}
-        self.operations = replace(chosen, **guarded)
+        self.operations = replace(operations, **guarded)
 
     @classmethod
     def tried(cls, device: torch.device, dtype: torch.dtype) -> Self:
-        """What runs there, after a launch of the smallest kernel on the smallest tensors."""
+        """The operations of a device and dtype, after a launch of the smallest kernel on the smallest tensors."""
         found = cls(ops.select(device, dtype))
         h, gates = torch.zeros(2, 1, 1, 16, dtype=dtype, device=device)
         step = torch.zeros(1, dtype=torch.int32, device=device)
@@ -51,13 +51,13 @@ class Fallback:
         return found
 
     def implementations(self) -> dict[str, str]:
-        """By operation: what runs it, and why where that is torch instead of Triton."""
-        return self._chosen.implementations() | {name: f"torch: {why}" for name, why in self._why.items()}
+        """Implementation of each operation by name, with the reason where it is torch's in the place of Triton's."""
+        return self._preferred.implementations() | {name: f"torch: {why}" for name, why in self._why.items()}
 
     def _run(self, name: str, *args: Any, **named: Any) -> None:
         if name not in self._why:
             try:
-                return getattr(self._chosen, name)(*args, **named)  # type: ignore[no-any-return]
+                return getattr(self._preferred, name)(*args, **named)  # type: ignore[no-any-return]
             except (EBCacheError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever Triton, a compiler, a driver or a file system may raise

@@ -1,4 +1,4 @@
-"""What the fused operations take together: small named tuples of tensors, the same for torch and for Triton.
+"""Operands of the fused operations: small named tuples of tensors, the same for torch and for Triton.
 
 Modulation vectors come as tables over the whole trajectory, (S, U, D): S steps, U distinct conditions, D channels.
 `StepIndex` says which row of them a batch row takes in the step at hand. Which step that is stays on the device and is
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Advance(NamedTuple):
-    """What an operation does for a later one besides its own work: ``to = step + by``.
+    """Hand-over to a later operation, done by one besides its own work: ``to = step + by``.
 
     It never writes the step that it reads, which other programs of the same launch may read still.
     """
@@ -21,7 +21,7 @@ class Advance(NamedTuple):
 
 
 class StepIndex(NamedTuple):
-    """Where in the tables the step at hand reads."""
+    """Place in the tables that the step at hand reads."""
 
     step: Tensor  # (1,) int32: the executed step
     row_of: Tensor  # (R,) int32: each batch row's condition

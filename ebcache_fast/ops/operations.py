@@ -22,7 +22,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Operations:
-    """One implementation of every fused operation; signatures and meaning are those of `ebcache_fast.ops.reference`.
+    """Implementation of every fused operation; signatures and meaning are those of `ebcache_fast.ops.reference`.
 
     None for one of the last two means that the model's own layers do it, through torch's libraries.
     """
@@ -57,7 +57,7 @@ class Operations:
     attention: Callable[[Tensor, int, Tensor], None] | None = None
 
     def implementations(self) -> dict[str, str]:
-        """By operation: whose it is; each implementation leaves some of its own to torch's libraries."""
+        """Implementation of each operation by name; some are left to torch's libraries."""
         named = (field.name for field in fields(self) if field.name != "name")
         return {name: self.name if getattr(self, name) else "torch's libraries" for name in named}
 
@@ -126,9 +126,9 @@ def own_matmul_operations() -> Operations:
 
 
 def select(device: torch.device, dtype: torch.dtype, *, pdl: bool = False) -> Operations:
-    """What runs a model of this dtype on this device: Triton wherever it can; on a GPU where it can't, that is said.
+    """Choose the operations for a model of this dtype on this device: Triton's wherever they run, else torch's.
 
-    Raises InputError for ``pdl`` where no kernel can be launched so.
+    On a GPU without them that is said, once. Raises InputError for ``pdl`` where no kernel can be launched so.
     """
     reason = why_torch(device, dtype)
     if pdl and (reason or torch.cuda.get_device_capability(device) < OLDEST_DEPENDENT_ARCH):
@@ -144,7 +144,7 @@ def select(device: torch.device, dtype: torch.dtype, *, pdl: bool = False) -> Op
 
 
 def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the torch operations run there, in a few words; None where Triton's do."""
+    """Reason, in a few words, for torch's operations on this device in this dtype; None where Triton's run."""
     if device.type != "cuda":
         return f"a {device.type} device"
     if dtype not in TRITON_DTYPES:
@@ -162,7 +162,7 @@ def why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not_float8(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no model of this dtype has float8 products there, in a few words; None where it has.
+    """Reason, in a few words, against float8 products of a model of this dtype there; None where it has them.
 
     On a CPU they are torch's reference, for tests and to measure their error: nothing is gained.
     """

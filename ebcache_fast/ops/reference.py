@@ -98,12 +98,12 @@ def gated_sum(slots: Tensor, gates: Tensor, at: StepIndex, base: Tensor | None, 
     branch runs in such a step, so that no layer waits for another, and the sums do not depend on x.
     """
     for j, total in enumerate(sums):
-        chosen = gates.index_select(0, at.step + j)[0].index_select(1, at.row_of).unsqueeze(2)  # (K, R, 1, D)
+        factors = gates.index_select(0, at.step + j)[0].index_select(1, at.row_of).unsqueeze(2)  # (K, R, 1, D)
         if base is None:
-            torch.mul(chosen[0], slots[0], out=total)
+            torch.mul(factors[0], slots[0], out=total)
         else:
-            torch.addcmul(base, chosen[0], slots[0], out=total)
-        for gate, slot in zip(chosen[1:], slots[1:], strict=True):
+            torch.addcmul(base, factors[0], slots[0], out=total)
+        for gate, slot in zip(factors[1:], slots[1:], strict=True):
             total.addcmul_(gate, slot)
     advance(at)
 
@@ -236,19 +236,19 @@ def scaled_linear(u: Quantised, weight: Quantised, bias: Tensor, out: Tensor) ->
 
 
 def advance(at: StepIndex) -> None:
-    """Do what ``at.advance`` asks for."""
+    """Store the step for a later operation, if ``at.advance`` asks for it: ``to = step + by``."""
     if at.advance is not None:
         torch.add(at.step, at.advance.by, out=at.advance.to)
 
 
-def _plus_product(base: Tensor, one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
-    """``base + one * other``, in half precision rounded once.
+def _plus_product(base: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``base + left * right``, in half precision rounded once.
 
     Else it is rounded twice, as models' own code does it: layers that quantise their input find the very one there.
     """
     if base.itemsize < 4:
-        return torch.addcmul(base, one, other, out=out)
-    return torch.add(base, one * other, out=out)
+        return torch.addcmul(base, left, right, out=out)
+    return torch.add(base, left * right, out=out)
 
 
 def _rows(vectors: Tensor, at: StepIndex) -> Tensor:

@@ -1,6 +1,6 @@
-"""The plain-torch truth of what mixes or moves tokens: copies, differences, tokens chosen by score, attention.
+"""The plain-torch truth of operations that mix or move tokens: copies, differences, tokens by score, attention.
 
-Shapes as in `ebcache_fast.ops.reference`, which hands these on. Choices are (R, k) int32, distinct and rising in each
+Shapes as in `ebcache_fast.ops.reference`, which hands these on. Indices are (R, k) int32, distinct and rising in each
 row: k is part of a step's program, so that shapes stay the same from step to step and a graph can be captured.
 """
 
@@ -25,36 +25,36 @@ def subtract(minuend: Tensor, subtrahend: Tensor, out: Tensor) -> None:
     torch.sub(minuend, subtrahend, out=out)
 
 
-def select_tokens(scores: Tensor, k: int, chosen: Tensor) -> None:
-    """Indices of the k largest scores (R, T) of each row, rising -> chosen (R, k) int32.
+def select_tokens(scores: Tensor, k: int, indices: Tensor) -> None:
+    """Indices of the k largest scores (R, T) of each row, rising -> indices (R, k) int32.
 
     The same in every run: of equal scores the first tokens are chosen, and -0.0 equals 0.0. A NaN is above all numbers,
     so that a token whose score is lost is computed and not left out. The host waits for nothing. Raises InputError for
     k outside of [1, T] and a choice of another shape. Source: ToCa (Zou et al., arXiv 2410.05317).
     """
-    if not 1 <= k <= scores.shape[1] or chosen.shape != (len(scores), k):
+    if not 1 <= k <= scores.shape[1] or indices.shape != (len(scores), k):
         raise InputError(
-            f"{k} tokens of scores {tuple(scores.shape)} can't be chosen into {tuple(chosen.shape)}; choose 1 to "
+            f"{k} tokens of scores {tuple(scores.shape)} can't be chosen into {tuple(indices.shape)}; choose 1 to "
             f"{scores.shape[1]}, into (rows, tokens chosen)"
         )
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices  # a stable sort keeps ties in their order
-    chosen.copy_(order[:, :k].sort(dim=1).values)
+    indices.copy_(order[:, :k].sort(dim=1).values)
 
 
-def gather_tokens(source: Tensor, chosen: Tensor, out: Tensor) -> None:
-    """The chosen tokens of source (R, T, D) -> out (R, k, D): ``out[r, i] = source[r, chosen[r, i]]``.
+def gather_tokens(source: Tensor, indices: Tensor, out: Tensor) -> None:
+    """The chosen tokens of source (R, T, D) -> out (R, k, D): ``out[r, i] = source[r, indices[r, i]]``.
 
     Source: ToCa (Zou et al., arXiv 2410.05317).
     """
-    torch.gather(source, 1, _channels(chosen, source), out=out)
+    torch.gather(source, 1, _channels(indices, source), out=out)
 
 
-def scatter_tokens(source: Tensor, chosen: Tensor, target: Tensor) -> None:
-    """``target[r, chosen[r, i]] = source[r, i]`` in place: source (R, k, D), target (R, T, D).
+def scatter_tokens(source: Tensor, indices: Tensor, target: Tensor) -> None:
+    """``target[r, indices[r, i]] = source[r, i]`` in place: source (R, k, D), target (R, T, D).
 
     The other tokens of target stay as they are. Source: ToCa (Zou et al., arXiv 2410.05317).
     """
-    target.scatter_(1, _channels(chosen, source), source)
+    target.scatter_(1, _channels(indices, source), source)
 
 
 def attention(qkv: Tensor, heads: int, out: Tensor) -> None:
@@ -78,6 +78,6 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, out: Tensor) 
     out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=band))
 
 
-def _channels(chosen: Tensor, tokens: Tensor) -> Tensor:
+def _channels(indices: Tensor, tokens: Tensor) -> Tensor:
     """A choice (R, k) for every channel -> (R, k, D)."""
-    return chosen.long().unsqueeze(2).expand(-1, -1, tokens.shape[2])
+    return indices.long().unsqueeze(2).expand(-1, -1, tokens.shape[2])

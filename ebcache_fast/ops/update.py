@@ -1,4 +1,4 @@
-"""One step of any sampler, a formula in the coefficients of its timestep (``samplers.coefficients``).
+"""A step of any sampler, as a formula in the coefficients of its timestep (``samplers.coefficients``).
 
 Latents x are (B, C, H, W), in float32 or float64, whatever the model's dtype.
 """
@@ -17,7 +17,7 @@ def sampler_update(
     row: Tensor | NDArray[np.float64],
     previous: Tensor | None = None,
 ) -> Tensor:
-    """One sampler step: x' = cx*x + ce*eps + (noise_on*exp(log_var/2) + sigma) * noise + cp*previous.
+    """Take a sampler's step: x' = cx*x + ce*eps + (noise_on*exp(log_var/2) + sigma) * noise + cp*previous.
 
     x, eps, variance, noise, previous: (B, C, H, W). Computed in x's dtype, float32 or float64; returns new memory.
     eps: the noise prediction after guidance and after multiplication by eps_scale.
@@ -40,7 +40,7 @@ def sampler_update(
 
 
 def remember(x: Tensor, eps: Tensor, row: Tensor | NDArray[np.float64]) -> Tensor:
-    """What a sampler with a memory keeps of a step for the next: px*x + pe*eps, all as for `sampler_update`."""
+    """Return the memory that a sampler keeps of a step for the next: px*x + pe*eps, all as for `sampler_update`."""
     px, pe = row[7:]
     kept: Tensor = x * px + eps.to(x.dtype) * pe
     return kept

@@ -33,7 +33,7 @@ __all__ = [
 
 
 class SamplerMaker(NamedTuple):
-    """How to make a sampler: over so many timesteps of its own choice, or over exactly those of a schedule."""
+    """Makers of a sampler: over so many timesteps of its own choice, and over exactly those of a schedule."""
 
     by_steps: Callable[[NoiseSchedule, int], Sampler]
     over: Callable[[NoiseSchedule], Sampler]

@@ -79,12 +79,12 @@ class Sampler:
 
     @property
     def draws_noise(self) -> bool:
-        """Whether any step adds noise."""
+        """True if any step adds noise."""
         return any(row.noise_on != 0.0 or row.sigma != 0.0 for row in self.step_rows)
 
     @property
     def has_memory(self) -> bool:
-        """Whether any step needs what the step before kept."""
+        """True if any step needs what the step before kept."""
         return any(row.cp != 0.0 for row in self.step_rows)
 
     def scaling_eps(self, b: float) -> tuple[Self, float]:

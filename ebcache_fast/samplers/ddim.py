@@ -5,7 +5,7 @@ import numpy as np
 from ebcache_fast.errors import InputError
 from ebcache_fast.samplers.coefficients import Sampler
 from ebcache_fast.samplers.schedule import NoiseSchedule, respaced_timesteps
-from ebcache_fast.samplers.x0_form import Array, DataForm
+from ebcache_fast.samplers.x0_form import Array, X0Form
 
 
 def ddim(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> Sampler:
@@ -27,7 +27,7 @@ def ddim_over(schedule: NoiseSchedule, eta: float = 0.0) -> Sampler:
     return form.sampler("ddim", schedule.timesteps, schedule.alpha_bar)
 
 
-def ddim_form(here: Array, there: Array, sigma: Array | float = 0.0) -> DataForm:
+def ddim_form(here: Array, there: Array, sigma: Array | float = 0.0) -> X0Form:
     """DDIM from alpha_bar `here` to alpha_bar `there`, (S,) each, with noise of deviation sigma.
 
     Song et al. 2020 (arXiv 2010.02502), equation 12, with sigma from equation 16:
@@ -38,4 +38,4 @@ def ddim_form(here: Array, there: Array, sigma: Array | float = 0.0) -> DataForm
     x0, not clipped, and eps hold the same output, a scaled one included, so that x' is linear in x and the output.
     """
     on_eps = np.sqrt(1.0 - there - sigma**2) / np.sqrt(1.0 - here)
-    return DataForm(on_x=on_eps, on_x0=np.sqrt(there) - np.sqrt(here) * on_eps, sigma=sigma)
+    return X0Form(on_x=on_eps, on_x0=np.sqrt(there) - np.sqrt(here) * on_eps, sigma=sigma)

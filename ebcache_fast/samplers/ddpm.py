@@ -6,7 +6,7 @@ import numpy as np
 
 from ebcache_fast.samplers.coefficients import Sampler
 from ebcache_fast.samplers.schedule import NoiseSchedule, respaced_timesteps
-from ebcache_fast.samplers.x0_form import Array, DataForm
+from ebcache_fast.samplers.x0_form import Array, X0Form
 
 
 def ddpm(schedule: NoiseSchedule, steps: int) -> Sampler:
@@ -32,13 +32,13 @@ def ddpm_over(schedule: NoiseSchedule) -> Sampler:
     return form.sampler("ddpm", schedule.timesteps, schedule.alpha_bar)
 
 
-def posterior_mean(here: Array, there: Array) -> DataForm:
+def posterior_mean(here: Array, there: Array) -> X0Form:
     """The mean of x at alpha_bar `there` (S,) given x at alpha_bar `here` (S,) and x0, which is not clipped.
 
     Ho et al. 2020 (arXiv 2006.11239), equation 7.
     """
     alpha = here / there
-    return DataForm(
+    return X0Form(
         on_x=np.sqrt(alpha) * (1.0 - there) / (1.0 - here),
         on_x0=np.sqrt(there) * (1.0 - alpha) / (1.0 - here),
     )

@@ -15,7 +15,7 @@ from ebcache_fast.samplers.coefficients import Sampler
 from ebcache_fast.samplers.ddim import ddim_form
 from ebcache_fast.samplers.ddpm import posterior_mean
 from ebcache_fast.samplers.dpm_solver import heun, midpoint
-from ebcache_fast.samplers.x0_form import Array, DataForm, Prediction
+from ebcache_fast.samplers.x0_form import Array, Prediction, X0Form
 
 _LEAST_VARIANCE = 1e-20  # that a DDPMScheduler takes the logarithm of
 
@@ -44,7 +44,7 @@ def sampler_of(scheduler: Any, steps: int) -> Sampler:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a scheduler that was told its steps says of them."""
+    """Steps of a scheduler once it was told their number, as it says them."""
 
     config: Mapping[str, Any]
     timesteps: tuple[int, ...]
@@ -53,27 +53,27 @@ class _Run:
 
     @classmethod
     def of(cls, scheduler: Any, steps: int) -> "_Run":
-        told = copy.deepcopy(scheduler)
-        most = told.config.num_train_timesteps
+        stepped = copy.deepcopy(scheduler)
+        most = stepped.config.num_train_timesteps
         if not 1 <= steps <= most:
             raise InputError(f"steps={steps} is outside [1, {most}], the number of training timesteps")
-        told.set_timesteps(steps)
-        timesteps = tuple(int(t) for t in told.timesteps.tolist())
+        stepped.set_timesteps(steps)
+        timesteps = tuple(int(t) for t in stepped.timesteps.tolist())
         if len(timesteps) != steps or any(after >= t for t, after in pairwise(timesteps)):
-            raise InputError(f"{type(told).__name__} repeats timesteps at steps={steps}; use fewer steps")
+            raise InputError(f"{type(stepped).__name__} repeats timesteps at steps={steps}; use fewer steps")
         if timesteps[0] >= most or timesteps[-1] < 0:
             raise InputError(
-                f"{type(told).__name__} runs from timestep {timesteps[0]} to {timesteps[-1]}, outside [0, {most - 1}]; "
-                "change its steps_offset or the number of steps"
+                f"{type(stepped).__name__} runs from timestep {timesteps[0]} to {timesteps[-1]}, "
+                f"outside [0, {most - 1}]; change its steps_offset or the number of steps"
             )
         return cls(
-            told.config,
+            stepped.config,
             timesteps,
-            told.alphas_cumprod.to("cpu", torch.float64).numpy(),
-            float(getattr(told, "final_alpha_cumprod", 1.0)),
+            stepped.alphas_cumprod.to("cpu", torch.float64).numpy(),
+            float(getattr(stepped, "final_alpha_cumprod", 1.0)),
         )
 
-    def sampler(self, name: str, form: DataForm) -> Sampler:
+    def sampler(self, name: str, form: X0Form) -> Sampler:
         """The sampler of that name that takes these steps."""
         return form.sampler(name, self.timesteps, self.here, Prediction(self.config["prediction_type"]))
 
@@ -143,14 +143,14 @@ def _cogvideox_dpm(run: _Run) -> Sampler:
 
 @dataclass(frozen=True)
 class _Reader:
-    """How to read one class: what makes its sampler, and what that can take of its settings, by their names."""
+    """Reader of one class of schedulers: the maker of its sampler, and the settings that this can take, by name."""
 
     make: Callable[[_Run], Sampler]
     settings: Mapping[str, tuple[Any, ...]]
 
 
 _COMMON: Final[Mapping[str, tuple[Any, ...]]] = {
-    "prediction_type": tuple(one.value for one in Prediction),
+    "prediction_type": tuple(prediction.value for prediction in Prediction),
     "thresholding": (False,),
 }
 _OFF: Final[tuple[Any, ...]] = (False, None)

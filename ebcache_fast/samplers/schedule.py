@@ -112,7 +112,7 @@ class NoiseSchedule:
         return cls(tuple(linear_betas(train_steps).tolist()), tuple(reversed(range(train_steps))))
 
     def respace(self, timesteps: Sequence[float]) -> Self:
-        """The same training schedule with other executed timesteps, counted on the training schedule.
+        """Return this training schedule with other executed timesteps, counted on the training schedule.
 
         Raises InputError when they are empty, no whole numbers, out of range or not strictly decreasing.
         """

@@ -13,14 +13,14 @@ Array = NDArray[np.float64]
 
 
 class Prediction(Enum):
-    """What a model's output is, by diffusers' names."""
+    """Meaning of a model's output, by diffusers' names."""
 
     EPS = "epsilon"  # the noise in x = alpha * x0 + sigma * eps
     V = "v_prediction"  # alpha * eps - sigma * x0; Salimans and Ho 2022 (arXiv 2202.00512), appendix D
 
 
 @dataclass(frozen=True)
-class DataForm:
+class X0Form:
     """``x' = on_x * x + on_x0 * x0 + on_previous * (x0 of the step before) + noise``, arrays of (S,) or one number.
 
     The noise is as in `StepRow`.
