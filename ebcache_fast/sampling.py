@@ -193,7 +193,7 @@ def _read_table(denoiser: Denoiser, table: CacheTable | Plan, sampler: str | Non
 
 
 def _sampler_of_table(table: CacheTable | Plan, sampler: str | None) -> SamplerSpec | None:
-    """What the table says of its sampler; TableError where another one is asked for by name."""
+    """The sampler that a table states, None if it states none; TableError where another one is asked for by name."""
     spec: SamplerSpec | None = getattr(table, "sampler", None)
     if spec is not None and sampler not in (None, spec.name):
         raise TableError(f"sampler={sampler!r}: the table is for {spec.name!r}; leave the argument out, or retime it")

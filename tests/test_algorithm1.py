@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny import Kept, alpha_bars, empty_cache, naive_predict, naive_stepper, tiny_dit
 from torch import Tensor
 
-from ebcache_fast.calibration.algorithm1 import Algorithm1, Tally, tally_batch
+from ebcache_fast.calibration.algorithm1 import Algorithm1, tally_batch
+from ebcache_fast.calibration.tally import Tally
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tiny import tiny_dit
 
 from ebcache_fast.calibration import voting as calibration_voting
-from ebcache_fast.calibration.algorithm1 import CANDIDATES, Algorithm1, Tally
+from ebcache_fast.calibration.algorithm1 import Algorithm1
 from ebcache_fast.calibration.search import calibrate
+from ebcache_fast.calibration.tally import CANDIDATES, Tally
 from ebcache_fast.calibration.target import ROUNDS, fastest, give_back, speedup_of, step_costs
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, DiTDenoiser

@@ -1,1 +1,1 @@
-"""What the commands are made of: jobs, pictures, comparisons, the bundled model."""
+"""Applications behind the commands: jobs, pictures, comparisons, the bundled model."""

@@ -57,7 +57,7 @@ class LetterJudge:
 
 
 def default_device() -> torch.device:
-    """Where the commands run a model: the GPU if there is one."""
+    """Device that the commands run a model on: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -92,7 +92,7 @@ def load_letters(device: torch.device | None = None) -> Preset:
 
 
 def letters_judge() -> Judge:
-    """Who judges the bundled model's samples."""
+    """The judge of the bundled model's samples."""
     preset = load_letters()
     return Judge(preset.judge, preset.reference)
 
@@ -107,18 +107,18 @@ def labels_of(text: str) -> list[int]:
     return [LETTERS.index(letter) for letter in text.upper()]
 
 
-def labels_in_turn(count: int, classes: int, chosen: Sequence[int] = ()) -> list[int]:
-    """The chosen classes, or every class, in turn, over and over, ``count`` labels in all.
+def labels_in_turn(count: int, classes: int, labels: Sequence[int] = ()) -> list[int]:
+    """These labels, or every class, in turn, over and over, ``count`` labels in all.
 
     InputError for none, for more than fit into memory, and for a class that there is not.
     """
     if count < 1:
         raise InputError(f"{count} samples were asked for; ask for at least one")
     check_room("samples", count, OF_A_LABEL, MORE_RUNS)
-    for label in chosen:
+    for label in labels:
         if not 0 <= label < classes:
             raise InputError(f"label {label} is outside [0, {classes - 1}]; this model has {classes} classes")
-    turn = chosen or range(classes)
+    turn = labels or range(classes)
     return [turn[i % len(turn)] for i in range(count)]
 
 
@@ -161,7 +161,7 @@ def open_model(
 
 
 def engine_options(model: nn.Module, *, fp8: bool) -> EngineOptions:
-    """How the commands run a model; InputError for fp8 where nothing is gained by it or it can't be."""
+    """Options of the engine that runs a model for a command; InputError for fp8 that gains nothing or can't be."""
     denoiser = as_denoiser(model)
     if fp8 and denoiser.weight().device.type == "cpu":
         raise InputError("fp8=True on a CPU gains nothing; leave out --fp8, or choose --device cuda where a GPU is")
@@ -171,7 +171,7 @@ def engine_options(model: nn.Module, *, fp8: bool) -> EngineOptions:
 
 
 def folder_run(name: str, checkpoint: Path | None, model: nn.Module, steps: int) -> dict[str, Any]:
-    """What the pipeline does that a folder of diffusers is of: ``sampler`` and ``guided_channels``; empty without one.
+    """Arguments of `sample` that a folder of diffusers decides: ``sampler`` and ``guided_channels``; none without one.
 
     InputError, with the way out, for a scheduler that no sampler follows.
     """

@@ -36,7 +36,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """What one method made, and the seconds that each batch took."""
+    """Samples of one method, and the seconds that each batch took."""
 
     images: Tensor  # (N, C, H, W)
     seconds: tuple[float, ...]
@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """One method's cost and quality over n samples, beside the first method's.
+    """Cost and quality of one method over n samples, beside the first method's.
 
     macs: multiply-accumulates of one sample's run, one guidance branch. speedup: the median over batches of the first
     method's time over this one's; mac_limit: what the MACs allow. paired_error: mean relative RMS difference from the
@@ -114,9 +114,9 @@ def run_methods(
         part = labels[start : start + batch_size]
         for m, method in enumerate(methods):
             began = time.perf_counter()
-            made = run(part, table=method.plan, sampler=method.sampler, first_index=start, on_step=on_step).cpu()
+            samples = run(part, table=method.plan, sampler=method.sampler, first_index=start, on_step=on_step).cpu()
             seconds[m].append(time.perf_counter() - began)
-            images[m].append(made)
+            images[m].append(samples)
     return [Run(torch.cat(i), tuple(s)) for i, s in zip(images, seconds, strict=True)]
 
 
@@ -200,13 +200,13 @@ def judge_runs(
 
 
 def noise_beside(method: Method, first: Method) -> Noise:
-    """How far a method's noise is the first one's, sample by sample.
+    """Likeness of a method's noise to the first one's, sample by sample.
 
     All begin with the same; a sampler that draws more of it does so at each of its steps.
     """
     if method.sampler == first.sampler and method.plan.timesteps == first.plan.timesteps:
         return "same"
-    draws = any(make_sampler(one.sampler, len(one.plan)).draws_noise for one in (method, first))
+    draws = any(make_sampler(side.sampler, len(side.plan)).draws_noise for side in (method, first))
     return "other noise" if draws else "other steps"
 
 

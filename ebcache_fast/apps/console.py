@@ -1,4 +1,4 @@
-"""What the commands print: progress bars, tables of results, a table's steps."""
+"""Output of the commands: progress bars, tables of results, a table's steps."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +73,7 @@ def set_total(bar: "tqdm[Any]", to_come: int) -> None:
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """One line a method: its steps, cost, time and quality; errors are one standard error.
+    """Print a line for each method: its steps, cost, time and quality; errors are one standard error.
 
     An error against another noise, or at other timesteps, than the first method's says so.
     """
@@ -102,7 +102,7 @@ def print_results(results: Sequence[Result]) -> None:
 
 
 def _score_cells(result: Result) -> list[str]:
-    """What the judge says, where there is one."""
+    """The judge's scores as cells of the table; none without a judge."""
     if (s := result.scores) is None:
         return []
     return [
@@ -114,7 +114,7 @@ def _score_cells(result: Result) -> list[str]:
 
 
 def print_table(table: CacheTable) -> None:
-    """A Cache Table for people: its strip of steps, what it is for, where it comes from."""
+    """Print a Cache Table: its strip of steps, what it is for, where it comes from."""
     from rich.console import Console
     from rich.text import Text
 
@@ -145,7 +145,7 @@ def print_table(table: CacheTable) -> None:
 
 
 def print_calibration(table: CacheTable) -> None:
-    """What a calibration cost and, where it had a target, how near it came."""
+    """Print the cost of a calibration and, where it had a target, how near it came."""
     options = {} if table.made is None else table.made.options
     if "target_speedup" in options:
         target, reached = float(str(options["target_speedup"])), float(str(options["speedup"]))
@@ -156,13 +156,13 @@ def print_calibration(table: CacheTable) -> None:
 
 
 def count_steps(step_types: Sequence[str]) -> str:
-    """For instance "34 NO + 16 A+M"."""
+    """Number of steps of each type, in order of appearance, for people: "34 NO + 16 A+M"."""
     kinds = dict.fromkeys(step_types)
     return " + ".join(f"{list(step_types).count(kind)} {SHORT[kind]}" for kind in kinds)
 
 
 def print_costs(plan: Plan, shape: ModelShape) -> None:
-    """What a plan costs on a model: multiply-accumulates, allowed speed-up, cache memory."""
+    """Print a plan's costs on a model: multiply-accumulates, allowed speed-up, cache memory."""
     counts = " + ".join(f"{n} {SHORT['MIXED' if t is None else t.name]}" for t, n in plan.counts().items())
     gibibytes = plan.cache_bytes(shape, rows=2, itemsize=2) / 2**30
     print(f"fits: {len(plan)} steps, {counts}")
@@ -172,7 +172,7 @@ def print_costs(plan: Plan, shape: ModelShape) -> None:
 
 
 def print_timeline(timeline: Timeline) -> None:
-    """Time by type of step, what passed between dispatches, and how they ran."""
+    """Print the time by type of step, the time between dispatches, and how they ran."""
     from rich.console import Console
     from rich.table import Table
 
@@ -192,7 +192,7 @@ def print_timeline(timeline: Timeline) -> None:
 
 
 def print_info() -> None:
-    """Versions, devices, which backend runs each operation, and the tables that come with the package."""
+    """Print versions, devices, the backend of each operation, and the tables that come with the package."""
     import importlib.util
     import platform
 

@@ -94,7 +94,7 @@ def draw_comparison(results: Sequence[Result], runs: Sequence[Run], shown: int) 
 
 
 def _note(result: Result) -> str:
-    """What a method's speed and quality were, in one line."""
+    """A method's speed and quality in one line."""
     noise = "" if result.noise != "other noise" else " (other noise)"
     figures = f"{result.speedup:.2f}x measured, {result.mac_limit:.2f}x by MACs, error {result.paired_error:.3f}{noise}"
     scores = result.scores

@@ -25,7 +25,7 @@ from ebcache_fast.samplers.schedule import TRAIN_STEPS, NoiseSchedule
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all methods of a comparison share."""
+    """Setting that all methods of a comparison share."""
 
     shape: ModelShape
     steps: int
@@ -33,11 +33,11 @@ class Setting:
 
     @property
     def timesteps(self) -> tuple[int, ...]:
-        """The sampler's own, for so many steps."""
+        """Timesteps of the sampler for so many steps."""
         return make_sampler(self.sampler, self.steps).timesteps
 
     def uncached(self, steps: int) -> Plan:
-        """Every step computes everything, ``steps`` of them."""
+        """The plan of ``steps`` steps that all compute everything."""
         return Plan.uncached(make_sampler(self.sampler, steps).timesteps, self.shape.sites)
 
 
@@ -63,8 +63,10 @@ def parse_method(text: str, setting: Setting) -> Method:
 
 
 def default_methods(setting: Setting) -> tuple[str, ...]:
-    """What a comparison is of where nothing is named: no caching first, then the package's tables for this very
-    setting, FORA, fewer steps, and scaled epsilons."""
+    """Methods of a comparison where none is named.
+
+    No caching first, then the package's tables for this very setting, FORA, fewer steps, and scaled epsilons.
+    """
     bound = tuple(sorted(setting.shape.sizes)), setting.sampler, setting.steps
     tables = ((name, CacheTable.named(name)) for name in named_tables())
     fitting = [
@@ -91,7 +93,10 @@ def open_tables(text: str) -> CacheTable | TableSet:
 
 
 def open_table(text: str, steps: int | None = None) -> CacheTable:
-    """The same, but one table; of several that of so many steps. TableError, naming it, where the file has none."""
+    """Open one table as `open_tables` does; of several, the one of so many steps.
+
+    Raises TableError, naming it, where the file has none.
+    """
     opened = open_tables(text)
     if isinstance(opened, CacheTable):
         return opened
@@ -142,7 +147,7 @@ def _with(policy: Policy, argument: str) -> Policy:
 
 
 def _own(name: str, function: str, timesteps: tuple[int, ...], shape: ModelShape) -> object:
-    """What a function of the user's own returns."""
+    """Call a function of the user's own, named by module or file."""
     try:
         module = _module(name)
     except ModuleNotFoundError as error:  # perhaps it was to be a policy, of a package that is broken
@@ -153,16 +158,16 @@ def _own(name: str, function: str, timesteps: tuple[int, ...], shape: ModelShape
 def _called(text: str, title: str, policy: Policy, setting: Setting) -> Method:
     """The method that other people's code makes."""
     try:
-        made = policy(setting.timesteps, setting.shape)
+        plan = policy(setting.timesteps, setting.shape)
     except Exception as error:  # whatever it raises
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"method {text!r}: {type(error).__name__}: {first:.300}; name a function (timesteps, shape) -> Plan of a "
             f"module that Python finds or of a FILE.py, or choose from {', '.join(USAGES)}"
         ) from error
-    if not isinstance(made, Plan | CacheTable):
-        raise InputError(f"method {text!r}: it returns {type(made).__name__!r}; return a Plan or a CacheTable")
-    return Method(title, _plan_of(made, text, setting), setting.sampler)
+    if not isinstance(plan, Plan | CacheTable):
+        raise InputError(f"method {text!r}: it returns {type(plan).__name__!r}; return a Plan or a CacheTable")
+    return Method(title, _plan_of(plan, text, setting), setting.sampler)
 
 
 def _module(name: str) -> ModuleType:

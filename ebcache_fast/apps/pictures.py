@@ -44,7 +44,7 @@ SQUARE, SPACE = 14, 16  # of the legend, and between texts on one line
 
 @dataclass(frozen=True)
 class Row:
-    """One method in the picture: what to call it, a line about it, its step types and its samples."""
+    """Method in the picture: what to call it, a line about it, its step types and its samples."""
 
     name: str
     note: str
@@ -71,7 +71,7 @@ def grid(images: Tensor, columns: int, scale: int = 2) -> "Image.Image":
 
 
 def comparison(title: str, subtitle: str, rows: Sequence[Row], columns: int, scale: int = 2) -> "Image.Image":
-    """Each method's samples under its name, with one coloured cell for every step it ran."""
+    """Draw each method's samples under its name, with one coloured cell for every step it ran."""
     from PIL import Image, ImageDraw, ImageFont
 
     large, medium, small = (ImageFont.load_default(size) for size in (26, 17, 14))
@@ -126,7 +126,7 @@ def _entries(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _strip(draw: "ImageDraw.ImageDraw", step_types: Sequence[str], corner: tuple[int, int], cell: float) -> None:
-    """One cell a step, the first executed at the left: fewer steps make a shorter strip."""
+    """Draw a cell for each step, the first executed at the left: fewer steps make a shorter strip."""
     for i, kind in enumerate(step_types):
         left = corner[0] + i * cell
         draw.rectangle((left, corner[1], left + max(0, cell - 2), corner[1] + STRIP_HEIGHT - 1), STEP_COLOURS[kind])

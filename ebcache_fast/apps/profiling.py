@@ -46,7 +46,7 @@ BRANCHES: Final = MappingProxyType(
 
 @dataclass
 class Probe:
-    """What is around the parts of a run: nothing, unless it is set between two of them."""
+    """Hooks around the parts of a run: none, unless they are set between two runs."""
 
     around: Around = nullcontext  # dispatches, layers and operations, by name
     watch: Callable[[Executable], AbstractContextManager[object]] = nullcontext  # dispatches, within their range
@@ -72,11 +72,11 @@ class ProfiledEngine(Engine):
 
     @property
     def operations(self) -> Operations:
-        """What runs the fused operations, each in a range of its name."""
+        """The fused operations, each in a range of its name."""
         return annotated(super().operations, self._around)
 
     def _prepare(self, buffer_set: BufferSet, batches: Sequence[Dispatches]) -> list[Executable]:
-        return [replace(one, run=partial(self._dispatch, one)) for one in super()._prepare(buffer_set, batches)]
+        return [replace(ready, run=partial(self._dispatch, ready)) for ready in super()._prepare(buffer_set, batches)]
 
     def _dispatch(self, executable: Executable) -> None:
         names = set(executable.names)
@@ -91,8 +91,8 @@ class ProfiledEngine(Engine):
 
 
 def annotated(operations: Operations, around: Around) -> Operations:
-    """The same operations, each in a range of its name, those of a step's ends in one of theirs too."""
-    found = ((one.name, getattr(operations, one.name)) for one in fields(operations) if one.name != "name")
+    """Wrap each operation in a range of its name, those of a step's ends in one of theirs too."""
+    found = ((field.name, getattr(operations, field.name)) for field in fields(operations) if field.name != "name")
     within = {
         name: partial(_call_within, around, (GROUPS[name], name) if name in GROUPS else (name,), operation)
         for name, operation in found
@@ -158,7 +158,7 @@ class Event(Protocol):
     """A moment, as torch.cuda.Event has it."""
 
     def elapsed_time(self, end: Any, /) -> float:
-        """Milliseconds from this one to ``end``, once both are over."""
+        """Milliseconds from this event to ``end``, once both are over."""
         ...
 
 
@@ -186,7 +186,7 @@ class Stopwatch:
         self._seen.append((executable, begin, self._now()))
 
     def spans(self) -> tuple[Span, ...]:
-        """What was timed, in milliseconds, once the device is done."""
+        """The timed spans, in milliseconds, once the device is done."""
         return tuple(
             Span(
                 executable.names,
@@ -231,12 +231,12 @@ def trace_run(run: Callable[[], object], probe: Probe, device: torch.device, pat
         probe.around = nullcontext
     # A trace says its own file's name, and the profiler takes no backslash in it: it is made elsewhere, then renamed.
     with replacing(path) as partial_file, TemporaryDirectory() as folder:
-        made = Path(folder, "trace.json")
-        seen.export_chrome_trace(str(made))
-        trace = made.read_bytes()
+        export = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(export))
+        trace = export.read_bytes()
         if not trace.rstrip().endswith(b"}"):
             raise OSError("the profiler could not write all of it")  # which it only logs
-        partial_file.write_bytes(trace.replace(json.dumps(str(made)).encode(), json.dumps(str(path)).encode()))
+        partial_file.write_bytes(trace.replace(json.dumps(str(export)).encode(), json.dumps(str(path)).encode()))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -52,7 +52,7 @@ def write_report(
 
 
 def report_entry(result: Result) -> dict[str, object]:
-    """One of the report's ``methods``: costs, scores, how many samples, and what spread stands behind them."""
+    """Entry of the report's ``methods``: costs, scores, how many samples, and what spread stands behind them."""
     entry = asdict(result)
     scores: dict[str, object] | None = entry.pop("scores")
     return entry | (scores or {})
@@ -73,7 +73,7 @@ def command_line(name: str, options: Mapping[str, object]) -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+    """The machine and the versions that the figures were measured with."""
     return {
         "ebcache_fast": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""What a command would hold, against the memory there is: asked before any work, so that none ends in the middle."""
+"""Room for a command: the memory that it would hold, checked before any work, so that none ends in the middle."""
 
 import math
 import os
@@ -19,16 +19,16 @@ MORE_RUNS = "further runs with other seeds make more"
 CPU = torch.device("cpu")
 
 
-def check_room(name: str, count: int, each: int, remedy: str, device: torch.device = CPU) -> None:
-    """Raise InputError, naming the number, its limit and the remedy, where ``count`` times ``each`` bytes can't be had.
+def check_room(name: str, count: int, size: int, remedy: str, device: torch.device = CPU) -> None:
+    """Raise InputError, naming the number, its limit and the remedy, if ``count`` times ``size`` bytes can't be had.
 
     What a system does not say is not held against anybody.
     """
     free = available_bytes(device)
-    if free is not None and count * each > free:
+    if free is not None and count * size > free:
         raise InputError(
-            f"{name}={count} would hold {count * each / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free; "
-            f"ask for at most {free // each}: {remedy}"
+            f"{name}={count} would hold {count * size / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free; "
+            f"ask for at most {free // size}: {remedy}"
         )
 
 
@@ -43,11 +43,11 @@ def check_run(
     # Of each batch by itself, and all in one piece.
     check_room("samples", samples, 2 * len(plans) * latent + OF_A_LABEL, MORE_RUNS)
     weight = denoiser.weight()
-    each = [
+    batch_bytes = [
         plan.cache_bytes(denoiser.shape, rows, weight.element_size()) + (1 + len(plan) * draws_noise) * latent
         for plan in plans
     ]
-    check_room("batch size", min(batch, samples), max(each, default=0), "batches run one by one", weight.device)
+    check_room("batch size", min(batch, samples), max(batch_bytes, default=0), "batches run one by one", weight.device)
 
 
 def check_votes(denoiser: Denoiser, samples: int, batch: int, steps: int, cfg_scale: float) -> None:
@@ -55,8 +55,8 @@ def check_votes(denoiser: Denoiser, samples: int, batch: int, steps: int, cfg_sc
     check_room("samples", samples, OF_A_LABEL, "the paper uses 1000")
     shape, weight, rows = denoiser.shape, denoiser.weight(), 1 if cfg_scale == 1 else 2
     caches = 3 * rows * len(shape.sites) * shape.slot_elements * weight.element_size()
-    each = caches + (1 + min(steps, TRAIN_STEPS)) * _latent_bytes(denoiser)
-    check_room("batch size", min(batch, samples), each, "batches run one by one", weight.device)
+    batch_bytes = caches + (1 + min(steps, TRAIN_STEPS)) * _latent_bytes(denoiser)
+    check_room("batch size", min(batch, samples), batch_bytes, "batches run one by one", weight.device)
 
 
 def _latent_bytes(denoiser: Denoiser) -> int:

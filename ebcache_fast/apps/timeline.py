@@ -1,4 +1,4 @@
-"""When each step of a run ran and for how long: measured, or, before any run, by what its plan has it compute."""
+"""Start and length of each step of a run: measured, or, before any run, by what its plan has it compute."""
 
 import json
 import math
@@ -30,7 +30,7 @@ class Span:
 
 
 class TypeCost(NamedTuple):
-    """What the steps of one type cost."""
+    """Cost of the steps of one type."""
 
     step_type: str
     steps: int
@@ -68,7 +68,7 @@ class Timeline:
 
     @classmethod
     def of_plan(cls, plan: Plan, shape: ModelShape, **about: str | float | None) -> Self:
-        """What a plan says before any run: the multiply-accumulates of one guidance branch of one sample."""
+        """The timeline of a plan before any run: multiply-accumulates of one guidance branch of one sample."""
         costs = [macs / 1e9 for macs in plan.step_macs(shape)]
         starts = accumulate(costs[:-1], initial=0.0)
         steps = zip(plan.steps, starts, costs, strict=True)
@@ -99,12 +99,12 @@ class Timeline:
 
     @property
     def end(self) -> float:
-        """Where the last span ends."""
+        """End of the last span."""
         return max(span.start + span.cost for span in self.spans)
 
     @property
     def between(self) -> float:
-        """What passed between the spans."""
+        """Time that passed between the spans."""
         return max(0.0, self.end - sum(span.cost for span in self.spans))
 
     def by_type(self) -> tuple[TypeCost, ...]:

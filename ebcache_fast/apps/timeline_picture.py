@@ -22,7 +22,7 @@ LEGEND_LINE, SQUARE = 24, 14
 
 @dataclass(frozen=True)
 class Stripe:
-    """One span: where it lies in the upper row and in the lower one, in pixels from the left."""
+    """Span as drawn: its place in the upper row and in the lower one, in pixels from the left."""
 
     colour: str
     steps: int
@@ -56,7 +56,7 @@ def draw_timeline(timeline: Timeline, title: str) -> "Image.Image":
 
 
 def _stripes(spans: Sequence[Span], whole: float) -> list[Stripe]:
-    """Where each span lies; ``whole`` is what the width stands for."""
+    """The place of each span; ``whole`` is what the width stands for."""
     cell, done, found = WIDTH / sum(len(span.step_types) for span in spans), 0, []
     for span in spans:
         steps = len(span.step_types)
@@ -68,7 +68,7 @@ def _stripes(spans: Sequence[Span], whole: float) -> list[Stripe]:
 
 
 def _strips(stripes: Sequence[Stripe], end: float) -> "Image.Image":
-    """Both rows and what joins them, drawn finer and then reduced, so that slants are smooth."""
+    """Draw both rows and what joins them, finer, and then reduce them, so that slants are smooth."""
     from PIL import Image, ImageDraw
 
     height = CELLS + FAN + BAR
@@ -76,7 +76,7 @@ def _strips(stripes: Sequence[Stripe], end: float) -> "Image.Image":
     draw = ImageDraw.Draw(fine)
 
     def box(left: float, top: float, right: float, bottom: float, colour: str) -> None:
-        """At least one of the fine pixels wide: a step that takes next to nothing stays in sight."""
+        """Fill a box that is at least one of the fine pixels wide: a step that takes next to nothing stays in sight."""
         start = min(round(left * SMOOTH), WIDTH * SMOOTH - 1)
         draw.rectangle((start, top * SMOOTH, max(start, right * SMOOTH - 1), bottom * SMOOTH - 1), colour)
 
@@ -118,7 +118,7 @@ def _legend(timeline: Timeline) -> Iterator[str]:
 
 
 def _saving(draw: "ImageDraw.ImageDraw", timeline: Timeline, top: int, font: "Font") -> None:
-    """What caching saves, in the room that it leaves, if it leaves enough."""
+    """Say what caching saves, in the room that it leaves, if it leaves enough."""
     if not timeline.uncached:
         return
     left_over = min(1.0, timeline.end / timeline.uncached)
@@ -151,7 +151,7 @@ def _round_steps(steps: int) -> list[int]:
 
 
 def _round_numbers(whole: float) -> list[float]:
-    """From 0 on in steps of 1, 2 or 5 times a power of ten, five to ten of them, but for the end."""
+    """Multiples of 1, 2 or 5 times a power of ten, from 0 on, five to ten of them, but for the end."""
     sizes = (digit * 10.0**power for power in count(-9) for digit in (1, 2, 5))
     size = next(size for size in sizes if whole / size <= 10)
     return [round(i * size, 9) for i in range(11) if i * size < 0.95 * whole]

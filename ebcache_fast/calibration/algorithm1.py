@@ -7,13 +7,12 @@ Source: Zou et al., "Exposure Bias Reduction for Enhancing Diffusion Transformer
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ebcache_fast.calibration.tally import CANDIDATES, Tally, may_cache
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.cache import FeatureCache, every_output
 from ebcache_fast.engine.guidance import Guidance
@@ -29,9 +28,6 @@ from ebcache_fast.ops.fallback import Fallback
 from ebcache_fast.ops.update import remember, sampler_update
 from ebcache_fast.plan import StepPlan, StepType, lower
 from ebcache_fast.samplers import Sampler
-
-CANDIDATES = (StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP)  # from the safest to the cheapest
-KEEP_FIRST, KEEP_LAST = 2, 1  # executed steps that are never cached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,7 @@ class Algorithm1:
         return self.a + self.k * (steps - 1 - step) / steps
 
     def error(self, original: Tensor, candidate: Tensor, eps_scale: float) -> Tensor:
-        """Each sample's error (N,) between two unscaled eps (N, C, H, W)."""
+        """Return each sample's error (N,) between two unscaled eps (N, C, H, W)."""
         original = original * eps_scale if self.compare_scaled else original
         candidate = candidate * eps_scale
         if self.criterion == "vector":
@@ -85,54 +81,11 @@ class Algorithm1:
 
 
 class SampleError(Exception):
-    """One sample of a batch, or none in particular, stopped it; the message says how."""
+    """Failure of one sample of a batch, or of none in particular; the message says how it stopped the batch."""
 
     def __init__(self, message: str, row: int | None = None) -> None:
         super().__init__(message)
         self.row = row
-
-
-def may_cache(step: int, steps: int) -> bool:
-    """Whether executed step ``step`` of ``steps`` may be cached: the first two and the last never are."""
-    return KEEP_FIRST <= step < steps - KEEP_LAST
-
-
-@dataclass
-class Tally:
-    """Votes and errors summed over samples; columns as in `CANDIDATES`."""
-
-    votes: NDArray[np.int64]  # (T, 3)
-    errors: NDArray[np.float64]  # (T, 3) sums; 0 where a candidate was not tried
-    samples: int
-
-    @classmethod
-    def empty(cls, steps: int) -> Self:
-        """A tally of no samples."""
-        return cls(np.zeros((steps, 3), np.int64), np.zeros((steps, 3)), 0)
-
-    def add(self, other: "Tally") -> None:
-        """Count another batch's votes and errors in."""
-        self.votes += other.votes
-        self.errors += other.errors
-        self.samples += other.samples
-
-    def mean_errors(self, candidate: StepType) -> tuple[float | None, ...]:
-        """The candidate's mean error at every step, None where it was not tried."""
-        res = (self.errors[:, CANDIDATES.index(candidate)] / self.samples).tolist()
-        return tuple(mean if may_cache(i, len(res)) else None for i, mean in enumerate(res))
-
-    def winners(self, max_run: int | None) -> list[StepType]:
-        """The majority's type of every step, ties to the safer; never over ``max_run`` cached in a row.
-
-        Each sample kept the limit on its own, but their majority may not: a step too many becomes NO_CACHE.
-        """
-        winners: list[StepType] = []
-        run = 0
-        for column in self.votes.argmax(axis=1):  # argmax takes the first, hence the safest, of equals
-            winner = CANDIDATES[int(column)]
-            run = 0 if winner is StepType.NO_CACHE or run == max_run else run + 1
-            winners.append(winner if run else StepType.NO_CACHE)
-        return winners
 
 
 @torch.no_grad()

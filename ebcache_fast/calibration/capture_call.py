@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers gives its transformer: seen by letting it begin."""
+"""The first call that a pipeline of diffusers makes of its transformer: seen by letting it begin."""
 
 from typing import Any
 

@@ -66,11 +66,11 @@ def calibrate(
     steps = options.pop("steps", usual["num_inference_steps"].default)
     scale = options.pop("cfg_scale", usual["guidance_scale"].default)
     channels, sampler = denoiser.latent_shape[0], sampler_of(model.scheduler, steps)
-    chosen: dict[str, Any] = {"cfg_scale": scale, "guided_channels": channels, "sampler": sampler, "steps": steps}
+    settled: dict[str, Any] = {"cfg_scale": scale, "guided_channels": channels, "sampler": sampler, "steps": steps}
     if denoiser.num_classes > 1:
         if prompts is not None or call is not None:
             raise InputError(f"{type(model).__name__} takes labels; pass labels in place of prompts and call")
-        return search.calibrate(module, **(options | chosen))
+        return search.calibrate(module, **(options | settled))
     if not prompts or isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"prompts={prompts!r} must be a list of one or more for {type(model).__name__}")
     run = dict(call or {}) | {"num_inference_steps": steps, "guidance_scale": scale}
@@ -81,7 +81,7 @@ def calibrate(
     options = by_prompt | options
     first = min(options["batch_size"], options["samples"])
     options["prompted"] = _prompted(model, tuple(prompts), run, max(1, first))
-    return search.calibrate(module, **(options | chosen))
+    return search.calibrate(module, **(options | settled))
 
 
 def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping
 
 def _refuse_offloaded(pipe: Any, module: nn.Module) -> None:
     """InputError where weights lie elsewhere than the pipeline runs: hooks that fetch them would not be asked."""
-    lie_on, runs_on = {one.device.type for one in module.parameters()}, pipe._execution_device.type
+    lie_on, runs_on = {weight.device.type for weight in module.parameters()}, pipe._execution_device.type
     if lie_on != {runs_on}:
         raise InputError(
             f"the {type(pipe).__name__} runs on {runs_on}, and weights of its transformer lie on "
@@ -105,7 +105,7 @@ def _refuse_offloaded(pipe: Any, module: nn.Module) -> None:
 
 
 def _prompted(pipe: Any, prompts: tuple[str, ...], run: Mapping[str, Any], first: int) -> Prompted:
-    """What the pipeline makes of prompts, batch by batch, the first of ``first`` samples; each is encoded once."""
+    """Prompts as the pipeline hands them on, batch by batch, the first of ``first`` samples; each is encoded once."""
     channels = as_denoiser(pipe.transformer).out_channels
     encoded = lru_cache(maxsize=SEARCH_SAMPLES)(lambda samples: _encoded(pipe, prompts, samples, run))
 
@@ -127,9 +127,9 @@ def _encoded(pipe: Any, prompts: tuple[str, ...], samples: tuple[int, ...], run:
 
     InputError or JobError, naming the prompt, where a text can't be encoded or is not finite.
     """
-    given = [prompts[k] for k in samples]
+    texts = [prompts[k] for k in samples]
     try:
-        seen = capture_call(pipe, prompt=given, **run)
+        seen = capture_call(pipe, prompt=texts, **run)
     except EBCacheError:
         raise
     except Exception as error:
@@ -138,18 +138,18 @@ def _encoded(pipe: Any, prompts: tuple[str, ...], samples: tuple[int, ...], run:
             f"{type(error).__name__}: {error}; a progress_file keeps the samples before: repeat the call"
         ) from error
     copies = 2 if run["guidance_scale"] != 1 else 1
-    if len(seen.x) != copies * len(given):
+    if len(seen.x) != copies * len(texts):
         raise InputError(
-            f"the pipeline has {len(seen.x)} rows for {len(given)} prompts at guidance_scale="
+            f"the pipeline has {len(seen.x)} rows for {len(texts)} prompts at guidance_scale="
             f"{run['guidance_scale']}; use 1 for no guidance or more than 1, and one picture a prompt"
         )
     order = torch.arange(len(seen.x), device=seen.x.device)
     if copies == 2 and signature_of(pipe.transformer).unconditional_first:
-        order = order.roll(len(given))
+        order = order.roll(len(texts))
     call = seen._replace(x=seen.x.new_empty(0, *seen.x.shape[1:]), context=cast(Any, seen.context).rows(order))
     if (row := call.row_not_finite()) is not None:
-        k = samples[row % len(given)]
-        which = "text" if row < len(given) else "negative prompt's text"
+        k = samples[row % len(texts)]
+        which = "text" if row < len(texts) else "negative prompt's text"
         raise InputError(
             f"sample {k}, prompt {shown(prompts, k)}: its {which}, as the pipeline encodes it, holds a number that is "
             "not finite; encode in bfloat16 or float32, whose range is wider than float16's, or leave the prompt out"

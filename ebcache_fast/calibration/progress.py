@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ebcache_fast.calibration.algorithm1 import Tally
+from ebcache_fast.calibration.tally import Tally
 from ebcache_fast.errors import JobError
 from ebcache_fast.plan.files import replacing
 
@@ -42,7 +42,7 @@ class CalibrationProgress:
         self._content = found
 
     def read(self, key: str, steps: int) -> Tally:
-        """What is counted so far under ``key``; JobError unless it is a whole tally of ``steps`` steps."""
+        """The tally counted so far under ``key``; JobError unless it is a whole one of ``steps`` steps."""
         entry = self._content["tallies"].get(key)
         if entry is None:
             return Tally.empty(steps)

@@ -107,7 +107,7 @@ def calibrate(
 
 
 def _ignore(_: int) -> None:
-    """Nobody listens."""
+    """Do nothing: nobody listens."""
 
 
 def _crc32(model: nn.Module) -> int:

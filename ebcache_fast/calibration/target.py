@@ -5,7 +5,8 @@ from numbers import Real
 
 import numpy as np
 
-from ebcache_fast.calibration.algorithm1 import CANDIDATES, Algorithm1, Tally, may_cache
+from ebcache_fast.calibration.algorithm1 import Algorithm1
+from ebcache_fast.calibration.tally import CANDIDATES, Tally, may_cache
 from ebcache_fast.errors import InputError
 from ebcache_fast.plan import ModelShape, Plan, StepType
 
@@ -17,14 +18,14 @@ Costs = Mapping[StepType, int]  # MACs of a step of each type
 
 
 def step_costs(shape: ModelShape) -> Costs:
-    """What a step of each candidate costs on a model, in MACs of one guidance branch."""
+    """Cost of a step of each candidate on a model, in MACs of one guidance branch."""
     plan = Plan.from_types(CANDIDATES, range(len(CANDIDATES))[::-1], shape.sites)
     return dict(zip(CANDIDATES, plan.step_macs(shape), strict=True))
 
 
 def speedup_of(types: Sequence[StepType], costs: Costs) -> float:
-    """What the MAC count allows a table of these steps over no caching."""
-    return len(types) * costs[StepType.NO_CACHE] / sum(costs[one] for one in types)
+    """Speed-up over no caching that the MAC count allows a table of these steps."""
+    return len(types) * costs[StepType.NO_CACHE] / sum(costs[step_type] for step_type in types)
 
 
 def fastest(steps: int, algorithm: Algorithm1) -> list[StepType]:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ebcache_fast.calibration import target as targets
-from ebcache_fast.calibration.algorithm1 import KEEP_FIRST, KEEP_LAST, Algorithm1, SampleError, Tally, tally_batch
+from ebcache_fast.calibration.algorithm1 import Algorithm1, SampleError, tally_batch
 from ebcache_fast.calibration.progress import CalibrationProgress
+from ebcache_fast.calibration.tally import KEEP_FIRST, KEEP_LAST, Tally
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.errors import InputError, JobError
@@ -25,7 +26,7 @@ SHOWN_LETTERS = 80  # of a prompt in a message
 
 @dataclass(frozen=True)
 class Prompted:
-    """What stands in the place of labels in a model that has none."""
+    """Stand-in for labels in a model that has none: the conditioning of prompts, and the shape of their latents."""
 
     latents: tuple[int, ...]  # the shape of one
     context_of: Callable[
@@ -37,7 +38,7 @@ class Prompted:
 
 @dataclass(frozen=True, kw_only=True)
 class Voting:
-    """All that stays the same while thresholds are tried."""
+    """State of a calibration that stays the same while thresholds are tried."""
 
     denoiser: Denoiser
     algorithm: Algorithm1  # its a and k are where a search starts
@@ -62,7 +63,7 @@ class Voting:
 
     @property
     def few(self) -> int:
-        """How many samples vote while a threshold is searched."""
+        """Number of samples that vote while a threshold is searched."""
         return min(SEARCH_SAMPLES, len(self.labels))
 
     def table_near(self, target: float) -> CacheTable:
@@ -83,7 +84,7 @@ class Voting:
         reached = targets.speedup_of(types, costs)
         if abs(reached - target) > targets.TOLERANCE * target:
             logging.getLogger(__name__).warning("the table has %.2fx by MACs, not target_speedup=%g", reached, target)
-        given_back = sum(one is not other for one, other in zip(voted, types, strict=True))
+        given_back = sum(vote is not kept for vote, kept in zip(voted, types, strict=True))
         found = {"target_speedup": target, "speedup": round(reached, 4), "rounds": len(tried), "given_back": given_back}
         return self.table(algorithm, tally, types, votes=len(tried) * self.few + len(self.labels) - self.few, **found)
 
@@ -98,7 +99,7 @@ class Voting:
         """A table of these steps, with what it took: ``votes`` of one sample each, in all."""
         no_cache, attention, attn_mlp = tally.votes.T.tolist()
         samplings = votes * self.cost()
-        made = Provenance(
+        provenance = Provenance(
             by="ebcache_fast.calibrate",
             source="Algorithm 1 of EB-Cache (arXiv 2503.07120)",
             options=self.options()
@@ -117,7 +118,7 @@ class Voting:
             eps_scale=self.eps_scale,
             sampler=self.spec,
             model=dict(self.denoiser.shape.sizes),
-            made=made,
+            made=provenance,
             allow_amplify=self.allow_amplify,
         )
 
@@ -155,14 +156,14 @@ class Voting:
         return tally
 
     def _counted(self, algorithm: Algorithm1, samples: int) -> Tally:
-        """What the file has of these votes, or of those of the first few, which a search counted."""
+        """The tally that the file has of these votes, or of those of the first few, which a search counted."""
         tally = self.progress.read(_key(algorithm, samples), self.sampler.steps)
         if tally.samples == 0 and samples > self.few:
             tally = self.progress.read(_key(algorithm, self.few), self.sampler.steps)
         return tally
 
     def _error(self, indices: range, fault: SampleError) -> InputError | JobError:
-        """What is raised where one sample, or the batch as a whole, could not vote."""
+        """The error to raise where one sample, or the batch as a whole, could not vote."""
         if fault.row is None:
             samples = f"sample {indices[0]}" if len(indices) == 1 else f"samples {indices[0]} to {indices[-1]}"
             return JobError(
@@ -175,7 +176,7 @@ class Voting:
         )
 
     def cost(self) -> float:
-        """What one sample's vote costs in uncached samplings, by MACs; the paper says about 1.5."""
+        """Cost of one sample's vote in uncached samplings, by MACs; the paper says about 1.5."""
         steps, costs = self.sampler.steps, self.costs
         tried = max(0, steps - KEEP_FIRST - KEEP_LAST)
         original = costs[StepType.NO_CACHE]
@@ -197,7 +198,7 @@ class Voting:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What else tells this call from another: the model's sizes, the sampler, how many samples vote, prompts."""
+        """Fields that tell this call from another: the model's sizes, the sampler, how many samples vote, prompts."""
         return {
             "samples": len(self.labels),
             **{f"prompt {k}": prompt for k, prompt in enumerate(self.prompted.prompts)},

@@ -1,4 +1,4 @@
-"""From the words of a command line to one call of a command, with its arguments bound."""
+"""Parser of the command line: its words become one call of a command, with its arguments bound."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
     try:
         with redirect_stderr(report):
             commands = {name: _bound(command) for name, command in COMMANDS.items()}
-            chosen: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(commands, prog="ebcache-fast", args=words)
+            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(commands, prog="ebcache-fast", args=words)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -56,7 +56,7 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         _, framed, *_ = [*RULE.split(FRAME.sub("", report.getvalue())), ""]
         message = framed.strip(" .\n")
         raise InputError(f"{message}; ebcache-fast --help shows what there is") from None
-    return chosen
+    return call
 
 
 def _bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

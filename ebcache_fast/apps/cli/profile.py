@@ -47,15 +47,15 @@ def profile(
     from ebcache_fast.sampling import resolve_run
 
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
-    options, denoiser, chosen = engine_options(opened, fp8=fp8), as_denoiser(opened), open_table(table)
-    plan, sampler = resolve_run(denoiser, chosen, None, None, None)
+    options, denoiser, cache_table = engine_options(opened, fp8=fp8), as_denoiser(opened), open_table(table)
+    plan, sampler = resolve_run(denoiser, cache_table, None, None, None)
     draws = sampler.draws_noise
     check_run(denoiser, num_samples, num_samples, [plan], draws_noise=draws, cfg_scale=cfg_scale)
     timeline, written = profile_into(
         out,
         opened,
         labels_in_turn(num_samples, denoiser.num_classes),
-        chosen,
+        cache_table,
         names={"model": model, "table": table},
         eager=eager,
         trace=trace,

@@ -55,12 +55,12 @@ def sample(
 
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
     engine = Engine(opened, engine_options(opened, fp8=fp8))
-    chosen = None if table is None else open_table(table, num_sampling_steps)
+    cache_table = None if table is None else open_table(table, num_sampling_steps)
     run: dict[str, Any] = {"sampler": sampler}
     if sampler is None:
-        steps = num_sampling_steps or (DEFAULT_STEPS if chosen is None else len(chosen))
+        steps = num_sampling_steps or (DEFAULT_STEPS if cache_table is None else len(cache_table))
         run |= folder_run(model, ckpt, opened, steps)
-    plan, stepper = resolve_run(engine.denoiser, chosen, num_sampling_steps, run["sampler"], eps_scale)
+    plan, stepper = resolve_run(engine.denoiser, cache_table, num_sampling_steps, run["sampler"], eps_scale)
     count, draws = num_samples if text is None else len(text), stepper.draws_noise
     check_run(engine.denoiser, count, per_proc_batch_size, [plan], draws_noise=draws, cfg_scale=cfg_scale)
     labels = labels_of(text) if text is not None else labels_in_turn(num_samples, engine.denoiser.num_classes)
@@ -69,7 +69,7 @@ def sample(
             sample_dir,
             opened,
             labels,
-            table=chosen,
+            table=cache_table,
             steps=num_sampling_steps,
             **run,
             cfg_scale=cfg_scale,

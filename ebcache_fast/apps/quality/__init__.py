@@ -1,4 +1,4 @@
-"""How good samples are: distances to real data, diversity, contrast, recognition, error against uncached.
+"""Quality of samples: distances to real data, diversity, contrast, recognition, error against uncached.
 
 No single number is trusted: a Frechet distance on semantic features hardly notices that colour collapses, so
 a second one on texture features, the contrast, and the error against the uncached sample of the same noise

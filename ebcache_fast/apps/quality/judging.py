@@ -23,7 +23,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who sees the features of samples, and the real data that they are held against."""
+    """Judge of samples: an extractor of their features, and the real data that these are held against."""
 
     extract: FeatureExtractor
     reference: Reference

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class LetterFeatures(NamedTuple):
-    """What the classifier says of N images."""
+    """Features of N images, at two depths, and their logits."""
 
     semantic: Tensor  # (N, 128): the last layer's input, which letter it is
     texture: Tensor  # (N, 64): mean and deviation of each early channel, what it is made of

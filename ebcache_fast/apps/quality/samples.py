@@ -40,7 +40,7 @@ def paired_error(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def recognition(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far each sample is recognised, its largest logit (N, K) at its label (N,), integer: (N,) float64.
+    """Recognition of each sample, its largest logit (N, K) at its label (N,), integer: (N,) float64.
 
     1 or 0; and, so that no class is favoured, 1/n where n logits are the largest together and the label's is one of
     them, what a guess would get. Raises InputError for wrong shapes, a label outside 0..K-1, or a non-finite value.

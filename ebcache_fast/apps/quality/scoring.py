@@ -23,7 +23,7 @@ METADATA = frozenset({"format", "semantic_n", "texture_n", "contrast"})
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a classifier says about N pictures, in any floating dtype, on any device.
+    """Features of N pictures, as a classifier sees them, in any floating dtype, on any device.
 
     semantic (N, F1): its last layer before the logits. texture (N, F2): pooled statistics of an early layer.
     logits (N, K). contrast (N,): `contrast(images)`.
@@ -145,7 +145,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Scores:
-    """How n samples compare with the real data; hold their mean contrast against `Reference.contrast`."""
+    """Scores of n samples against the real data; hold their mean contrast against `Reference.contrast`."""
 
     fd_semantic: float
     fd_texture: float
@@ -158,7 +158,7 @@ class Scores:
 
 
 def score(features: Features, labels: Tensor, reference: Reference) -> Scores:
-    """Every score of N >= 4 samples with these labels (N,), integer, against the real data.
+    """Score N >= 4 samples with these labels (N,), integer, against the real data.
 
     Raises InputError for too few samples, labels that do not fit, or features from another extractor.
     """

@@ -1,4 +1,4 @@
-"""What stands behind a figure: its spread over seeds, and the error of a difference between two methods."""
+"""Spread of a figure over seeds, and the error of a difference between two methods."""
 
 import math
 import statistics
