@@ -5,7 +5,9 @@
 A model of DiT-XL/2's 28 layers and tiny width, one guided sample. Counted are every Triton launch and every ATen
 operation that is not a view, on any device; without a GPU the kernels run in Triton's interpreter. The plain loop calls
 ``forward_with_cfg`` of this package's own module of the original's layout, leaner than the original's code, and takes
-an eager DDPM step with learned-range variance, its coefficients plain numbers. It writes bench/results/launches.json.
+an eager DDPM step with learned-range variance, its coefficients plain numbers. Beside what was counted as it ran stands
+what programs say (`bench.program_launches`): of the same kinds of step, of the named tables and of steps that reuse
+some layers. It writes bench/results/launches.json.
 """
 
 import argparse
@@ -24,9 +26,10 @@ import triton
 from torch import Tensor, nn
 
 from bench.launch_count import Launches, count_trajectory, few_programs
+from bench.program_launches import by_kind, counted
 from bench.telemetry import telemetry
-from ebcache_fast.models import DiT
-from ebcache_fast.plan import StepType
+from ebcache_fast.models import DiT, as_denoiser
+from ebcache_fast.plan import Plan, StepType
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "bench" / "results" / "launches.json"
@@ -77,12 +80,16 @@ def measure(device: torch.device, layers: int) -> dict[str, Any]:
     """Every count, with its operations by name."""
     model = make_model(device, layers)
     before = plain_step(model, device)
+    shape = as_denoiser(model).shape
+    plan = Plan.from_types(TYPES, range(len(TYPES), 0, -1), shape.sites)
     with few_programs():
         engine = count_trajectory(model, TYPES)
     return {
         "layers": layers,
         "before": {part: told(counts) for part, counts in before.items()},
         "after": {name: told(engine[first]) for first, name in DISPATCHES.items()},
+        "by_program": by_kind(plan, shape),
+        **counted(),
     }
 
 
@@ -102,8 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "bench.launches", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT).returncode
     found = measure(device, args.layers)
-    for name, counted in (*found["before"].items(), *found["after"].items()):
-        print(f"{name}: {counted['launches']}")
+    for name, part in (*found["before"].items(), *found["after"].items()):
+        print(f"{name}: {part['launches']}")
+    for name, table in found["tables"].items():
+        print(f"{name}: {table['a_step']:.1f} a step")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found | {"telemetry": telemetry()}, indent=1) + "\n")
     return 0

@@ -3,6 +3,8 @@
 Counted are every Triton launch and every ATen operation that is not a view; 28 layers, as DiT-XL/2 has.
 """
 
+import json
+
 import pytest
 import torch
 from accuracy import DEVICE
@@ -10,8 +12,11 @@ from float8 import needs_float8
 from tiny import tiny_dit
 
 from bench.launch_count import count_trajectory, few_programs
+from bench.launches import OUT
+from bench.program_launches import by_kind, counted
 from ebcache_fast.engine.options import EngineOptions
-from ebcache_fast.plan import StepType
+from ebcache_fast.models import as_denoiser
+from ebcache_fast.plan import Plan, StepType
 
 NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 
@@ -34,6 +39,27 @@ def test_launches_are_what_the_formula_says(cfg_scale: float, sampler: str, dept
     model = tiny_dit(depth=depth, dtype=torch.float32).to(DEVICE)
     counts = count_trajectory(model, [NO, ATTENTION, ATTN_MLP, NO, ATTENTION, ATTN_MLP, ATTN_MLP], cfg_scale, sampler)
     assert {i: counts[i].total() for i in (3, 4, 5)} == {3: 7 * depth + 1, 4: 3 * depth + 2, 5: 2}, counts
+
+
+@pytest.mark.parametrize("types", [[NO, ATTENTION, ATTN_MLP, NO, ATTENTION, *[ATTN_MLP] * 4]])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_programs_say_what_is_launched(depth: int, types: list[StepType]) -> None:
+    model = tiny_dit(depth=depth, dtype=torch.float32).to(DEVICE)
+    shape = as_denoiser(model).shape
+    counts = count_trajectory(model, types)
+    said = by_kind(Plan.from_types(types, range(len(types), 0, -1), shape.sites), shape)
+    assert said == {
+        "NO_CACHE": counts[3].total(),
+        "ATTENTION": counts[4].total(),
+        "ATTN_MLP": counts[8].total(),
+        "a run of 3 ATTN_MLP": counts[5].total(),
+    }
+
+
+def test_the_readme_s_launches_are_those_of_programs() -> None:
+    report = json.loads(OUT.read_text())
+    assert report["by_program"] == {name: part["launches"] for name, part in report["after"].items()}
+    assert {name: report[name] for name in ("tables", "mixed_steps")} == counted()
 
 
 @needs_float8

@@ -33,8 +33,11 @@ def launches() -> str:
     forward, sampler = (report["before"][part]["launches"] for part in ("forward", "sampler"))
     before = ("plain loop: the model's forward + an eager DDPM step", f"{forward} + {sampler}")
     after = ((name, str(counted["launches"])) for name, counted in report["after"].items())
+    named = report["tables"]
+    means = ", ".join(f"{counts['a_step']:.0f}" for counts in named.values())
+    by_table = (f"a step in the mean, by table: {', '.join(f'`{name}`' for name in named)}", means)
     note = f"{report['layers']} layers, one guided sample; as a CUDA graph, each is one launch for the host."
-    return f"{table(('a step', 'launches'), [before, *after])}\n\n{note}"
+    return f"{table(('a step', 'launches'), [before, *after, by_table])}\n\n{note}"
 
 
 def host_cost() -> str:
