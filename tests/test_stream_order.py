@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[[ForwardTrajectory, Tensor], object]] = {
     "give": lambda run, x: run.give(torch.zeros(2), torch.zeros(2)),
     "predict": lambda run, x: run.predict(0, x),
     "refresh": lambda run, x: run.run_full(1, x),
-    "refresh_at": lambda run, x: run.refresh_at(0.5, x),
+    "run_full_at": lambda run, x: run.run_full_at(0.5, x),
 }
 
 

@@ -268,10 +268,10 @@ class CachedForward:
             trajectory.buffer_set.recompute(len(plan.steps) if step is None else step, t)
         run.calls += 1
         if step is None:
-            out = trajectory.refresh_at(t, call.x)
+            out = trajectory.run_full_at(t, call.x)
         else:
             run.hits += follows and plan.reading[step]
-            out = trajectory.predict(step, call.x, is_refresh=not follows)
+            out = trajectory.predict(step, call.x, is_full=not follows)
         if velocity is not None:  # which the engine can't scale, as it knows no schedule
             velocity.apply(out, call.x, t)
         return out

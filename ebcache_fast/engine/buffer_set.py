@@ -29,7 +29,7 @@ Programs = tuple[Program, ...]  # the same for this memory and this model: what 
 
 @dataclass(frozen=True)
 class Executable:
-    """Work that can run: all that is left to do for it is a call."""
+    """Runnable work: all that is left to do for it is a call."""
 
     run: Callable[[], None]
     run_eagerly: Callable[[], None]
@@ -77,18 +77,18 @@ class BufferSet:
 
     @property
     def graphs(self) -> int:
-        """How many there are."""
+        """Number of graphs captured over it."""
         return len(self._graphs)
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Dispatches], room: int, *, strict: bool) -> list[Executable]:
-        """Every piece of work, ready to run. Up to ``room`` graphs are captured, which spoils what the memory holds.
+        """Make all work ready to run; up to ``room`` graphs are captured, which spoils what the memory holds.
 
         What can't be captured will run eagerly, and is counted; CaptureError instead if ``strict``.
         """
         self._strict = strict
         float8 = frozenset[int]() if self._float8 is None else self._float8.sites
-        lowered = {work: tuple(self._lower(one, float8) for one in work) for work in dict.fromkeys(batches)}
+        lowered = {work: tuple(self._lower(dispatch, float8) for dispatch in work) for work in dict.fromkeys(batches)}
         for programs in lowered.values():
             if programs not in self._graphs and programs not in self._refused:
                 self._capture(programs, room, strict=strict)
@@ -127,7 +127,7 @@ class BufferSet:
         modulation.load_row(step, t)
 
     def as_of_now(self, executable: Executable) -> Executable:
-        """The same, but eagerly where its graph was captured under other settings or functions of torch than now's.
+        """Return it as it is, or eager if its graph was captured under other settings or functions of torch than now's.
 
         CaptureError instead if strict.
         """
@@ -185,8 +185,8 @@ class BufferSet:
     def _refuse(self, programs: Programs, why: str, error: Exception | None, *, strict: bool) -> None:
         if strict:
             raise CaptureError(f"a step is no CUDA graph: {why} ({error}); strict=False runs it eagerly") from error
-        if why not in self._counts.told:
-            self._counts.told.add(why)
+        if why not in self._counts.reported:
+            self._counts.reported.add(why)
             # As text: whoever keeps the record would keep the error, and with it the frames and this memory.
             logging.getLogger(__name__).warning("steps run eagerly, not as a CUDA graph: %s (%s)", why, str(error))
         self._refused[programs] = why

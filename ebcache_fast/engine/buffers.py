@@ -23,7 +23,7 @@ SPARE_ROWS = 1  # of modulation, after those of the plan: for a timestep that no
 
 @dataclass(frozen=True)
 class Tail:
-    """What the last operation of a step does with the predicted noise: hands it out, or takes the sampler's step."""
+    """Last operation of a step, on the predicted noise: hands it out, or takes the sampler's step."""
 
     update: bool = False  # takes the sampler's step; else the output is the caller's, as of the model's own forward
     noise: bool = False  # the sampler's step adds noise
@@ -32,13 +32,13 @@ class Tail:
 
     @classmethod
     def of_sampler(cls, coefficients: Tensor, noise: Tensor) -> Self:
-        """That of a sampler with these coefficients, (S, 6) or (S, 9), and this noise, none beyond entry 0 or more."""
+        """The tail of a sampler with coefficients (S, 6) or (S, 9), and noise unless that has entry 0 alone."""
         return cls(update=True, noise=len(noise) > 1, memory=coefficients.shape[1] > WITHOUT_MEMORY)
 
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """Whatever decides the sizes of a trajectory's memory: trajectories of equal specs can use it in turn."""
+    """Spec of a trajectory's memory, all that decides its sizes: trajectories of equal specs can use it in turn."""
 
     tail: Tail
     samples: int
@@ -89,7 +89,7 @@ class Buffers:
 
 
 def room_for(distinct: int, rows: int) -> int:
-    """For how many distinct conditions to make room, given so many now: of few numbers, so that memory is reused.
+    """Number of conditions to make room for, given so many distinct ones: one of few numbers, so that memory is reused.
 
     Under guidance half of the rows have the null label, so that half and one suffice.
     """

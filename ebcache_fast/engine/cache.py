@@ -1,4 +1,4 @@
-"""Where kept values live between steps: one tensor of slots."""
+"""Memory of kept values between steps: one tensor of slots."""
 
 from collections.abc import Iterable
 
@@ -32,7 +32,7 @@ class FeatureCache:
 
     @property
     def shape(self) -> torch.Size:
-        """That of a slot, (N, T, D)."""
+        """Shape of a slot, (N, T, D)."""
         return self._slots.shape[1:]
 
     @property
@@ -42,7 +42,7 @@ class FeatureCache:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it consists of."""
+        """Tensors that it consists of."""
         return (self._slots,)
 
     def slot(self, slot: Slot) -> Tensor:
@@ -59,7 +59,7 @@ class FeatureCache:
         return self._memory.column_of(term)
 
     def slots(self, first: Slot, count: int) -> Tensor:
-        """So many live slots from this one on, (count, N, T, D)."""
+        """View of ``count`` live slots, from ``first`` on, (count, N, T, D)."""
         place = self._memory.place_of(first) or 0
         return self._slots[place : place + count]
 

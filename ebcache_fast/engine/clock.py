@@ -1,4 +1,4 @@
-"""Which step is at hand: a count on the device, which the operations of a step hand on to each other."""
+"""Count of steps on the device, which the operations of a step hand on to each other."""
 
 import torch
 from torch import Tensor
@@ -33,5 +33,5 @@ class StepClock:
         self._next.fill_(step)
 
     def last(self, steps: int) -> StepIndex:
-        """Where a program's last operation reads, after which ``steps`` are done."""
+        """The place that a program's last operation reads at, after which ``steps`` are done."""
         return self.here._replace(advance=Advance(self._next, steps))

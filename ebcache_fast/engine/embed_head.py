@@ -34,13 +34,13 @@ class Pending:
 
 
 class EmbedHead(Protocol):
-    """What a step begins and ends with; see the operations of the same names in `ebcache_fast.ops.reference`.
+    """First and last operations of a step; see those of the same names in `ebcache_fast.ops.reference`.
 
     The stream h, and u and sums alike, is (R, T, D), or (R * T, 1, D) where each token has a condition of its own.
     """
 
     def embed(self, x: Tensor, h: Tensor) -> None:
-        """Tokens of x (B, C, H, W) into h."""
+        """Write the tokens of x (B, C, H, W) into h."""
         ...
 
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: StepIndex, h: Tensor, u: Tensor) -> None:
@@ -48,7 +48,7 @@ class EmbedHead(Protocol):
         ...
 
     def predict(self, h: Tensor, pending: Pending, norm: Norm, at: StepIndex, guide: GuidanceArgs, out: Tensor) -> None:
-        """The guided and scaled output into out (R, Cout, H, W)."""
+        """Write the guided and scaled output into out (R, Cout, H, W)."""
         ...
 
     def update(
@@ -60,7 +60,7 @@ class EmbedHead(Protocol):
     def run_update(
         self, x: Tensor, sums: Tensor, norm: Norm, at: StepIndex, guide: GuidanceArgs, update: Update
     ) -> None:
-        """As many whole ATTN_MLP steps on x in place as there are gated sums, each of h's shape."""
+        """Run a whole ATTN_MLP step on x in place for each of the gated sums, each of h's shape."""
         ...
 
 
@@ -99,7 +99,7 @@ class FusedEmbedHead:
 
 
 class JointEmbedHead(FusedEmbedHead):
-    """The same where text tokens stand before those of the latents, and only these have a head."""
+    """Fused embedding and head of models where text tokens stand before the latents', which alone have a head."""
 
     def embed(self, x: Tensor, h: Tensor) -> None:
         rows = self._rows(h)  # (R, T, D)
@@ -133,7 +133,7 @@ class JointEmbedHead(FusedEmbedHead):
         _run_one_by_one(self, x, sums, norm, at, guide, update)
 
     def _finished(self, h: Tensor, pending: Pending, at: StepIndex) -> tuple[Tensor, StepIndex]:
-        """What the head takes (R, T - text, D), and where each of its rows reads."""
+        """The head's tokens (R, T - text, D), and the place that each of its rows reads at."""
         if pending.branches:
             self._operations.gated_residual(h, pending.branches, pending.gates, StepIndex(at.step, at.row_of))
         rows = self._rows(h)

@@ -40,9 +40,11 @@ class Batch(NamedTuple):
     context: Conditioning = ()  # of R rows
 
     def with_own_context(self) -> Self:
-        """With a copy of the context, so that a run keeps no tensor of its caller's alive."""
+        """Return it with a copy of the context, so that a run keeps no tensor of its caller's alive."""
         make: Any = getattr(type(self.context), "_make", tuple)
-        return self._replace(context=make(None if one is None else one.detach().clone() for one in self.context))
+        return self._replace(
+            context=make(None if tensor is None else tensor.detach().clone() for tensor in self.context)
+        )
 
 
 class Engine:
@@ -74,10 +76,10 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What happened since this engine was made."""
+        """Counts of all that ran since this engine was made."""
         sets = self._sets
         return self.counts.snapshot(
-            graphs=sum(one.graphs for one in sets),
+            graphs=sum(buffer_set.graphs for buffer_set in sets),
             cache_bytes=self._cache_bytes,
             operations=(self._operations or self._selected).implementations() | self._runs_otherwise,
         )
@@ -151,7 +153,7 @@ class Engine:
 
     @property
     def operations(self) -> ops.Operations:
-        """What runs the fused operations."""
+        """The fused operations that it runs: those it was given, or those that were selected."""
         return self._operations or self._selected.operations
 
     def _lease(self, plan: Plan, batch: Batch, tail: Tail) -> BufferSet:
@@ -168,10 +170,10 @@ class Engine:
                 memory=plan.memory,
                 flags=Flags.now(batch.row_labels.device),
                 latents=batch.latents,
-                context=tuple(None if one is None else (one.shape, one.dtype) for one in batch.context),
+                context=tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in batch.context),
                 float8=self.options.fp8,
             )
-            buffer_set = next((one for one in reversed(self._idle) if one.spec == spec), None)
+            buffer_set = next((idle for idle in reversed(self._idle) if idle.spec == spec), None)
             if buffer_set is None:
                 self._make_room()
                 self._keep_to_the_limit(spec, denoiser)
@@ -205,7 +207,7 @@ class Engine:
         }
 
     def _in_float8(self) -> str:
-        """Which products run so."""
+        """Account of the products that run in float8, in a few words."""
         if not self.options.fp8:
             return "nothing: fp8=False"
         executable, shape = len(ready_sites(self.model)), self.denoiser.shape
@@ -253,7 +255,7 @@ class Engine:
             return make()
 
     def _python_in_the_way(self, spec: BufferSpec) -> str | None:
-        """What a graph would leave out, or keep as it was when captured."""
+        """Reason to run eagerly, in a few words: Python that a graph would leave out, or keep as it was; or None."""
         if self._made_of.watched:
             return "the model's layers have hooks"
         if spec.flags.autocast:
@@ -269,7 +271,7 @@ class Engine:
         return buffer_set.prepare(batches, self._room_for_graphs(), strict=self.options.strict)
 
     def _room_for_graphs(self) -> int:
-        return self.options.max_graphs - sum(one.graphs for one in self._sets)
+        return self.options.max_graphs - sum(buffer_set.graphs for buffer_set in self._sets)
 
     @property
     def _sets(self) -> list[BufferSet]:
@@ -277,4 +279,4 @@ class Engine:
 
     @property
     def _cache_bytes(self) -> int:
-        return sum(one.buffers.cache.nbytes for one in self._sets)
+        return sum(buffer_set.buffers.cache.nbytes for buffer_set in self._sets)

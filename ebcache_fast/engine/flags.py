@@ -1,4 +1,4 @@
-"""How torch computes, and by which functions. A graph keeps both as they were when it was captured."""
+"""Global flags and functions of torch that change results; a graph keeps both as they were when it was captured."""
 
 import sys
 from collections.abc import Callable
@@ -48,7 +48,10 @@ DISPATCH, EMBEDDINGS = "diffusers.models.attention_dispatch", "diffusers.models.
 
 
 class Flags(NamedTuple):
-    """All of it that decides what a step computes, or how exactly."""
+    """Global torch flags that change results (autocast, TF32, reduced-precision sums, SDPA backends), and functions.
+
+    A part of a graph's key.
+    """
 
     autocast: tuple[object, ...]  # nothing where it is off
     settings: tuple[object, ...]
@@ -57,7 +60,7 @@ class Flags(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> Self:
-        """As it is set for this device."""
+        """The flags as they are set now for this device."""
         kind = device.type
         casts = torch.is_autocast_enabled(kind)
         autocast = (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if casts else ()
@@ -69,7 +72,7 @@ class Flags(NamedTuple):
 
 
 def _of_diffusers() -> Functions:
-    """What attention processors of diffusers find: the backend that is active, and how it is called."""
+    """Functions that attention processors of diffusers find: the active backend's, and how it is called."""
     dispatch = sys.modules.get(DISPATCH)
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)

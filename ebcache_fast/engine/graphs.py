@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Graph(Protocol):
-    """Captured work."""
+    """Captured work that can be replayed."""
 
     def replay(self) -> None:
         """Run it on the current stream, over what its memory holds now."""
@@ -18,7 +18,7 @@ class Graph(Protocol):
 
 
 class Graphs(Protocol):
-    """What captures."""
+    """Capturer of graphs over one set of buffers."""
 
     def capture(self, body: Callable[[], None], static: Sequence[Tensor]) -> Graph:
         """Capture ``body``, which ran at least once before, and touches no memory older than itself but ``static``.
@@ -61,7 +61,7 @@ class CudaGraphs:
 
 
 def cuda_graphs(device: torch.device) -> Graphs | None:
-    """What captures on a device; None where nothing does."""
+    """The capturer for a device; None where nothing can be captured."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 

@@ -30,7 +30,7 @@ class Guidance:
 
     @property
     def active(self) -> bool:
-        """Whether unconditional rows are needed."""
+        """True if unconditional rows are needed."""
         return self.scale != 1.0
 
     def row_labels(self, denoiser: Denoiser, labels: Tensor) -> Tensor:

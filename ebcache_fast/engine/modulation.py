@@ -14,7 +14,7 @@ Factors = Sequence[Sequence[float]]  # of each step, of each extra term
 
 
 def count_distinct(conditions: Tensor) -> int:
-    """How many different numbers (N,) there are."""
+    """Number of different conditions (N,); waits for the device."""
     return len(torch.unique(conditions))
 
 
@@ -50,7 +50,7 @@ class ModulationTable:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it consists of."""
+        """Tensors that it consists of."""
         return self._vectors, self.head, self.row_of
 
     def load(
@@ -73,7 +73,7 @@ class ModulationTable:
 
     @property
     def context(self) -> Conditioning:
-        """That of the last `load`."""
+        """Conditioning of the last `load`."""
         return self._context
 
     def load_row(self, step: int, t: float) -> None:

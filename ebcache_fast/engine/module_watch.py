@@ -1,4 +1,4 @@
-"""What a model is made of right now, so that a graph or a table made from it can tell whether it still holds."""
+"""State of a model's modules and weights, so that a graph or a table made from it can tell whether it still holds."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -37,7 +37,7 @@ class ModuleState(NamedTuple):
 
     @property
     def code(self) -> Columns:
-        """What Python its layers and weights run and with which numbers, but for hooks: the first of its parts."""
+        """The Python that its layers and weights run, and with which numbers, but for hooks: the first of its parts."""
         return self.parts[:6]
 
 
@@ -55,7 +55,7 @@ class Watch:
         self._seen: ModuleState | None = None
 
     def look(self) -> ModuleState:
-        """What it is made of now; the very object of the last look where that is the same."""
+        """The state of the model now; the very object of the last look where nothing changed."""
         if self._tree is None or _look_at(self._tree) != self._seen:
             self._tree = _Tree.of(self._model)
             self._seen = _look_at(self._tree)
@@ -75,23 +75,23 @@ class _Tree(NamedTuple):
     def of(cls, model: nn.Module) -> "_Tree":
         modules = [module for _, module in walk(model)]
         insides = list(map(vars, modules))
-        processors = [one for one in map(dict.get, insides, repeat("processor")) if one is not None]
+        processors = [processor for processor in map(dict.get, insides, repeat("processor")) if processor is not None]
         # A linear layer's sizes are its weight's. Names with a _ are bookkeeping, but those of processors.
-        found = [(_plain_in(vars(one), hidden=False), vars(one)) for one in modules if type(one) is not nn.Linear]
-        found += [(_plain_in(vars(one), hidden=True), vars(one)) for one in processors if hasattr(one, "__dict__")]
+        found = [(_plain_in(vars(part), hidden=False), vars(part)) for part in modules if type(part) is not nn.Linear]
+        found += [(_plain_in(vars(part), hidden=True), vars(part)) for part in processors if hasattr(part, "__dict__")]
         getters = [itemgetter(*names) for names, _ in found if names]
         functions = _functions_of(dict.fromkeys(map(type, [*modules, *processors])))
         return cls(modules, insides, getters, [inside for names, inside in found if names], functions)
 
 
 def _functions_of(kinds: Iterable[type]) -> list[Callable[[], Any]]:
-    """What finds the methods of classes, and the functions that these call by a global name."""
+    """Getters of the methods of classes, and of the functions that these call by a global name."""
     found: list[Callable[[], Any]] = []
     called: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}  # of each file's globals, the names
     for kind in kinds:
         bases = takewhile(lambda base: base not in BASES, kind.__mro__)
-        own = [(name, getattr(one, "__func__", one)) for base in bases for name, one in vars(base).items()]
-        methods = [(name, one) for name, one in own if isinstance(one, FunctionType)]
+        own = [(name, getattr(member, "__func__", member)) for base in bases for name, member in vars(base).items()]
+        methods = [(name, member) for name, member in own if isinstance(member, FunctionType)]
         usual = ("__call__", "forward") if issubclass(kind, nn.Module) else ("__call__",)
         found.append(partial(attrgetter(*dict.fromkeys((*usual, *(name for name, _ in methods)))), kind))
         for _, method in methods:
@@ -116,11 +116,18 @@ def _look_at(tree: _Tree) -> ModuleState | None:
     below = chain.from_iterable(map(dict.values, filter(None, children)))
     # The model's own hooks run around a graph, and its own forward may be the one that asks.
     forwards = list(map(dict.get, insides[1:], repeat("forward")))
-    hooked = any(hooks[1:]), any(pre_hooks[1:])
-    python = [list(map(len, each[1:])) if some else () for some, each in zip(hooked, (hooks, pre_hooks), strict=True)]
+    have_hooks = any(hooks[1:]), any(pre_hooks[1:])
+    python = [
+        list(map(len, registered[1:])) if some else ()
+        for some, registered in zip(have_hooks, (hooks, pre_hooks), strict=True)
+    ]
     others = forwards.count(None) < len(forwards) and any(map(has_another_forward, tree.modules[1:]))
     classes = list(map(type, tensors))
-    plain = tensors if PLAIN_TENSORS.issuperset(classes) else [one for one in tensors if type(one) in PLAIN_TENSORS]
+    plain = (
+        tensors
+        if PLAIN_TENSORS.issuperset(classes)
+        else [tensor for tensor in tensors if type(tensor) in PLAIN_TENSORS]
+    )
     strides = map(Tensor.stride, plain)
     memory = map(Tensor.data_ptr, plain), strides, map(attrgetter("dtype"), plain)
     processors = map(dict.get, insides, repeat("processor"))  # what attention of diffusers lets compute in its place
@@ -139,10 +146,12 @@ def _look_at(tree: _Tree) -> ModuleState | None:
             versions = list(map(attrgetter("_version"), tensors))
         except RuntimeError:  # inference tensors have none
             versions = [tensor._version for tensor in tensors if not tensor.is_inference()]
-    return ModuleState(parts, [*versions, *adapters], others or any(hooked))
+    return ModuleState(parts, [*versions, *adapters], others or any(have_hooks))
 
 
 def _adapters(insides: Sequence[dict[str, Any]]) -> list[Any]:
-    """Whether and how much each of peft's adapters counts, which are plain numbers beside its weights."""
+    """States of peft's adapters, on or off and how strong, which are plain numbers beside its weights."""
     layers = [inside for inside in insides if inside.get("_disable_adapters") is not None]
-    return [(one["_disable_adapters"], str(one.get("_active_adapter")), str(one.get("scaling"))) for one in layers]
+    return [
+        (layer["_disable_adapters"], str(layer.get("_active_adapter")), str(layer.get("scaling"))) for layer in layers
+    ]

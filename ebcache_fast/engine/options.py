@@ -1,4 +1,4 @@
-"""How an engine is to run."""
+"""Options of an engine."""
 
 from dataclasses import InitVar, dataclass
 
@@ -10,7 +10,7 @@ from ebcache_fast.models.float8 import check_float8
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine runs; none of it but fp8 changes a result.
+    """Options of an engine; none of them but fp8 changes a result.
 
     strict: what would be counted as a fallback raises instead: CaptureError or TrajectoryError.
     whole_trajectory: our own loop is one graph, instead of one for each kind of step.

@@ -82,7 +82,7 @@ class Runner:
         """Guided and scaled output for latents x (B, C, H, W) -> out (R, Cout, H, W), in x's dtype."""
 
         def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
-            self._ends.predict(h, pending, self._head_norm(), at, self._guide, out)
+            self._embed_head.predict(h, pending, self._head_norm(), at, self._guide, out)
 
         self._launch_all(program, _Step(x, cache, 1, head, _never, self._buffer("h")))
 
@@ -90,10 +90,10 @@ class Runner:
         """All steps of a program, the sampler's included, on x (B, C, H, W) in place."""
 
         def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
-            self._ends.update(x, h, pending, self._head_norm(), at, self._guide, update)
+            self._embed_head.update(x, h, pending, self._head_norm(), at, self._guide, update)
 
         def run(sums: Tensor, at: StepIndex) -> None:
-            self._ends.run_update(x, sums, self._head_norm(), at, self._guide, update)
+            self._embed_head.run_update(x, sums, self._head_norm(), at, self._guide, update)
 
         self._launch_all(program, _Step(x, cache, program.steps, head, run, self._buffer("h")))
 
@@ -108,11 +108,11 @@ class Runner:
         self._table[last.name](last, step, self.clock.last(program.steps))
 
     def _embed(self, launch: Launch, step: _Step, at: StepIndex) -> None:
-        self._ends.embed(step.x, self._buffer("h"))
+        self._embed_head.embed(step.x, self._buffer("h"))
 
     def _embed_norm(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         h, step.u, step.quantised = self._buffer("h"), self._buffer("u"), None
-        self._ends.embed_norm_modulate(step.x, self._norm(launch), at, h, step.u)
+        self._embed_head.embed_norm_modulate(step.x, self._norm(launch), at, h, step.u)
 
     def _residual(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         pending = self._pending(launch.terms, step)
@@ -156,15 +156,15 @@ class Runner:
         values = self._value(launch.sources[0], step)
         scores = self._workspace.buffer("scores", *values.shape[:2])
         torch.linalg.vector_norm(values, dim=2, out=scores)
-        self._operations.select_tokens(scores, launch.tokens, self._chosen(launch, len(values)))
+        self._operations.select_tokens(scores, launch.tokens, self._indices(launch, len(values)))
 
     def _gather(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         u, _ = self._of_tokens(launch)
-        self._operations.gather_tokens(step.u.view(len(u), -1, u.shape[2]), self._chosen(launch, len(u)), u)
+        self._operations.gather_tokens(step.u.view(len(u), -1, u.shape[2]), self._indices(launch, len(u)), u)
 
     def _scatter(self, launch: Launch, step: _Step, at: StepIndex) -> None:
-        _, made = self._of_tokens(launch)
-        self._operations.scatter_tokens(made, self._chosen(launch, len(made)), self._value(launch.out, step))
+        _, out = self._of_tokens(launch)
+        self._operations.scatter_tokens(out, self._indices(launch, len(out)), self._value(launch.out, step))
 
     def _copy(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         self._operations.copy(self._value(launch.sources[0], step), self._value(launch.out, step))
@@ -181,11 +181,11 @@ class Runner:
             return self._workspace.buffer(f"{slot.meaning} {slot.first} {slot.last}", *step.cache.shape)
         return step.cache.slot(slot)
 
-    def _chosen(self, launch: Launch, rows: int) -> Tensor:
-        return self._workspace.buffer("chosen", rows, launch.tokens, dtype=torch.int32)
+    def _indices(self, launch: Launch, rows: int) -> Tensor:
+        return self._workspace.buffer("indices", rows, launch.tokens, dtype=torch.int32)
 
     def _of_tokens(self, launch: Launch) -> tuple[Tensor, Tensor]:
-        """Input and output of a branch over its chosen tokens, (R, k, D) each."""
+        """Input and output of a branch over the selected tokens, (R, k, D) each."""
         shape = self._rows, launch.tokens, self._stream_shape[2]
         return self._workspace.buffer("u of tokens", *shape), self._workspace.buffer("output of tokens", *shape)
 
@@ -216,11 +216,11 @@ class Runner:
         return self._modulation.norm(launch.site, cast(nn.LayerNorm, self._denoiser.norm(self._sites[launch.site])))
 
     def _float8_of(self, launch: Launch) -> Float8Branches | None:
-        """What runs a site's branch in float8, if it is to."""
+        """The branches in float8, if they run this site's; else None."""
         return self._float8 if self._float8 is not None and self._float8.takes(self._sites[launch.site]) else None
 
     @property
-    def _ends(self) -> EmbedHead:
+    def _embed_head(self) -> EmbedHead:
         return embed_head_of(self._denoiser, self._operations, self._constants)
 
     def _head_norm(self) -> Norm:
@@ -234,4 +234,4 @@ class Runner:
 
 
 def _never(sums: Tensor, at: StepIndex) -> None:
-    """What a step whose output is wanted does with sums of several: there are none."""
+    """Do nothing: a step whose output is wanted makes no sums of several steps."""

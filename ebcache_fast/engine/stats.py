@@ -1,4 +1,4 @@
-"""What an engine did, counted."""
+"""Counts of what an engine did."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def _times(number: int) -> str:
 
 
 class Ran(NamedTuple):
-    """What is counted of steps that ran at once."""
+    """Steps that ran at once, as they are counted."""
 
     names: tuple[str, ...]  # the type of each
     hits: int
@@ -60,14 +60,14 @@ class Ran(NamedTuple):
 
 @dataclass
 class Counts:
-    """Where the engine and its buffer sets count."""
+    """Counters of an engine and its buffer sets."""
 
     ran: Counter[Ran] = field(default_factory=Counter)
     trajectories: int = 0
-    told: set[str] = field(default_factory=set)  # reasons to run eagerly that were logged
+    reported: set[str] = field(default_factory=set)  # reasons to run eagerly that were logged
 
     def snapshot(self, graphs: int, cache_bytes: int, operations: Mapping[str, str]) -> Stats:
-        """What was counted so far."""
+        """Stats of what was counted so far."""
         steps, eager = Counter[str](), Counter[str]()
         counted = list(self.ran.items())  # another thread may be counting
         for ran, times in counted:

@@ -1,4 +1,4 @@
-"""Which step runs now: by its place in our own loop, by its timestep in anybody else's."""
+"""Choice of the step that runs now: by its place in our own loop, by its timestep in anybody else's."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,7 @@ NEAR, HALF = 0.5, 2.0**-8  # of timesteps; what bfloat16 rounds off, at most
 
 
 class Dispatch(NamedTuple):
-    """What is run at once; of one kind, wherever it begins, there is one graph."""
+    """Steps that are run at once; of one kind, wherever it begins, there is one graph."""
 
     plan: StepPlan
     steps: int  # more than one only of steps of which nothing but a sum is left
@@ -25,7 +25,7 @@ class StepScheduler:
         self.step_at: Callable[[float], int | None] = self._step_at.get
 
     def near_miss(self, t: float) -> str:
-        """What to add where ``t`` is none of the plan's and all but one of them, as half precision makes it; else "".
+        """Advice where ``t`` is none of the plan's and all but one of them, as half precision makes it; else "".
 
         Timesteps are compared to the last bit: at another one the model computes another thing.
         """

@@ -12,7 +12,7 @@ from ebcache_fast.errors import TrajectoryError
 
 
 class Prediction(NamedTuple):
-    """What a sampler needs of a step, both (N, C, H, W); ``variance`` is None where a model learned none."""
+    """Outputs that a sampler needs of a step, both (N, C, H, W); ``variance`` is None where a model learned none."""
 
     eps: Tensor
     variance: Tensor | None
@@ -69,25 +69,25 @@ class ForwardTrajectory:
         with torch.inference_mode(mode=False):  # else only that mode could write to it
             self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=buffer_set.buffers.x.is_cuda)
 
-    def predict(self, step: int, x: Tensor, *, is_refresh: bool = False) -> Tensor:
+    def predict(self, step: int, x: Tensor, *, is_full: bool = False) -> Tensor:
         """The planned step for latents x (N, C, H, W) -> (R, Cout, H, W) in x's dtype, the caller's to keep.
 
-        ``is_refresh``: everything is computed and stored, whatever was planned.
+        ``is_full``: everything is computed and stored, whatever was planned.
         """
         self.buffer_set.streams.join()
         buffers = self.buffer_set.buffers
         buffers.x.copy_(x[: len(buffers.x)])
         # The first of every plan computes everything.
-        self.buffer_set.run(self._executable[0 if is_refresh else step], step)
+        self.buffer_set.run(self._executable[0 if is_full else step], step)
         out = buffers.out
         return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
 
     def run_full(self, step: int, x: Tensor) -> Tensor:
         """`predict` with everything computed and stored."""
-        return self.predict(step, x, is_refresh=True)
+        return self.predict(step, x, is_full=True)
 
     @torch.no_grad()
-    def refresh_at(self, t: float, x: Tensor) -> Tensor:
+    def run_full_at(self, t: float, x: Tensor) -> Tensor:
         """`run_full` at a timestep that is not in the plan."""
         self._joined().modulation.load_row(len(self._executable), t)
         return self.run_full(len(self._executable), x)
@@ -106,7 +106,7 @@ class ForwardTrajectory:
         self._joined().guard.give(t, y)
 
     def is_broken(self, *, wait: bool) -> bool:
-        """Whether the device found a call that was not the planned one: by now, or without waiting by a while ago."""
+        """True if the device found a call that was not the planned one: by now if ``wait``, else by a while ago."""
         broken = self.buffer_set.buffers.guard.broken
         if wait:
             return bool(broken)

@@ -13,7 +13,7 @@ class Workspace:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What there is so far."""
+        """Buffers that there are so far."""
         return tuple(self._buffers.values())
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

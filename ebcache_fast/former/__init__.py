@@ -1,4 +1,4 @@
-"""Where modules stood, and what names were: both keep working for one release, with a warning.
+"""Former paths of modules, and former names in them: both keep working for one release, with a warning.
 
 `import ebcache_fast.presets` gives the very module `ebcache_fast.apps.bundled`. This folder goes with that release.
 """
@@ -101,7 +101,7 @@ class FormerModules(MetaPathFinder, Loader):
         return None if moved(fullname) is None else ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """None: an empty module, in the place of which the moved one is put."""
+        """Leave it to Python to make an empty module, in the place of which the moved one is put."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the moved module where the former one is looked for, with the names that it had."""
@@ -116,7 +116,7 @@ class FormerModules(MetaPathFinder, Loader):
 
 
 def moved(name: str) -> str | None:
-    """Where a module of this former name stands; None of a name that is not a former one."""
+    """Full name by now of a module of this former name; None of a name that is not a former one."""
     parts = name.removeprefix(f"{PACKAGE}.").split(".") if name.startswith(f"{PACKAGE}.") else []
     for end in range(len(parts), 0, -1):
         if (now := MODULES.get(".".join(parts[:end]))) is not None:
@@ -125,7 +125,7 @@ def moved(name: str) -> str | None:
 
 
 def former_name(module: str, name: str) -> Any:
-    """What a module calls otherwise by now, with a warning; AttributeError for a name that it never had."""
+    """The object that a module calls otherwise by now, with a warning; AttributeError for a name that it never had."""
     if name not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     warn(f"{module}.{name}", f"{module}.{NAMES[name]}", stacklevel=4)
@@ -133,7 +133,10 @@ def former_name(module: str, name: str) -> Any:
 
 
 def former_home(module: str, name: str, now: str, names: Iterable[str]) -> Any:
-    """What a module had until it became a folder, these names, with a warning; ``now`` is the module in that folder."""
+    """The object that a module had until it became a folder, with a warning; AttributeError unless it is in ``names``.
+
+    now: the module in that folder which has it.
+    """
     if name not in names:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     warn(f"{module}.{name}", f"{module}.{now}.{name}", stacklevel=4)
@@ -146,6 +149,6 @@ def warn(former: str, now: str, *, stacklevel: int = 3) -> None:
 
 
 def install() -> None:
-    """Have former modules found; once, however often the package is imported."""
+    """Put the finder of former modules in place; once, however often the package is imported."""
     if not any(type(finder).__name__ == FormerModules.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, FormerModules())  # before whatever else finds parts of the package
