@@ -559,7 +559,7 @@ BAD_INPUT = [
     ("calibrate --out .", ". is a folder; name a file in it"),
     # compare
     ("compare --methods", "no method was given; name at least one"),
-    ("compare --methods nope", "method 'nope' is unknown; choose from no-cache, table:FILE_OR_NAME, fora:N"),
+    ("compare --methods nope", "method 'nope' is unknown; choose from no-cache, table:FILE_OR_NAME, steps:N"),
     ("compare --per-proc-batch-size 0", "batch_size=0 is below 1"),
     ("compare --cfg-scale nan", r"cfg_scale=nan is outside \[0, inf\)"),
     ("compare --num-sampling-steps 0", r"steps=0 is outside \[1, 1000\]"),

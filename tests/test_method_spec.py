@@ -13,6 +13,7 @@ from ebcache_fast.errors import EBCacheError, InputError, TableError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.plan.table import CacheTable, SamplerSpec
+from ebcache_fast.policies import BUILT_IN
 
 NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 T4 = (999, 666, 333, 0)
@@ -50,7 +51,7 @@ def test_a_plan_fits_the_model() -> None:
 
 
 def test_every_method_says_how_it_is_written() -> None:
-    assert [usage.partition(":")[0] for usage in USAGES] == [*METHODS, "MODULE", "FILE.py"]
+    assert [usage.partition(":")[0] for usage in USAGES] == [*METHODS, *BUILT_IN, "MODULE", "FILE.py"]
 
 
 def test_a_table_by_name_and_by_file(tmp_path: Path) -> None:

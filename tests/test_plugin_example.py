@@ -14,6 +14,7 @@ from ebcache_fast.apps.method_spec import METHODS, Setting, parse_method
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, registry
+from ebcache_fast.policies import BUILT_IN
 from ebcache_fast.policies.registry import RESERVED, PolicyRegistry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +25,8 @@ def setting() -> Setting:
 
 
 def test_no_policy_takes_a_name_of_compare() -> None:
-    assert set(METHODS) == RESERVED
-    for name in METHODS:
+    assert {*METHODS, *BUILT_IN} == RESERVED
+    for name in RESERVED:
         with pytest.raises(TableError, match=f"^policy '{name}': the name is taken by compare; register it"):
             PolicyRegistry().register(name)(lambda timesteps, shape: None)
     with pytest.raises(TableError, match=r"^policy 'x': expected a function .* got 3"):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.plan.table import CacheTable, named_tables
 from ebcache_fast.plan.table_file import is_npy, naming
 from ebcache_fast.plan.table_set import TableSet, load_tables
-from ebcache_fast.policies import fora
+from ebcache_fast.policies import BUILT_IN
 from ebcache_fast.policies.registry import POLICIES, Policy
 from ebcache_fast.samplers import make_sampler, sampler_over
 from ebcache_fast.samplers.schedule import TRAIN_STEPS, NoiseSchedule
@@ -53,6 +54,8 @@ def parse_method(text: str, setting: Setting) -> Method:
     try:
         if name in METHODS:
             return METHODS[name](argument, setting)
+        if name in BUILT_IN:
+            return Method(text, BUILT_IN[name](setting.timesteps, setting.shape, argument), setting.sampler)
         if (policy := _policy(text, name, argument)) is not None:
             return _called(text, text, _with(policy, argument), setting)
         return _called(text, f"{argument} of {name}", partial(_own, name, argument), setting)
@@ -108,10 +111,6 @@ def _no_cache(argument: str, setting: Setting) -> Method:
     if argument:
         raise ValueError("it takes no argument")
     return Method(f"No cache, {setting.steps} steps", setting.uncached(setting.steps), setting.sampler)
-
-
-def _fora(argument: str, setting: Setting) -> Method:
-    return Method(f"FORA, N={argument}", fora(setting.timesteps, float(argument), setting.shape), setting.sampler)
 
 
 def _steps(argument: str, setting: Setting) -> Method:
@@ -200,6 +199,10 @@ def _plan_of(table: CacheTable | Plan, name: str, setting: Setting) -> Plan:
 
 
 METHODS: Final[Mapping[str, Callable[[str, Setting], Method]]] = MappingProxyType(
-    {"no-cache": _no_cache, "table": _table, "fora": _fora, "steps": _steps, "eps-scale": _eps_scale}
+    {"no-cache": _no_cache, "table": _table, "steps": _steps, "eps-scale": _eps_scale}
 )
-USAGES = ("no-cache", "table:FILE_OR_NAME", "fora:N", "steps:N", "eps-scale:B", "MODULE:FUNCTION", "FILE.py:FUNCTION")
+USAGES: Final = (
+    *("no-cache", "table:FILE_OR_NAME", "steps:N", "eps-scale:B"),
+    *(f"{name}:{[*inspect.signature(policy).parameters][-1].upper()}" for name, policy in BUILT_IN.items()),
+    *("MODULE:FUNCTION", "FILE.py:FUNCTION"),
+)

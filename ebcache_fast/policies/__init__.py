@@ -1,5 +1,15 @@
 """Policies: each a function that returns a Plan without running a model."""
 
-from ebcache_fast.policies.fora import fora, fora_at_cost
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
 
-__all__ = ["fora", "fora_at_cost"]
+from ebcache_fast.plan import ModelShape, Plan
+from ebcache_fast.policies.fora import fora, fora_at_cost, fora_of
+
+__all__ = ["BUILT_IN", "fora", "fora_at_cost"]
+
+# By the name that commands call them by: functions of timesteps, shape and an argument as it is written.
+BUILT_IN: Final[Mapping[str, Callable[[tuple[float, ...], ModelShape, str], Plan]]] = MappingProxyType(
+    {"fora": fora_of}
+)

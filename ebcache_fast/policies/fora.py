@@ -26,6 +26,11 @@ def fora(timesteps: tuple[float, ...], interval: float, shape: ModelShape, eps_s
     return Plan.from_types(types, timesteps, shape.sites, eps_scale)
 
 
+def fora_of(timesteps: tuple[float, ...], shape: ModelShape, n: str) -> Plan:
+    """Make `fora`'s plan of the interval that ``n`` spells; ValueError for what is no number."""
+    return fora(timesteps, float(n), shape)
+
+
 def fora_at_cost(timesteps: tuple[float, ...], macs: int, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
     """The FORA plan to compare at equal cost: as near ``macs`` a row as an interval allows, of two the cheaper."""
     last = max(1, len(timesteps) - 1)

@@ -6,8 +6,9 @@ from typing import Any
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import shown
 from ebcache_fast.plan.registry import Registry
+from ebcache_fast.policies import BUILT_IN
 
-RESERVED = frozenset({"no-cache", "table", "fora", "steps", "eps-scale"})  # what compare has itself
+RESERVED = frozenset({"no-cache", "table", "steps", "eps-scale", *BUILT_IN})  # what compare has itself
 
 Policy = Callable[..., Any]  # see PolicyRegistry
 

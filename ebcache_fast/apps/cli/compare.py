@@ -26,9 +26,9 @@ def compare(
     The bundled model's samples are also judged by its classifier; of any other model there are costs, times and errors.
 
     Args:
-        methods: any of no-cache, table:FILE_OR_NAME, fora:N, steps:N, eps-scale:B, and of your own MODULE:FUNCTION or
-            FILE.py:FUNCTION, a function (timesteps, shape) that returns a Plan or a CacheTable; or, as NAME or
-            NAME:ARGUMENT, a policy that an installed package registered.
+        methods: any of no-cache, table:FILE_OR_NAME, steps:N, eps-scale:B, a policy such as fora:N (an unknown name
+            lists them), and of your own MODULE:FUNCTION or FILE.py:FUNCTION, a function (timesteps, shape) that returns
+            a Plan or a CacheTable; or, as NAME or NAME:ARGUMENT, a policy that an installed package registered.
         model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
         ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         image_size: 256 or 512, of a latent model.
