@@ -6,6 +6,7 @@ same dtype, plus 2 ulp of the largest value.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +42,10 @@ def huge_zeros(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def amid_nan(tensor: Tensor) -> Tensor:
-    """The same values in memory that is NaN before and after them, so that what is read beside them shows."""
-    size = tensor.numel()
+    """The same values at the same strides in memory that is NaN all around them, so that what is read beside shows."""
+    size = 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
     memory = torch.full((size + 2 * GUARD,), math.nan, dtype=tensor.dtype, device=DEVICE)
-    return memory[GUARD : GUARD + size].view(tensor.shape).copy_(tensor)
+    return memory.as_strided(tensor.shape, tensor.stride(), GUARD).copy_(tensor)
 
 
 class Guarded:
@@ -64,12 +65,14 @@ class Guarded:
         return self.tensor
 
 
-def in_float64(value: object) -> object:
-    """Every floating tensor in nested tuples and lists as float64 on the CPU, the rest as it is."""
+def in_float64(value: Any) -> Any:
+    """Every floating tensor in nested tuples, lists and dictionaries as float64 on the CPU, the rest as it is."""
     if isinstance(value, Tensor):
         return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(in_float64, value))
+    if isinstance(value, dict):
+        return {name: in_float64(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(in_float64, value))
     return value

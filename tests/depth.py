@@ -15,20 +15,25 @@ def deep(*values: Any, **options: Any) -> Any:
 
 
 def crossed(names: str, *axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
-    """Parametrize by all combinations of the axes' values, a third of them quick.
+    """Parametrize by all combinations of the axes' values, a third of them quick."""
+    cases = [pytest.param(*values, id=name, marks=marks) for name, values, marks in combinations(*axes)]
+    return pytest.mark.parametrize(names.split(", "), cases)
+
+
+def combinations(*axes: Iterable[Any] | Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
+    """All combinations of the axes' values, each with its id and marks: a third of them is quick.
 
     Those form a Latin square: every value comes in one of them, and of three axes every pair of values. The keys of a
     mapping are its values' ids.
     """
-    cases, quick = [], [set[int]() for _ in axes]
+    quick = [set[int]() for _ in axes]
     for combination in product(*map(_numbered, axes)):
         places, ids, values = zip(*combination, strict=True)
         is_quick = sum(places) % EVERY == 0
         for place, seen in zip(places, quick, strict=True):
             seen.update([place] * is_quick)
-        cases.append((pytest.param if is_quick else deep)(*values, id="-".join(ids)))
+        yield "-".join(ids), values, () if is_quick else (pytest.mark.slow,)
     assert all(len(seen) == len([*axis]) for seen, axis in zip(quick, axes, strict=True)), "too few values for a square"
-    return pytest.mark.parametrize(names.split(", "), cases)
 
 
 def _numbered(axis: Iterable[Any] | Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:

@@ -1,17 +1,21 @@
-"""Operands of the kernels at a step's two ends, for any sizes."""
+"""Operations at a step's two ends, with operands of any sizes: embedding, head, and runs of steps."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from accuracy import DEVICE, amid_nan, draw, in_float64
+from accuracy import DEVICE, draw, in_float64
+from kernel_operations import EPSILON, OF_ITS_OWN, Call, Change, Form, Operation, mapped, step_index, with_mean
 from torch import Tensor
 
-from ebcache_fast.ops.operands import Advance, GuidanceArgs, Linear, Norm, Patches, StepIndex, Update
+from ebcache_fast.kernels.embed import embed, embed_norm_modulate
+from ebcache_fast.kernels.head import head_predict, head_update
+from ebcache_fast.kernels.run import run_update
+from ebcache_fast.ops import reference
+from ebcache_fast.ops.operands import GuidanceArgs, Linear, Norm, Patches, StepIndex, Update
 
-STEPS, CONDITIONS, STEP = 5, 3, 1  # of the tables, and the step that is asked for
+STEPS, CONDITIONS, STEP = 6, 3, 3  # of the tables, and the step that is asked for
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,7 @@ class StepOperands:
             branches=[draw(*stream, dtype=dtype, seed=10 + k) for k in range(branches)],
             gates=[layers[:, k] for k in range(branches)],
             norm=Norm(head[:, 0], head[:, 1], 1e-6),
-            at=StepIndex(
-                torch.tensor([STEP], dtype=torch.int32, device=DEVICE),
-                (torch.arange(s.rows, dtype=torch.int32, device=DEVICE) * 2) % CONDITIONS,
-            ),
+            at=step_index(s.rows, STEP, CONDITIONS),
             patches=Patches(
                 draw(s.width, s.channels, s.patch, s.patch, dtype=dtype, seed=20, scale=fan_in**-0.5),
                 draw(s.width, dtype=dtype, seed=21),
@@ -132,50 +133,89 @@ class StepOperands:
         """The same numbers in float64."""
         return self.map(in_float64)
 
-    def with_norm_parameters(self) -> "StepOperands":
-        """The same with a weight and a bias of the norm itself."""
-        weight, bias = (draw(self.sizes.width, dtype=self.h.dtype, seed=seed) for seed in (31, 32))
-        return dataclasses.replace(self, norm=self.norm._replace(weight=weight, bias=bias))
-
     def clone(self) -> "StepOperands":
         """The same in memory of their own."""
-        return self.map(partial(_with_tensors, Tensor.clone))
+        return self.map(lambda value: mapped(lambda _, tensor: tensor.clone(), value))
 
-    def amid_nan(self) -> "StepOperands":
-        """The same, with NaN before and after every floating tensor."""
-        return self.map(partial(_with_tensors, lambda one: amid_nan(one) if one.is_floating_point() else one))
-
-    def map(self, change: object) -> "StepOperands":
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return StepOperands(**{name: change(value) for name, value in values.items()})  # type: ignore[operator]
+    def map(self, change: Callable[[object], object]) -> "StepOperands":
+        values = {f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return StepOperands(**values)  # type: ignore[arg-type]
 
 
-def advancing(at: StepIndex) -> StepIndex:
-    """The same, and a count that the operation advances by 2, between others that it must leave alone."""
-    counts = torch.full((3,), 7, dtype=torch.int32, device=DEVICE)
-    return at._replace(advance=Advance(counts[1:2], 2))
+def made(*names: str, **outputs: Callable[[StepOperands], Tensor]) -> Callable[[Sizes, torch.dtype], Call]:
+    """What makes calls with these operands and outputs."""
+
+    def make(sizes: Sizes, dtype: torch.dtype) -> Call:
+        case = StepOperands.of(sizes, dtype)
+        return {name: getattr(case, name) for name in names} | {name: of(case) for name, of in outputs.items()}
+
+    return make
 
 
-def assert_advanced(at: StepIndex) -> None:
-    """That an operation did what ``advancing(at)`` asked for."""
-    assert at.advance is not None
-    step = int(at.step)
-    assert at.advance.to._base is not None
-    assert at.advance.to._base.tolist() == [7, step + 2, 7]
+def stream(case: StepOperands) -> Tensor:
+    return torch.empty_like(case.h)
 
 
-Change = Callable[[StepOperands], StepOperands]
-NORMS: dict[str, Change] = {
-    "a norm without parameters": StepOperands.clone,
-    "a norm with parameters": StepOperands.with_norm_parameters,
+def image(case: StepOperands) -> Tensor:
+    return case.x.new_empty(case.sizes.rows, case.sizes.out_channels, *case.sizes.image)
+
+
+def of_branches(count: int) -> Change:
+    return lambda call: call | dict(branches=call["branches"][:count], gates=call["gates"][:count])
+
+
+def without_branches(change: Change) -> Change:
+    return lambda call: change(of_branches(0)(call))
+
+
+def constant(call: Call) -> Call:
+    return call | dict(h=torch.full_like(call["h"], 100.0))
+
+
+def of_steps(count: int) -> Change:
+    return lambda call: call | dict(sums=call["sums"][:count])
+
+
+PLAIN = SIZES["plain"]
+OF_NORMS = {"an epsilon that counts": Form((PLAIN,), EPSILON)} | {
+    f"a norm with parameters, ragged {name}": Form((sizes,), OF_ITS_OWN) for name, sizes in RAGGED.items()
 }
+OF_HEADS = {
+    **OF_NORMS,
+    "one branch": Form((PLAIN,), of_branches(1)),
+    "no branch": Form((PLAIN,), of_branches(0)),
+    "an epsilon without branches": Form((PLAIN,), without_branches(EPSILON)),
+    "a large mean": Form((SIZES["DiT-XL/2"],), without_branches(with_mean(1e3))),
+    # Nor do its means reach float16's end in the channels that only fill a tile up.
+    "a constant stream": Form((PLAIN,), without_branches(constant), torch.float16),
+}
+OF_RUNS = OF_NORMS | {f"{n} steps": Form((SIZES["memory"],), of_steps(n)) for n in (1, 2)}
+HEAD = ("h", "branches", "gates", "norm", "at", "linear", "guide")
+EVERY_SIZE = (SIZES | {f"ragged {name}": sizes for name, sizes in RAGGED.items()},)
+LATENTS = ("x", "update.previous")
 
-
-def _with_tensors(change: Callable[[Tensor], Tensor], value: object) -> object:
-    """Every tensor in nested tuples and lists changed, the rest as it is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    inner = partial(_with_tensors, change)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(inner, value))
-    return [inner(one) for one in value] if isinstance(value, list) else value
+EMBED = Operation(embed, reference.embed, made("x", "patches", h=stream), EVERY_SIZE, (PLAIN,), ("h",))
+EMBED_NORM = Operation(
+    embed_norm_modulate,
+    reference.embed_norm_modulate,
+    made("x", "patches", "norm", "at", h=stream, u=stream),
+    EVERY_SIZE,
+    (PLAIN,),
+    ("h", "u"),
+    OF_NORMS,
+)
+PREDICT = Operation(
+    head_predict, reference.head_predict, made(*HEAD, out=image), EVERY_SIZE, (PLAIN,), ("out",), OF_HEADS
+)
+UPDATE = Operation(
+    head_update, reference.head_update, made("x", *HEAD, "update"), EVERY_SIZE, (PLAIN,), LATENTS, OF_HEADS
+)
+RUN = Operation(
+    run_update,
+    reference.run_update,
+    made("x", "sums", "patches", "norm", "at", "linear", "guide", "update"),
+    EVERY_SIZE,
+    (PLAIN,),
+    LATENTS,
+    OF_RUNS,
+)

@@ -1,60 +1,37 @@
-"""Attention within a window against its reference, under the rule of accuracy."""
+"""Attention within a window: which keys are seen, and operands that lie as models leave them."""
 
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64, in_place
+from accuracy import DEVICE, DTYPES, Guarded, assert_accurate, draw, huge_zeros, in_float64
 from interpreter import only_program
+from kernel_operations import check
+from stream_operands import WINDOW, windowed
 from torch import Tensor
 
-from ebcache_fast.errors import InputError
 from ebcache_fast.kernels.attention import window_attention
 from ebcache_fast.ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # inf and NaN are meant
 
-SHAPES = [  # (N, heads, T, head_dim), window
-    ((1, 1, 1, 1), 1),
-    ((2, 3, 7, 5), 3),
-    ((2, 2, 33, 16), 64),
-    ((1, 2, 37, 20), 16),
-    ((1, 3, 50, 72), 15),
-    ((1, 1, 41, 128), 1),
-    ((2, 1, 67, 40), 30),
-    ((1, 1, 200, 24), 90),  # of several tiles, in front and behind of which are others
-]
 WRITTEN = [((1, 2, 21, 24), 8), ((1, 1, 70, 72), 30)]
 
 
-def operands(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (draw(*shape, dtype=dtype, seed=seed, scale=scale) for seed in (1, 2, 3))
-    return q, k, v
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    call = windowed((*shape, 1), dtype)
+    return call["q"], call["k"], call["v"]
 
 
 def run_reference(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    out = torch.empty_like(q)
-    reference.window_attention(q, k, v, window, out)
-    return out
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
-    out = Guarded(q.shape, q.dtype)
-    window_attention(q, k, v, window, out.tensor)
-    exact = run_reference(*(in_float64(each) for each in (q, k, v)), window)  # type: ignore[arg-type]
-    assert_accurate(out.written(), run_reference(q, k, v, window), exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "window"), SHAPES, ids=str)
-def test_window_attention(shape: tuple[int, ...], window: int, dtype: torch.dtype) -> None:
-    check(*operands(shape, dtype), window)
+    return WINDOW.expected(dict(q=q, k=k, v=v, window=window, out=torch.empty_like(q)))["out"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_do_not_overflow(dtype: torch.dtype) -> None:
-    check(*operands((1, 2, 41, 72), dtype, scale=40.0), 20)
+    q, k, v = (40 * each for each in operands((1, 2, 41, 72), dtype))
+    check(WINDOW, dict(q=q, k=k, v=v, window=20, out=torch.empty_like(q)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,7 +41,7 @@ def test_keys_that_are_not_seen_decide_nothing(sign: float, dtype: torch.dtype) 
     q, k, v = operands((1, 1, 150, 16), dtype)
     q[..., 0] = 3.7 * sign
     k[..., 0] = torch.arange(850, 1000, device=DEVICE) * 1.1
-    check(q, k, v, 12)
+    check(WINDOW, dict(q=q, k=k, v=v, window=12, out=torch.empty_like(q)), dtype)
 
 
 @pytest.mark.parametrize("window", [2, 16, 30])
@@ -173,31 +150,3 @@ def test_offsets_beyond_32_bits(what: str) -> None:
     near = x[-1:, -1:, -9:].clone()
     exact = run_reference(*[in_float64(near)] * 3, 4)  # type: ignore[list-item]
     assert_accurate(out[-1:, -1:, -5:].contiguous(), run_reference(near, near, near, 4)[:, :, -5:], exact[:, :, -5:])
-
-
-Operands = tuple[Tensor, Tensor, Tensor, int, Tensor]
-WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, int, Tensor], Operands], str]] = {
-    "float64": (lambda q, k, v, w, o: (q.double(), k.double(), v.double(), w, o.double()), "float64 is none of"),
-    "no window": (lambda q, k, v, w, o: (q, k, v, 0, o), "a window of 0 tokens in heads of 8"),
-    "less than none": (lambda q, k, v, w, o: (q, k, v, -1, o), "a window of -1 tokens"),
-    "wide heads": (lambda *_: (*(torch.zeros(1, 1, 3, 129) for _ in range(3)), 2, torch.ones(1, 1, 3, 129)), "of 129"),
-    "three dimensions": (lambda q, k, v, w, o: (q, k, v, w, o[0]), "must be .rows, heads, tokens, features."),
-    "no tokens": (lambda q, k, v, w, o: (q, k, v, w, o[:, :, :0]), "one or more of each"),
-    "features of out": (lambda q, k, v, w, o: (q, k, v, w, torch.zeros(2, 3, 8, 5).mT), "side by side"),
-    "shape of q": (lambda q, k, v, w, o: (q[:1], k, v, w, o), r"must be \(2, 3, 5, 8\)"),
-    "shape of k": (lambda q, k, v, w, o: (q, k[:, :, :4], v, w, o), r"must be \(2, 3, 5, 8\)"),
-    "shape of v": (lambda q, k, v, w, o: (q, k, v[..., :4], w, o), r"must be \(2, 3, 5, 8\)"),
-    "dtype of k": (lambda q, k, v, w, o: (q, k.half(), v, w, o), "float16 does not fit; .* float32"),
-    "device of v": (lambda q, k, v, w, o: (q, k, v.to("meta"), w, o), "meta"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_bad_operands_are_refused_before_launch(name: str) -> None:
-    change, message = WRONG[name]
-    q, k, v, window, out = change(*(torch.zeros(2, 3, 5, 8) for _ in range(3)), 4, torch.full((2, 3, 5, 8), 5.0))
-    q, k, v, out = map(in_place, (q, k, v, out))
-    before = out.clone()
-    with pytest.raises(InputError, match=message):
-        window_attention(q, k, v, window, out)
-    assert torch.equal(out, before)

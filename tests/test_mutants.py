@@ -375,6 +375,21 @@ def test_which_tests_a_file_has(toy: Path) -> None:
         find_tests(toy, "kernels/lonely.py")
 
 
+def test_a_kernel_has_its_cases_of_what_holds_for_all(toy: Path, command: Command) -> None:
+    (toy / "tests" / "test_kernels.py").write_text(
+        "import pytest\nfrom ebcache_fast.kernels.countdown import countdown\n"
+        "from ebcache_fast.kernels.total import total\n\n\n"
+        "@pytest.mark.parametrize('name', ['countdown.countdown', 'total.total'])\n"
+        "def test_all(name):\n"
+        "    assert countdown(1) == 0 if name.startswith('count') else total([2, 2, 3], 1) == 8\n"
+    )
+    own = ("tests/test_kernels_total.py", "tests/test_kernels.py", "-k", "test_kernels_total or [total.")
+    assert find_tests(toy, "kernels/total.py") == own
+    status, printed, verdicts = command("--only", "kernels/total.py")
+    assert (status, set(verdicts.values())) == (0, {"killed"})
+    assert "countdown" not in printed
+
+
 def test_the_engine_has_the_tests_that_run_it_over_no_kernels(toy: Path) -> None:
     engine = toy / "ebcache_fast" / "engine"
     engine.mkdir()
@@ -475,7 +490,7 @@ CLEARED = {
 def test_a_sample_of_the_mutants_is_killed(folder: str, sample: int, capsys: pytest.CaptureFixture[str]) -> None:
     """The seed is of the sources: one state of them always has one sample, a changed one another."""
     digest = sha256()
-    for path in sorted([*ROOT.glob(f"{folder}/*.py"), *ROOT.glob("tests/test_kernels_*.py")]):
+    for path in sorted([*ROOT.glob(f"{folder}/*.py"), *ROOT.glob("tests/test_kernels*.py")]):
         digest.update(path.read_bytes())
     seed = int.from_bytes(digest.digest()[:4])
     only = [word for name in CLEARED[folder] for word in ("--only", f"{folder}/{name}.py")]

@@ -10,7 +10,9 @@ import torch
 from accuracy import DEVICE, draw
 from depth import deep
 from diffusers_kinds import COG_5B, DIT, SIGMA, Kind, ask, table_of, timesteps
-from step_operands import SIZES, StepOperands
+from kernel_operations import OF_ITS_OWN, Operation, mapped, tensors
+from step_operands import EMBED, EMBED_NORM, PREDICT, RUN, UPDATE
+from stream_operands import RESIDUAL_NORM
 from tiny import relative_error
 from torch import Tensor
 
@@ -54,41 +56,31 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "TABLE", table)
 
 
-def called(name: str, case: StepOperands) -> list[Tensor]:
-    """What an operation writes."""
-    norm, patches, linear, case = case.norm, case.patches, case.linear, case.clone()
-    norm = case.norm._replace(weight=norm.weight, bias=norm.bias)
-    case = replace(case, norm=norm, patches=patches, linear=linear)  # the weights as they lie, all else anew
-    h, u, out = (
-        torch.empty_like(case.h),
-        torch.empty_like(case.h),
-        case.x.new_empty(case.sizes.rows, 8, *case.x.shape[2:]),
-    )
-    arguments: dict[str, tuple[Any, ...]] = {
-        "embed": (case.x, case.patches, h),
-        "embed_norm_modulate": (case.x, case.patches, case.norm, case.at, h, u),
-        "gated_residual_norm_modulate": (case.h, case.branches, case.gates, case.norm, case.at, u),
-        "head_predict": (case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, out),
-        "head_update": (
-            case.x, case.h, case.branches, case.gates, case.norm, case.at, case.linear, case.guide, case.update,
-        ),
-        "run_update": (case.x, case.sums, case.patches, case.norm, case.at, case.linear, case.guide, case.update),
-    }  # fmt: skip
-    getattr(TRITON, name)(*arguments[name])
-    return [one.nan_to_num(7.0) for one in (case.x, case.h, h, u, out)]
+WEIGHTS = {
+    "patches.weight",
+    "patches.bias",
+    "patches.positions",
+    "linear.weight",
+    "linear.bias",
+    "norm.weight",
+    "norm.bias",
+}
+OPERATIONS_WITH_WEIGHTS = (EMBED, EMBED_NORM, RESIDUAL_NORM, PREDICT, UPDATE, RUN)
 
 
 @pytest.mark.parametrize("lay", LAID)
-@pytest.mark.parametrize(
-    "name",
-    ["embed", "embed_norm_modulate", "gated_residual_norm_modulate", "head_predict", "head_update", "run_update"],
-)
-def test_a_kernel_reads_weights_as_they_lie(name: str, lay: Callable[[Tensor], Tensor]) -> None:
-    case = StepOperands.of(SIZES["plain"], torch.float32).with_norm_parameters()
-    norm = case.norm._replace(weight=lay(case.norm.weight), bias=lay(case.norm.bias))
-    patches, linear = (type(one)(*map(lay, one)) for one in (case.patches, case.linear))
-    laid = replace(case, norm=norm, patches=patches, linear=linear)
-    assert all(map(torch.equal, called(name, laid), called(name, case)))
+@pytest.mark.parametrize("operation", OPERATIONS_WITH_WEIGHTS, ids=str)
+def test_a_kernel_reads_weights_as_they_lie(operation: Operation, lay: Callable[[Tensor], Tensor]) -> None:
+    call = operation.call()
+    call = OF_ITS_OWN(call) if "norm" in call else call
+    weights = {path for path, _ in tensors(call)} & WEIGHTS
+    written = []
+    for put in (Tensor.clone, lay):
+        laid = mapped(lambda path, tensor, put=put: (put if path in weights else Tensor.clone)(tensor), call)
+        operation.kernel(**laid)
+        written.append([tensor for path, tensor in tensors(laid) if path in operation.written])
+    assert weights
+    assert all(map(torch.equal, *written))
 
 
 @pytest.mark.parametrize("lay", LAID)

@@ -14,6 +14,7 @@ UNUSED = shutil.ignore_patterns("__pycache__", "results", "*.egg-info", ".*")
 PACKAGE = "ebcache_fast.kernels"
 PLAN = "ebcache_fast/plan"
 ENGINE = (PLAN, "ebcache_fast/engine", "ebcache_fast/dropin")
+KERNEL_TESTS = ("tests/test_kernels.py", "tests/test_kernels_refused.py")  # of all kernels; an id begins with the file
 PLAN_TESTS = tuple(f"tests/test_{name}.py" for name in ("programs", "plan", "rules", "step_scheduler"))
 ENGINE_ENTRIES = (  # what runs all of it
     "ebcache_fast.engine.engine",
@@ -54,15 +55,27 @@ def engine_files(root: Path) -> list[str]:
 
 
 def find_tests(root: Path, file: str) -> tuple[str, ...]:
-    """The tests of a file, from the root.
+    """The tests of a file, from the root, as arguments for pytest.
 
-    A kernel file has its own; a helper without any, those of what imports it. A file of the engine has its own too,
+    A kernel file has its own, and its cases of what holds for all kernels; a helper without any, those of what imports
+    it. A file of the engine has its own too,
     those of our own loop, and those that run the engine over no kernels, which would take the interpreter's time. Files
     of plans have those that need no model.
     """
     if file.startswith(f"{PLAN}/"):
         return tuple(test for test in PLAN_TESTS if (root / test).exists())
-    return _engine_tests(root, file) if file in engine_files(root) else _kernel_tests(root, file)
+    if file in engine_files(root):
+        return _engine_tests(root, file)
+    stems = sorted(_kernels_with_tests(root, Path(file).stem))
+    if not stems:
+        raise MutationError(
+            f"{file} has no test: neither tests/test_kernels_{Path(file).stem}.py nor one of a kernel that imports it; "
+            "write one"
+        )
+    own = tuple(test for stem in stems for test in _own_tests(root, stem))
+    shared = tuple(test for test in KERNEL_TESTS if (root / test).exists())
+    words = " or ".join(word for stem in stems for word in (f"test_kernels_{stem}", f"[{stem}."))
+    return (*own, *shared, "-k", words) if shared else own
 
 
 def _engine_tests(root: Path, file: str) -> tuple[str, ...]:
@@ -83,15 +96,17 @@ def _is_of_kernels(name: str) -> bool:
     return name.startswith(PACKAGE)
 
 
-def _kernel_tests(root: Path, file: str) -> tuple[str, ...]:
-    own = f"tests/test_kernels_{Path(file).stem}"
-    if found := [*root.glob(f"{own}.py"), *sorted(root.glob(f"{own}_*.py"))]:
-        return tuple(f"tests/{path.name}" for path in found)
-    importers = [other for other in kernel_files(root) if Path(file).stem in imports(root / other)]
-    tests = {test for other in importers for test in _kernel_tests(root, other)}
-    if not tests:
-        raise MutationError(f"{file} has no test: neither {own}.py nor one of a kernel that imports it; write one")
-    return tuple(sorted(tests))
+def _own_tests(root: Path, stem: str) -> list[str]:
+    own = f"tests/test_kernels_{stem}"
+    return [f"tests/{path.name}" for path in (*root.glob(f"{own}.py"), *sorted(root.glob(f"{own}_*.py")))]
+
+
+def _kernels_with_tests(root: Path, stem: str) -> set[str]:
+    """A kernel file that has tests, or those of what imports it."""
+    if _own_tests(root, stem):
+        return {stem}
+    importers = [path for path in kernel_files(root) if stem in imports(root / path)]
+    return {found for path in importers for found in _kernels_with_tests(root, Path(path).stem)}
 
 
 def imports(path: Path) -> set[str]:
