@@ -1,4 +1,4 @@
-"""What to do about steps that could not follow the plan, said with the first of each kind."""
+"""Advice about steps that could not follow the plan, said with the first of each kind."""
 
 from ebcache_fast.dropin.decision import ALIKE, GAVE_WAY, UNPLANNED
 from ebcache_fast.plan import Plan

@@ -1,4 +1,4 @@
-"""Which step of which run a call is, and what answers it."""
+"""Cached forward of a model: finds the run and the step that a call is, and answers it."""
 
 import logging
 from collections import Counter
@@ -18,7 +18,8 @@ from ebcache_fast.dropin.eligibility import OFF_SWITCH, Admitted, DeclinedError,
 from ebcache_fast.dropin.other_caches import what_hides
 from ebcache_fast.dropin.patching import FORWARD, Method, MethodPatch, is_sent_away
 from ebcache_fast.dropin.prompt_ids import PromptIds
-from ebcache_fast.dropin.runs import Key, Runs, RunState, Turn
+from ebcache_fast.dropin.run_state import RunState
+from ebcache_fast.dropin.runs import Key, Runs, Turn
 from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.engine.engine import Engine
@@ -64,7 +65,7 @@ class CachedForward:
 
     @property
     def plan(self) -> Plan:
-        """What calls go by now."""
+        """The plan that calls follow by now."""
         return self.course.plan
 
     def _forget_runs(self) -> None:
@@ -72,7 +73,7 @@ class CachedForward:
         self._engine: Engine | None = None
         self._begin_to_know()
         self._originals, self._refreshed = Counter[str](), Counter[str]()
-        self._is_idleness_told = False
+        self._is_idleness_reported = False
 
     def _begin_to_know(self) -> None:
         decided = partial(decide, strict=self.options.strict, in_order=self._in_order)
@@ -80,7 +81,7 @@ class CachedForward:
         self._prompts = PromptIds(self.options.max_trajectories)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy takes along how it is set up, and nothing that is in progress."""
+        """Return how it is set up, for a copy, and nothing that is in progress."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -111,7 +112,7 @@ class CachedForward:
         return out
 
     def _pipeline_ends(self, *args: Any, **named: Any) -> Any:
-        """What diffusers calls for its own caches, and `_let_go` where memory is not kept between runs."""
+        """Answer the call by which diffusers ends its own caches; `_let_go` where memory is not kept between runs."""
         if self._keeps_nothing:
             self._let_go()
         return self.patch.method(PIPELINE_ENDS)(*args, **named) if hasattr(type(self.model), PIPELINE_ENDS) else None
@@ -130,19 +131,19 @@ class CachedForward:
 
     @property
     def guided_channels(self) -> int:
-        """How many of them ``forward_with_cfg`` guides; 0 where the model's own has to run."""
+        """Number of channels that ``forward_with_cfg`` guides; 0 where the model's own has to run."""
         return self.eligibility.guided_channels
 
     @property
     def engine(self) -> Engine:
-        """What runs the steps, made when it is first needed."""
+        """The engine that runs the steps, made when it is first needed."""
         if self._engine is None:
             self._engine = Engine(self.model, self.options)
         return self._engine
 
     @property
     def stats(self) -> Stats:
-        """What was done since it was put in place."""
+        """Counts of what was done since it was put in place."""
         with self._lock:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
             hidden_by = what_hides(self.model, self.signature.methods[FORWARD])
@@ -150,7 +151,7 @@ class CachedForward:
             return replace(done, originals=originals, refreshed=refreshed, hidden_by=hidden_by)
 
     def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
-        """What a method called with these arguments returns: ours, or what the model's own of that name does.
+        """Return what a method called with these arguments returns: ours, or what the model's own of that name does.
 
         ``call`` is None where the arguments mean something that the engine does not know.
         """
@@ -221,12 +222,12 @@ class CachedForward:
         _count(self._refreshed, why, f"a step computes everything{near}", advice)
 
     def _kind_of(self, call: ForwardCall) -> Key:
-        """What sets the runs apart that a call could be of, besides labels."""
+        """Key that sets the runs apart that a call could be of, besides labels."""
         prompt = self._prompts.id_of(call.context, self._runs.prompts) if call.context else 0
         return id(self.course.plan), call.guided_channels, call.x.shape, prompt
 
     def _begin(self, call: ForwardCall, weights: ModuleState, instead_of: RunState | None) -> RunState:
-        """A run with caches of its own."""
+        """Begin a run with caches of its own."""
         call.check_text()
         if instead_of is not None:
             self._runs.drop(instead_of, lose=True)
@@ -248,8 +249,8 @@ class CachedForward:
 
     def _release(self, run: RunState) -> None:
         first = next((i for i, reads in enumerate(self.plan.reading) if reads), len(self.plan))
-        if not run.hits and run.calls > first and not self._is_idleness_told:
-            self._is_idleness_told = True
+        if not run.hits and run.calls > first and not self._is_idleness_reported:
+            self._is_idleness_reported = True
             logging.getLogger(__name__).warning(
                 "nothing was reused in a whole run of %d calls; ebcache_fast.dry_check(pipe, table, steps) says which "
                 "steps will hit, ebcache_fast.stats(model).summary() what was done instead",

@@ -1,4 +1,4 @@
-"""Which of several plans a call goes by: the pipeline's scheduler says it, or a run's first timestep."""
+"""Choice among several plans: the pipeline's scheduler says it, or a run's first timestep."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ class Course(NamedTuple):
 
     @classmethod
     def of(cls, target: Any, module: nn.Module, plan: Plan) -> Self:
-        """A plan's for a pipeline, or a module alone; InputError where its b can't be applied.
+        """The course of a plan for a pipeline, or a module alone; InputError where its b can't be applied.
 
         TableError for a plan whose first step can't stand in for any other: calls may come in another order.
         """
@@ -37,7 +37,7 @@ class Course(NamedTuple):
 
 
 class Choice(Protocol):
-    """What says which course is taken now."""
+    """Choice of the course that is taken now."""
 
     def at(self, t: float | None) -> Course:
         """The course of a call at timestep t; None where that is not known yet."""
@@ -45,7 +45,7 @@ class Choice(Protocol):
 
 
 def choice_of(target: Any, courses: Sequence[Course], *, in_order: bool) -> Choice | None:
-    """Who chooses for a pipeline, or a module alone; None where there is nothing to choose.
+    """The choice for a pipeline, or a module alone; None where there is nothing to choose.
 
     InputError where nothing tells which course a run takes.
     """
@@ -100,20 +100,20 @@ class ByScheduler:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and timesteps is not self._seen:  # told anew: the one time that a device is waited for
             self._seen = timesteps
-            told = tuple(timesteps.tolist())
-            found = next((course for course in self._courses if course.plan.timesteps == told), None)
-            if found is None and told and told not in self._missed:
-                self._missed.add(told)
-                self._say(type(scheduler).__name__, told)
+            announced = tuple(timesteps.tolist())
+            found = next((course for course in self._courses if course.plan.timesteps == announced), None)
+            if found is None and announced and announced not in self._missed:
+                self._missed.add(announced)
+                self._say(type(scheduler).__name__, announced)
             self._course = found or self._course._replace(is_followed=False)
         return self._course
 
-    def _say(self, name: str, told: tuple[float, ...]) -> None:
+    def _say(self, name: str, announced: tuple[float, ...]) -> None:
         sizes = (f"{len(plan)} from {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}" for plan, *_ in self._courses)
         logging.getLogger(__name__).warning(
             "nothing is reused: %s has %d timesteps from %g to %g, and the tables have %s; add one of them, moved "
             "there: table.retime(pipe.scheduler.timesteps.tolist())",
-            *(name, len(told), told[0], told[-1], ", ".join(sizes)),
+            *(name, len(announced), announced[0], announced[-1], ", ".join(sizes)),
         )
 
 
@@ -130,4 +130,4 @@ class ByFirstTimestep:
 
 
 def _nothing() -> None:
-    """What is left of a pipeline that is gone."""
+    """Stand in for a pipeline that is gone."""

@@ -13,7 +13,7 @@ GAVE_WAY = "more runs took turns than max_trajectories"
 
 
 class Whose(Enum):
-    """Whose a call is."""
+    """Owner of a call among the runs in progress."""
 
     BEGINS = "a new run's"
     NEXT = "that of the run which expects this step"
@@ -23,7 +23,7 @@ class Whose(Enum):
 
 
 class Answer(Enum):
-    """What answers a call."""
+    """Answer to a call."""
 
     FOLLOW = "the planned step"
     REFRESH = "a step that computes everything and stores every slot"
@@ -32,7 +32,7 @@ class Answer(Enum):
 
 
 class Stand(NamedTuple):
-    """What is known of a run with caches, besides the step that it expects."""
+    """Knowledge of a run with caches, besides the step that it expects."""
 
     is_doubtful: bool = False  # its tensors are gone, and never came anew so far
     rises: bool = False  # its steps come in rising order of timesteps
@@ -40,7 +40,7 @@ class Stand(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """Where the unfinished runs stand that came with the same tensors."""
+    """Positions of the unfinished runs that came with the same tensors."""
 
     at: Mapping[int, Stand] = {}  # those with caches, by the step that each expects
     lost: Mapping[int, int] = {}  # how many without caches expect a step; too many rather than too few
@@ -49,7 +49,7 @@ class Standing(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whose a call is, and what answers it."""
+    """Verdict on a call: whose it is, and what answers it."""
 
     whose: Whose
     run: int | None = None  # to run in: the one that expects this step; None where it needs a new one
@@ -59,7 +59,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_only(self) -> bool:
-        """Whether there is no other run that it could be of."""
+        """True if there is no other run that it could be of."""
         return self.whose in (Whose.ONLY, Whose.ENDS)
 
 
@@ -98,11 +98,13 @@ def decide(
         and step in at
         and later not in at
         and not at[step].is_doubtful
-        and not any(each.lost.get(step) or each.lost.get(step + 1) or later in each.ends for each in (runs, forgotten))
+        and not any(
+            group.lost.get(step) or group.lost.get(step + 1) or later in group.ends for group in (runs, forgotten)
+        )
     ):
         whose, run = Whose.NEXT, step
     elif known > 1:
-        whose, run = Whose.ALIKE, next((each for each in (step, later, *at) if each in at), None)
+        whose, run = Whose.ALIKE, next((expected for expected in (step, later, *at) if expected in at), None)
         why = UNPLANNED if step is None else None if is_full else ALIKE
     else:
         whose, run = Whose.ONLY, only

@@ -1,4 +1,4 @@
-"""How diffusers' transformers are called; their pipelines guide by themselves."""
+"""Signatures of diffusers' transformers, whose pipelines guide by themselves."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from ebcache_fast.models import (
 
 
 class _DiffusersSignature:
-    """What they have in common: one method, and what it returns."""
+    """Base of the signatures of diffusers' transformers: one method, and what it returns."""
 
     unconditional_first = True
     forward: ClassVar[Any]
@@ -35,7 +35,7 @@ class _DiffusersSignature:
         return {"forward": self.forward}
 
     def _answer(self, call: ForwardCall | None, hidden_states: Tensor, return_dict: bool, **named: Any) -> Any:
-        """What a call with these arguments returns; the model's own gets them by name, as its decorators want them."""
+        """Answer a call with these arguments; the model's own gets them by name, as its decorators want them."""
         out = self._answering.answer(call, "forward", hidden_states, return_dict=return_dict, **named)
         if not isinstance(out, Tensor):  # the model's own
             return out
@@ -51,7 +51,7 @@ class _DiffusersSignature:
 
 
 class DiffusersDiTSignature(_DiffusersSignature):
-    """Of DiTTransformer2DModel."""
+    """Signature of DiTTransformer2DModel."""
 
     unconditional_first = False
 
@@ -68,7 +68,7 @@ class DiffusersDiTSignature(_DiffusersSignature):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As the model's: latents (R, C, H, W), timesteps and labels (R,) -> Transformer2DModelOutput, or a tuple."""
+        """Answer as the model: latents (R, C, H, W), timesteps, labels (R,) -> Transformer2DModelOutput, or a tuple."""
         call = None
         if timestep is not None and class_labels is not None and not (cross_attention_kwargs or others):
             call = ForwardCall(hidden_states, timestep, class_labels)
@@ -84,7 +84,7 @@ class DiffusersDiTSignature(_DiffusersSignature):
 
 
 class PixArtSignature(_DiffusersSignature):
-    """Of PixArtTransformer2DModel."""
+    """Signature of PixArtTransformer2DModel."""
 
     @staticmethod
     def ask(model: Any, call: ForwardCall) -> Any:
@@ -104,7 +104,7 @@ class PixArtSignature(_DiffusersSignature):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As the model's: latents (R, C, H, W), text (R, L, E), timesteps (R,) -> as above."""
+        """Answer as the model: latents (R, C, H, W), text (R, L, E), timesteps (R,) -> as `DiffusersDiTSignature`."""
         sizes = added_cond_kwargs or {}
         known = not (cross_attention_kwargs or others) and attention_mask is None
         known = known and sizes.keys() <= {"resolution", "aspect_ratio"}
@@ -113,7 +113,7 @@ class PixArtSignature(_DiffusersSignature):
             context = PixArtConditioning(
                 encoder_hidden_states, encoder_attention_mask, sizes.get("resolution"), sizes.get("aspect_ratio")
             )
-            of_each_row = all(one is None or one.shape[:1] == hidden_states.shape[:1] for one in context)
+            of_each_row = all(tensor is None or tensor.shape[:1] == hidden_states.shape[:1] for tensor in context)
             if of_each_row and _is_known_mask(context):
                 call = _of_label_0(hidden_states, timestep, context)
         return self._answer(
@@ -131,7 +131,7 @@ class PixArtSignature(_DiffusersSignature):
 
 
 class CogVideoXSignature(_DiffusersSignature):
-    """Of CogVideoXTransformer3DModel."""
+    """Signature of CogVideoXTransformer3DModel."""
 
     @staticmethod
     def ask(model: Any, call: ForwardCall) -> Any:
@@ -152,7 +152,7 @@ class CogVideoXSignature(_DiffusersSignature):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As the model's: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as above."""
+        """Answer as the model: latents (R, F, C, H, W), text (R, L, E), timesteps (R,) -> as `PixArtSignature`."""
         call = None
         if timestep_cond is None and not (attention_kwargs or others) and hidden_states.ndim == 5:
             cos, sin = (None, None) if image_rotary_emb is None else image_rotary_emb
@@ -179,7 +179,7 @@ class CogVideoXSignature(_DiffusersSignature):
 
 
 def _is_known_mask(context: PixArtConditioning) -> bool:
-    """Whether there is a mask of tokens, one to be added to the scores of all latents alike, or none."""
+    """True if there is a mask of tokens, one to be added to the scores of all latents alike, or none."""
     mask, (rows, *tokens) = context.mask, context.text.shape[:2]
     if mask is None or mask.shape == (rows, *tokens):
         return True
@@ -202,5 +202,5 @@ _SIGNATURES: Final[Mapping[type, type[Signature]]] = MappingProxyType(
 
 
 def signature_of(model: nn.Module) -> type[Signature]:
-    """How models of this layout are called."""
+    """The signature of models of this layout."""
     return _SIGNATURES[type(as_denoiser(model))]

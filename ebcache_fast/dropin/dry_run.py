@@ -1,4 +1,4 @@
-"""What a table would do for a run, said beforehand: how many of its steps will hit, and what to do about the others."""
+"""Dry run of a table: how many steps of a run will hit, said beforehand, and what to do about the others."""
 
 import copy
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ SHOWN = 6  # timesteps in a line, at most
 
 @dataclass(frozen=True)
 class DryCheck:
-    """What would become of each step of a run; `print` says it in words."""
+    """Forecast of each step of a run under a table; `print` says it in words."""
 
     steps: int  # that the run takes
     followed: int  # steps that are the plan's next
@@ -54,7 +54,7 @@ def dry_check(
         TableError: the table is for another model, or a timestep is no number.
     """
     shape = as_denoiser(denoiser_module := module_of(model)).shape
-    plans = [plan_for(as_denoiser(denoiser_module), each) for each in tables_of(table)]
+    plans = [plan_for(as_denoiser(denoiser_module), single) for single in tables_of(table)]
     asked = timesteps if timesteps is not None else _timesteps_of(model, len(plans[0]) if steps is None else steps)
     run = tuple(exact_timestep(f"timesteps[{i}]", t) for i, t in enumerate(asked))
     if not run:
@@ -72,11 +72,11 @@ def dry_check(
     uncached = len(run) * max(plan.step_macs(shape))
     reads = dict(zip(plan.steps, plan.reading, strict=True))
     costs = dict(zip(plan.steps, plan.step_macs(shape), strict=True))
-    macs = sum(costs[one] for one in done)
+    macs = sum(costs[step_plan] for step_plan in done)
     return DryCheck(
         steps=len(run),
         followed=followed,
-        hits=sum(reads[one] for one in done),
+        hits=sum(reads[step_plan] for step_plan in done),
         unplanned=tuple(t for t in run if t not in step_at),
         planned=plan.timesteps,
         mac_limit=uncached / macs,

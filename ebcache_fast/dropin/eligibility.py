@@ -1,4 +1,4 @@
-"""Whether the engine can answer a call: what the call asks for, and what the model is by now."""
+"""Eligibility of a call for the engine: by what the call asks for, and what the model is by now."""
 
 import os
 from typing import Any, NamedTuple
@@ -24,15 +24,15 @@ Probed = tuple[object, ...]  # what a probe ran: modules in their places, the co
 
 
 class DeclinedError(Exception):
-    """The model's own forward has to answer this call; the message says why."""
+    """Refusal of a call that the model's own forward has to answer; the message says why."""
 
 
 class UnfitError(DeclinedError):
-    """The engine does not take such a call; the model's own forward may. Its cause is the error if that does not."""
+    """Refusal of a call that only the model's own forward may take. Its cause is the error if that does not."""
 
 
 class Admitted(NamedTuple):
-    """A call that the engine can answer, and what it is to be answered with."""
+    """Call that the engine can answer, and what it is to be answered with."""
 
     call: ForwardCall
     held: Tensor  # the call's, by its caller, for the length of a run
@@ -58,7 +58,7 @@ class Eligibility:
         self._probed: Probed = self._code(self._watch.look(), Flags.now(self._device).functions)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has another model to look at."""
+        """Return nothing: a copy has another model to look at."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,8 +89,8 @@ class Eligibility:
             raise DeclinedError(self._misfit)
         if flags.autocast:
             raise DeclinedError("autocast is on")
-        lacks = [one is None for one in call.context]
-        form = weights, call.guided_channels, lacks, [(one.shape, one.dtype, one.device) for one in tensors]
+        lacks = [tensor is None for tensor in call.context]
+        form = weights, call.guided_channels, lacks, [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         if form != self._checked:
             self._check(call)
             self._checked = form
@@ -113,7 +113,7 @@ class Eligibility:
             raise DeclinedError("arguments that are no plain tensors")
         if self.model.training:
             raise DeclinedError("the model is in training mode")
-        if torch.is_grad_enabled() and any(one.requires_grad for one in (*tensors, *parameters_of(self.model))):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *parameters_of(self.model))):
             raise DeclinedError("gradients are recorded")
         if forward_ad._current_level >= 0:
             raise DeclinedError("gradients are carried forward")

@@ -86,7 +86,7 @@ def enable(
         raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     refuse_other_caches(model, module)
     denoiser = as_denoiser(module)
-    plans = [with_eps_scale(plan_for(denoiser, each), eps_scale, allow_amplify) for each in tables_of(table)]
+    plans = [with_eps_scale(plan_for(denoiser, single), eps_scale, allow_amplify) for single in tables_of(table)]
     options = EngineOptions(
         strict=strict,
         fp8=fp8,
@@ -135,7 +135,7 @@ def enabled(model: Target, table: Tables, **options: Any) -> Iterator[Target]:
 
 
 def stats(model: Any) -> Stats:
-    """What caching did for ``model`` since it was enabled; InputError where it is not."""
+    """Counts of what caching did for ``model`` since it was enabled; InputError where it is not."""
     cached = _cached_forward(module_of(model))
     if cached is None:
         raise InputError(f"{type(model).__name__} is not enabled; call ebcache_fast.enable(model, table) first")

@@ -1,10 +1,11 @@
-"""The same for callers who promise the order of their calls: no call waits for the device."""
+"""Cached forward for callers who promise the order of their calls: no call waits for the device."""
 
 from torch import Tensor
 
 from ebcache_fast.dropin.cached_forward import CachedForward
 from ebcache_fast.dropin.eligibility import Admitted
-from ebcache_fast.dropin.runs import RunState, Turn
+from ebcache_fast.dropin.run_state import RunState
+from ebcache_fast.dropin.runs import Turn, stand_of
 from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.buffers import Tail
 from ebcache_fast.errors import TrajectoryError
@@ -30,7 +31,7 @@ class InOrderForward(CachedForward):
         turn = self._runs.next_in_order(self._kind_of(call), held)
         if turn is None or turn.run is None:
             return super()._step(admitted)
-        if (changed := turn.run.stand(weights, flags).changed) is not None:
+        if (changed := stand_of(turn.run, weights, flags).changed) is not None:
             self._runs.drop(turn.run)
             raise TrajectoryError(f"{changed}; begin it again")
         return self._next(turn, turn.run, call)

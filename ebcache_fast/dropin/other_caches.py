@@ -35,7 +35,7 @@ def refuse_other_caches(target: Any, module: nn.Module) -> None:
 
 
 def has_foreign_forward(model: nn.Module) -> bool:
-    """Whether the model's forward, below the hooks that are known, is another than its class came with."""
+    """True if the model's forward, below the hooks that are known, is another than its class came with."""
     usual, held = type(model).forward, HookChain(model, FORWARD).innermost.held
     if held is not None and held != usual.__get__(model):
         return True
@@ -50,10 +50,15 @@ def refuse_parts_that_keep(model: nn.Module, calls: Iterable[Callable[[], Any]])
     seen: dict[nn.Module, tuple[list[Tensor], list[Tensor]]] = {}
 
     def look(part: nn.Module, args: Any, named: dict[str, Any], out: Any) -> None:
-        given, gave = _tensors((*args, *named.values())), _tensors(out if isinstance(out, tuple | list) else (out,))
-        was_given, given_back = seen.get(part, ([], []))
-        seen[part] = given, gave
-        if gave and _equal(given_back, gave) and not _equal(was_given, given) and gave[0].min() < gave[0].max():
+        inputs, outputs = _tensors((*args, *named.values())), _tensors(out if isinstance(out, tuple | list) else (out,))
+        inputs_before, outputs_before = seen.get(part, ([], []))
+        seen[part] = inputs, outputs
+        if (
+            outputs
+            and _equal(outputs_before, outputs)
+            and not _equal(inputs_before, inputs)
+            and outputs[0].min() < outputs[0].max()
+        ):
             raise InputError(
                 f"{type(model).__name__}.{paths[part]} answers a call with what it kept of another: a cache of another "
                 "library has replaced its forward; take that one away first"
@@ -70,7 +75,7 @@ def refuse_parts_that_keep(model: nn.Module, calls: Iterable[Callable[[], Any]])
 
 
 def what_hides(model: nn.Module, method: Any) -> str | None:
-    """What answers the model's calls in the place of ``method``, as far as can be seen; None where that is reached.
+    """Name of what answers the model's calls in the place of ``method``, as far as can be seen; None if nothing does.
 
     Whoever puts another forward around one holds it: as an argument or in a closure, as an attribute of the model, or
     of a hook.
@@ -78,31 +83,31 @@ def what_hides(model: nn.Module, method: Any) -> str | None:
     own = vars(model)
     top = own.get(FORWARD, type(model).forward)
     found, seen = [top], {id(top)}
-    for one in found:
-        if isinstance(one, MethodType | PatchedMethod) and one == method:
+    for candidate in found:
+        if isinstance(candidate, MethodType | PatchedMethod) and candidate == method:
             return None
-        for each in _held_by(one, own):
-            if id(each) not in seen and not isinstance(each, nn.Module):
-                seen.add(id(each))
-                found.append(each)
+        for inner in _held_by(candidate, own):
+            if id(inner) not in seen and not isinstance(inner, nn.Module):
+                seen.add(id(inner))
+                found.append(inner)
     function = getattr(top, "func", top)
     name = getattr(function, "__qualname__", type(function).__name__)
     return f"{getattr(function, '__module__', None) or 'a'}.{name}".replace("<locals>.", "")
 
 
-def _held_by(one: Any, own: dict[str, Any]) -> Iterator[Any]:
-    """What a function may call, of what can be seen."""
-    if isinstance(one, partial):
-        yield from (one.func, *one.args, *one.keywords.values())
-    elif isinstance(one, MethodType):
-        yield from (one.__func__, one.__self__)
-    elif isinstance(one, FunctionType):
-        for cell in one.__closure__ or ():
+def _held_by(function: Any, own: dict[str, Any]) -> Iterator[Any]:
+    """Yield what a function may call, of what can be seen."""
+    if isinstance(function, partial):
+        yield from (function.func, *function.args, *function.keywords.values())
+    elif isinstance(function, MethodType):
+        yield from (function.__func__, function.__self__)
+    elif isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
             with suppress(ValueError):  # an empty one
                 yield cell.cell_contents
-        yield from (own[name] for name in one.__code__.co_names if name in own and callable(own[name]))
+        yield from (own[name] for name in function.__code__.co_names if name in own and callable(own[name]))
     else:
-        yield from filter(callable, getattr(one, "__dict__", {}).values())  # of whatever name
+        yield from filter(callable, getattr(function, "__dict__", {}).values())  # of whatever name
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -28,7 +28,7 @@ Method = Callable[..., Any]
 
 
 class NotScriptedError(InputError, AttributeError):
-    """There is no source to script; to whoever only asks whether there is, there is none."""
+    """Failure to script: there is no source; to whoever only asks whether there is, there is none."""
 
 
 class PatchedMethod:
@@ -54,7 +54,7 @@ class PatchedMethod:
             self._untraced = torch.compiler.disable(self._method, reason=WHY_NOT_TRACED)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """What the method returns. This is where the frames that torch.compile looks at end, so all of it is here."""
+        """Return what the method returns; frames that torch.compile looks at end here, so all of it is here."""
         if torch.compiler.is_exporting():
             return self._own(self._name)(*args, **named)
         if torch.compiler.is_compiling():  # a function around the model
@@ -81,13 +81,13 @@ class PatchedMethod:
 
     @property
     def __code__(self) -> CodeType:
-        """That of the method, whose arguments are the model's own: torch.export asks for their names."""
+        """Code of the method, whose arguments are the model's own: torch.export asks for their names."""
         code: CodeType = self._own(self._name).__code__
         return code
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Nothing: torch.jit.script asks for it, to read the source. Raises NotScriptedError."""
+        """Raise NotScriptedError: torch.jit.script asks for it, to read the source."""
         raise NotScriptedError(
             "an enabled model can't be scripted; call ebcache_fast.disable(model) first, or torch.jit.trace"
         )
@@ -111,14 +111,14 @@ def _is_not_traced(code: CodeType) -> None:
 
 
 class Holder(NamedTuple):
-    """An entry among somebody's attributes that may hold a method."""
+    """Entry among somebody's attributes that may hold a method."""
 
     attributes: dict[str, Any]
     name: str
 
     @property
     def held(self) -> Any:
-        """What lies there; None where nothing does."""
+        """The object that lies there; None where nothing does."""
         return self.attributes.get(self.name)
 
 
@@ -139,13 +139,13 @@ class HookChain:
 
     @property
     def innermost(self) -> Holder:
-        """What is below all hooks."""
+        """The holder below all hooks."""
         own, *below = self.holders
         return next((holder for holder in below if not isinstance(holder.held, partial)), own)  # each hook is a partial
 
 
 class _Asking(local):
-    """Of each thread: how often it asks the model itself right now, one question within another."""
+    """Depth, of each thread, of the questions to the model itself right now, one within another."""
 
     depth = 0
 
@@ -203,7 +203,7 @@ class MethodPatch:
         return method
 
     def answer(self, name: str, *args: Any, **named: Any) -> Any:
-        """What the model itself answers."""
+        """Answer as the model itself does."""
         with self.asked():
             return self.method(name)(*args, **named)
 
@@ -213,12 +213,12 @@ class MethodPatch:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the model itself is to answer now: it is in its own place, or asked, and calls itself."""
+        """True if the model itself is to answer now: it is in its own place, or asked, and calls itself."""
         return not self.is_replaced or self._asking.depth > 0
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """While this lasts, the model itself answers whatever this thread calls."""
+        """Let the model itself answer whatever this thread calls, while it lasts."""
         self._asking.depth += 1
         try:
             yield
@@ -227,18 +227,19 @@ class MethodPatch:
 
 
 def is_sent_away(model: nn.Module) -> bool:
-    """Whether a hook brings the model to its device for a call, and sends it away when others come, as diffusers'
-    ``enable_model_cpu_offload`` has it.
+    """True if a hook brings the model to its device for a call, and sends it away when others come.
+
+    As diffusers' ``enable_model_cpu_offload`` has it.
     """
     hook = vars(model).get("_hf_hook")
-    return any(type(one).__name__ in ("CpuOffload", "CustomOffloadHook") for one in getattr(hook, "hooks", (hook,)))
+    return any(type(link).__name__ in ("CpuOffload", "CustomOffloadHook") for link in getattr(hook, "hooks", (hook,)))
 
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
-    """While this lasts, the model is called without the hooks around its forward, which would move its weights."""
+    """Have the model called without the hooks around its forward, which would move its weights, while it lasts."""
     own, holder = vars(model), HookChain(model, FORWARD).innermost
-    hooked = own.get(FORWARD)
+    outermost = own.get(FORWARD)
     if holder.attributes is own and holder.name == FORWARD:
         yield
         return
@@ -246,4 +247,4 @@ def bare(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        own[FORWARD] = hooked
+        own[FORWARD] = outermost

@@ -1,4 +1,4 @@
-"""Whether a model's forward is what its parts say: one tiny batch through both, before anything is replaced."""
+"""Probe of a model's forward against its parts: one tiny batch through both, before anything is replaced."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ NEARBY = (0.05, 0.1, 0.3)  # by how much latents differ from those before, for w
 
 @torch.no_grad()
 def probe(model: nn.Module, plan: Plan) -> int:
-    """How many channels the model's forward_with_cfg guides; 0 where it has none, or does something else.
+    """Number of channels that the model's forward_with_cfg guides; 0 where it has none, or does something else.
 
     Raises InputError where its forward is not what the engine would run in its place.
     """
@@ -83,7 +83,7 @@ def said(error: Exception) -> str:
 
 
 class _Probe:
-    """An even number of rows, of the first and the last label in turn, at a plan's first timestep."""
+    """Probe of an even number of rows, of the first and the last label in turn, at a plan's first timestep."""
 
     def __init__(self, model: nn.Module, plan: Plan, rows: int, *, small: bool) -> None:
         self._model, self._engine = model, Engine(model, make_graphs=no_graphs)
@@ -121,7 +121,7 @@ class _Probe:
         self._call = self._call._replace(x=x + by * away)
 
     def difference(self, guided_channels: int = 0) -> str | Exception | None:
-        """What sets the engine apart from the model's own method, which guides if channels are guided.
+        """Account of what sets the engine apart from the model's own method, which guides if channels are guided.
 
         None where both compute the same; the very error where the model's own raises one.
         """
@@ -139,7 +139,7 @@ class _Probe:
         if not isinstance(own, Tensor):
             return f"it returned a {type(own).__name__}, and no tensor"
         if (own.shape, own.dtype) != (ours.shape, ours.dtype):
-            wanted, got = (f"{tuple(one.shape)} in {one.dtype}" for one in (ours, own))
+            wanted, got = (f"{tuple(out.shape)} in {out.dtype}" for out in (ours, own))
             return f"it returned {got}, where its parts return {wanted}"
         distance = float((own.double() - ours.double()).abs().max() / own.double().abs().max())
         largest = TOLERANCE[ours.dtype]

@@ -26,27 +26,27 @@ class _Tensors(NamedTuple):
 
 
 class _Seen:
-    """One prompt: what it held, and the tensors that held it."""
+    """Prompt seen before: what it held, and the tensors that held it."""
 
     def __init__(self, context: Conditioning) -> None:
-        self._copies = tuple(None if one is None else one.detach().clone() for one in context)
+        self._copies = tuple(None if tensor is None else tensor.detach().clone() for tensor in context)
         self._tensors: list[_Tensors] = []
 
     def is_same(self, context: Conditioning) -> bool:
-        """Whether these are tensors seen before, unchanged; where torch counts, without a look at what they hold."""
+        """True if these are tensors seen before, unchanged; where torch counts, without a look at what they hold."""
         versions, locations = _versions(context), _locations(context)
-        if any(each.versions == versions and each.locations == locations for each in self._tensors):
+        if any(seen.versions == versions and seen.locations == locations for seen in self._tensors):
             return None not in versions or self.is_equal(context)
         return False
 
     def is_equal(self, context: Conditioning) -> bool:
-        """Whether they hold the same; that may wait for the device."""
+        """True if they hold the same; that may wait for the device."""
         return len(context) == len(self._copies) and all(map(_equal, context, self._copies))
 
     def note(self, context: Conditioning) -> None:
         """Know it again by these tensors, for as long as they live."""
-        references = tuple(reference_to(one) for one in context if one is not None)
-        alive = [each for each in self._tensors if each.are_alive]
+        references = tuple(reference_to(tensor) for tensor in context if tensor is not None)
+        alive = [seen for seen in self._tensors if seen.are_alive]
         self._tensors = [*alive, _Tensors(_locations(context), references, _versions(context))]
 
 
@@ -83,15 +83,17 @@ class PromptIds:
         return found
 
 
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and torch.equal(one, other)
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device) and torch.equal(
+        left, right
+    )
 
 
 def _locations(context: Conditioning) -> tuple[Hashable, ...]:
-    return tuple(None if one is None else location_of(one) for one in context)
+    return tuple(None if tensor is None else location_of(tensor) for tensor in context)
 
 
 def _versions(context: Conditioning) -> tuple[int | None, ...]:
-    return tuple(-1 if one is None else None if one.is_inference() else one._version for one in context)
+    return tuple(-1 if tensor is None else None if tensor.is_inference() else tensor._version for tensor in context)

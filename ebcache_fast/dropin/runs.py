@@ -1,23 +1,22 @@
 """All runs in progress of one model: told apart by the tensors that come with their calls, and where each stands."""
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ebcache_fast.dropin.decision import AGAIN, NOBODY, Stand, Standing, Verdict, Whose
+from ebcache_fast.dropin.run_state import Group, RunState
 from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.module_watch import ModuleState
-from ebcache_fast.engine.trajectory import ForwardTrajectory
 
 Key = tuple[Hashable, ...]  # what a run is of: its labels first, the id of its prompts last, or 0 for none
 
 
 def location_of(tensor: Tensor) -> Hashable:
-    """Where a tensor lies: the same for views of one place, as of whoever slices a prompt anew at each step."""
+    """Location of a tensor, the same for views of one place, as of whoever slices a prompt anew at each step."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -27,71 +26,8 @@ def reference_to(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-@dataclass(eq=False)
-class RunState:
-    """One run in progress, and the memory for its caches."""
-
-    trajectory: ForwardTrajectory
-    weights: ModuleState
-    expected: int = 0  # the step that comes next
-    goes_back: bool = False  # its last call was of the step before the one of the call before
-    is_doubtful: bool = False  # its tensors are gone, and never came anew so far
-    calls: int = 0
-    hits: int = 0  # calls that reused something
-    group: "Group | None" = None  # in which it is kept
-
-    def stand(self, weights: ModuleState, flags: Flags) -> Stand:
-        """Describe it in plain values, given weights and settings of now."""
-        changed = None
-        if self.weights != weights:
-            changed = "weights changed within a run"
-        elif self.trajectory.buffer_set.spec.flags != flags:  # under which it began
-            changed = "torch's settings or functions changed within a run"
-        return Stand(self.is_doubtful, self.goes_back and self.expected == 2, changed)
-
-
-@dataclass(eq=False)
-class Group:
-    """The unfinished runs that came with the same tensors; see `Standing`."""
-
-    is_made_anew: bool = False  # the tensors came in the middle of a run
-    is_held: bool = False  # and they came again: whoever has them keeps them
-    gave_way: bool = False
-    is_repeating: bool = False  # a timestep came twice, or may have
-    at: dict[int, RunState] = field(default_factory=dict)
-    lost: Counter[int] = field(default_factory=Counter)
-    ends: set[int] = field(default_factory=set)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are no runs, with or without caches."""
-        return not self.at and not self.lost.total()
-
-    def take(self, others: "Group") -> None:
-        """Add what is known of other runs but for those with caches."""
-        self.is_repeating |= others.is_repeating
-        self.lost += others.lost
-        self.ends |= others.ends
-
-    def put(self, run: RunState, expected: int) -> RunState | None:
-        """Let a run stand there; returns the one that stood there before, which has no caches from now on."""
-        before = self.at.pop(expected, None)
-        if before is not None:
-            before.group = None
-            self.lost[expected] += 1
-        self.at[expected], run.group, run.expected = run, self, expected
-        return before
-
-    def remove(self, run: RunState, *, lose: bool = False) -> None:
-        """Take a run out; ``lose`` where it may go on."""
-        del self.at[run.expected]
-        run.group = None
-        if lose and run.expected:
-            self.lost[run.expected] += 1
-
-
 class Turn(NamedTuple):
-    """A call among the runs in progress."""
+    """Call among the runs in progress."""
 
     key: Key
     held: Tensor  # by its caller, for the length of the run
@@ -136,7 +72,7 @@ class Runs:
             forgotten = Standing({}, self._forgotten.lost, self._forgotten.ends)
         else:
             group.is_held = True
-        at = {expected: run.stand(weights, flags) for expected, run in group.at.items()}
+        at = {expected: stand_of(run, weights, flags) for expected, run in group.at.items()}
         standing = Standing(at, group.lost, group.ends, group.gave_way)
         verdict = self._decide(step, standing, forgotten, is_full=is_full)
         return Turn(key, held, step, group, verdict, None if verdict.run is None else group.at[verdict.run])
@@ -164,7 +100,7 @@ class Runs:
             self.give_way()
 
     def give_way(self) -> bool:
-        """Drop the run that was called longest ago; whether there was one."""
+        """Drop the run that was called longest ago; True if there was one."""
         run = next(iter(self._runs), None)
         if run is None:
             return False
@@ -190,7 +126,7 @@ class Runs:
         self._release(run)
 
     def disown(self, turn: Turn) -> None:
-        """Before a call that nothing tells the run of: its caches are nobody's, after an unplanned step all are."""
+        """Take the caches from the run that nothing tells a coming call of, after an unplanned step from all."""
         for run in list(turn.group.at.values()):
             if run is turn.run:
                 turn.group.remove(run, lose=True)
@@ -198,7 +134,7 @@ class Runs:
                 self.drop(run, lose=True)
 
     def move(self, turn: Turn, run: RunState, steps: int) -> None:
-        """After a call: let its run, of ``steps`` steps, stand where it is now."""
+        """Let the run of a call, of ``steps`` steps, stand where it is after it."""
         group, step, (whose, *_, why) = turn.group, turn.step, turn.verdict
         if whose is Whose.NEXT and group.is_held and group is run.group and step is not None and step + 1 < steps:
             group.at[step + 1] = group.at.pop(step)  # as of nearly all calls
@@ -224,7 +160,7 @@ class Runs:
             self.drop(before)
 
     def pass_by(self, turn: Turn, steps: int) -> None:
-        """After a call that was answered without caches: its run may go on, without any."""
+        """Note a call that was answered without caches: its run may go on, without any."""
         if turn.step is None:
             return
         if turn.verdict.is_only and turn.run is not None:
@@ -247,7 +183,7 @@ class Runs:
             del self._anew[turn.key]
 
     def _home(self, turn: Turn) -> Group:
-        """Where the run of a call is kept: among those of its tensors."""
+        """The group that the run of a call is kept in: that of its tensors."""
         place = turn.key, location_of(turn.held)
         _, group = self._held.get(place, (None, None))
         if group is None or (group is not turn.group and group.is_empty):
@@ -256,7 +192,7 @@ class Runs:
         return group
 
     def _sort_out(self) -> None:
-        """Runs whose tensors are gone are over, or may make them anew."""
+        """End the runs whose tensors are gone, or keep those that may make them anew."""
         for place, (reference, group) in list(self._held.items()):
             if not reference.expired():  # type: ignore[no-untyped-call]
                 continue
@@ -285,3 +221,13 @@ class Runs:
     def _drop_all(self, group: Group) -> None:
         for run in list(group.at.values()):
             self.drop(run)
+
+
+def stand_of(run: RunState, weights: ModuleState, flags: Flags) -> Stand:
+    """Describe a run in plain values, given weights and settings of now."""
+    changed = None
+    if run.weights != weights:
+        changed = "weights changed within a run"
+    elif run.trajectory.buffer_set.spec.flags != flags:  # under which it began
+        changed = "torch's settings or functions changed within a run"
+    return Stand(run.is_doubtful, run.goes_back and run.expected == 2, changed)

@@ -1,4 +1,4 @@
-"""Calls of a model's forward: how models are called, and what one call holds."""
+"""Signatures of a model's forward: how models are called, and what one call holds."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Facts(NamedTuple):
-    """What a call's tensors hold, on the host."""
+    """Values that a call's tensors hold, on the host."""
 
     timesteps: frozenset[float]
     labels: tuple[int, ...]
@@ -45,7 +45,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def held(self) -> Tensor:
-        """What its caller holds for the length of a run: prompts, or labels."""
+        """The tensor that its caller holds for the length of a run: prompts, or labels."""
         return self.tensors[0]
 
     def row_not_finite(self) -> int | None:
@@ -63,7 +63,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it has, `held` first."""
+        """All its tensors, `held` first."""
         cfg_scale = (self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()
         return (*[tensor for tensor in self.context if tensor is not None], self.y, self.x, self.t, *cfg_scale)
 
@@ -75,7 +75,7 @@ class ForwardCall(NamedTuple):
         denoiser.for_shape(tuple(x.shape[1:]), self.context)
         if x.dtype != weight.dtype:
             raise InputError(f"x is {x.dtype}, but the model {weight.dtype}; convert one of them")
-        context = (("the context", one, ()) for one in self.context if one is not None)
+        context = (("the context", tensor, ()) for tensor in self.context if tensor is not None)
         for name, tensor, also in (("x", x, ()), ("y", y, ()), ("t", t, (torch.device("cpu"),)), *context):
             if tensor.device not in (weight.device, *also):
                 raise InputError(f"{name} is on {tensor.device}, but the model on {weight.device}; move one of them")
@@ -87,7 +87,7 @@ class ForwardCall(NamedTuple):
             raise InputError(f"{len(x)} rows can't be halved; pass the conditional rows, then as many unconditional")
 
     def read(self, denoiser: Denoiser) -> Facts:
-        """What its tensors hold: the one time that a call waits for the device.
+        """Read what its tensors hold: the one time that a call waits for the device.
 
         InputError for a label that the model does not have, or latents that are not finite.
         """
@@ -110,18 +110,18 @@ class ForwardCall(NamedTuple):
 
 
 def numbers_of(*tensors: Tensor) -> list[list[float]]:
-    """What tensors (n,) or () hold: of a GPU by one awaited copy of all, in float64, of the host as they are."""
+    """Numbers in tensors (n,) or (): of a GPU by one awaited copy of all, in float64, of the host as they are."""
     away = [tensor.double().flatten() for tensor in tensors if not tensor.is_cpu]
     copied = iter(torch.cat(away).tolist() if away else ())
     return [tensor.flatten().tolist() if tensor.is_cpu else list(islice(copied, tensor.numel())) for tensor in tensors]
 
 
 class Answering(Protocol):
-    """Who answers: see `CachedForward`."""
+    """Answerer of calls: see `CachedForward`."""
 
     @property
     def guided_channels(self) -> int:
-        """How many of them ``forward_with_cfg`` guides; 0 where the model's own has to run."""
+        """Number of channels that ``forward_with_cfg`` guides; 0 where the model's own has to run."""
         ...
 
     def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
@@ -138,7 +138,7 @@ class Signature(Protocol):
 
     @property
     def methods(self) -> Mapping[str, Method]:
-        """By name."""
+        """Methods by the names of the model's own."""
         ...
 
     @staticmethod
@@ -148,7 +148,7 @@ class Signature(Protocol):
 
 
 class FacebookDiTSignature:
-    """Of the original's DiT."""
+    """Signature of the original's DiT."""
 
     unconditional_first = False
 
@@ -167,13 +167,13 @@ class FacebookDiTSignature:
         return model(call.x, call.t, call.y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, *more: Any, **others: Any) -> Tensor:
-        """As the model's: latents x (R, C, H, W), timesteps t (R,), labels y (R,) -> (R, out_channels, H, W)."""
+        """Answer as the model: latents x (R, C, H, W), timesteps t (R,), labels y (R,) -> (R, out_channels, H, W)."""
         call = None if more or others else ForwardCall(x, t, y)
         out: Tensor = self._answering.answer(call, "forward", x, t, y, *more, **others)
         return out
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """As the model's: the second half of the batch is unconditional, and takes the latents of the first."""
+        """Answer as the model: the second half of the batch is unconditional, and takes the latents of the first."""
         call = ForwardCall(x, t, y, cfg_scale, self._guided_channels)
         out: Tensor = self._answering.answer(call, "forward_with_cfg", x, t, y, cfg_scale)
         return out

@@ -23,7 +23,7 @@ class VelocityScaling:
 
     @classmethod
     def of(cls, target: Any, module: nn.Module, plan: Plan) -> Self | None:
-        """What a plan's b takes for a pipeline with a scheduler, or a module alone; None for one that predicts noise.
+        """The scaling that a plan's b takes for a pipeline with a scheduler, or a module alone; None for predicted eps.
 
         InputError where that can't be known, as of a scheduler of flow matching, or not at a timestep of the plan.
         """
