@@ -254,6 +254,13 @@ def test_a_program_can_be_read() -> None:
     assert "sum                 + 1.self_attn .. 26.mlp (52)" in str(program_of(masked({0, 27})))
 
 
+def test_two_layers_that_are_alike_stand_once() -> None:
+    sites = layered(4, (Branch.SELF_ATTN, Branch.MLP))
+    computed = StepPlan(sites, (COMPUTE,) * 6 + (REUSE,) * 2)
+    lines = str(lower(computed, [SiteShape(site.layer, site.branch, 1, 1) for site in sites], Memory(), samples=True))
+    assert "    for i = 1 to 2\nresidual            + 2.mlp + 3.self_attn\n" in lines
+
+
 def test_every_kind_of_launch_can_be_read() -> None:
     sites = layered(3, (Branch.SELF_ATTN, Branch.MLP))
     kept = StepPlan(sites, (FullAndWindow(7), COMPUTE, Compute(1), COMPUTE, COMPUTE, COMPUTE), (KeepSpan(4, 5),))

@@ -297,6 +297,11 @@ def test_a_forward_follows_no_plan_of_which_the_first_step_can_not_stand_in_for_
     assert relative_error(full, naive(plan_of(FULL), latent[None], LABELS)[0]) < 1e-12
 
 
+def test_a_run_begins_with_no_step_that_goes_on_with_what_it_fills() -> None:
+    """Chosen tokens are put into the output that the step before kept, and that is all that later steps read."""
+    assert plan_of(FULL, each(COMPUTE, Tokens(5)), each(REUSE, REUSE)).refreshing == (True, False, False)
+
+
 def test_a_share_of_cross_attention_is_refused() -> None:
     with pytest.raises(TableError, match=r"0\.cross_attn: a share: rows attend to texts of their own"):
         StepPlan(layered(1, (Branch.CROSS_ATTN,)), (SharedByGuidance(),))
