@@ -52,9 +52,8 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def compared(other: Path, turns: int, rounds: Mapping[str, int]) -> list[dict[str, Any]]:
     """Every figure of both checkouts: medians, and those of the ratios turn by turn. What names differ in is ours."""
-    seen = [
-        list(zip(times_of(ROOT, rounds), times_of(other, rounds), strict=True)) for _ in range(turns)
-    ]  # by turns, of pairs of (name, time)
+    # By turns, pairs of (name, time).
+    seen = [list(zip(times_of(ROOT, rounds), times_of(other, rounds), strict=True)) for _ in range(turns)]
     rows = []
     for pairs in zip(*seen, strict=True):
         ratios = [here / there for (_, here), (_, there) in pairs]
