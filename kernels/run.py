@@ -93,7 +93,7 @@ def run_update(
     *,
     pdl: bool = False,
 ) -> None:
-    """Whole ATTN_MLP steps, one for each of sums (n, R, T, D), on x (B, C, H, W) float32 in place.
+    """Run whole ATTN_MLP steps, one for each of sums (n, R, T, D), on x (B, C, H, W) float32 in place.
 
     See `ebcache_fast.ops.reference.run_update`. Raises InputError for what `checks` refuses.
     """

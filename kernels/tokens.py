@@ -1,4 +1,4 @@
-"""Some tokens of a stream, by their indices: gathered out of it, or scattered back into it.
+"""Tokens of a stream, by their indices: gathered out of it, or scattered back into it.
 
     gather    out[r, i] = source[r, indices[r, i]]
     scatter   target[r, indices[r, i]] = source[r, i]

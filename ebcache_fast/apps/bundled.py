@@ -108,7 +108,7 @@ def labels_of(text: str) -> list[int]:
 
 
 def labels_in_turn(count: int, classes: int, labels: Sequence[int] = ()) -> list[int]:
-    """These labels, or every class, in turn, over and over, ``count`` labels in all.
+    """Repeat these labels, or every class, in turn, to ``count`` labels in all.
 
     InputError for none, for more than fit into memory, and for a class that there is not.
     """

@@ -136,7 +136,7 @@ def _ruler(
     unit: str,
     font: "Font",
 ) -> None:
-    """Numbers over the whole width; the last one says what they count."""
+    """Draw numbers over the whole width; the last one says what they count."""
     for at, text in marks:
         x = MARGIN + at / whole * WIDTH
         half = font.getlength(text) / 2

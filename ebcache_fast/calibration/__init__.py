@@ -4,7 +4,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Former names, with a DeprecationWarning."""
+    """Return what has this former name, with a DeprecationWarning."""
     from ebcache_fast.former import former_home
 
     return former_home(__name__, name, "search", ("calibrate",))

@@ -85,7 +85,7 @@ def calibrate(
 
 
 def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """InputError for arguments that would be overruled, or leave the table to another run than it is made from."""
+    """Raise InputError for arguments that would be overruled, or make the table of another run than it is for."""
     for name in _DECIDED:
         if name in options:
             raise InputError(f"{name}={options[name]!r} is decided by the {type(pipe).__name__}; leave it out")
@@ -95,7 +95,7 @@ def _refuse_what_is_decided(pipe: Any, call: Mapping[str, Any], options: Mapping
 
 
 def _refuse_offloaded(pipe: Any, module: nn.Module) -> None:
-    """InputError where weights lie elsewhere than the pipeline runs: hooks that fetch them would not be asked."""
+    """Raise InputError where weights lie elsewhere than the pipeline runs: hooks that fetch them would not be asked."""
     lie_on, runs_on = {weight.device.type for weight in module.parameters()}, pipe._execution_device.type
     if lie_on != {runs_on}:
         raise InputError(

@@ -40,7 +40,7 @@ def fastest(steps: int, algorithm: Algorithm1) -> list[StepType]:
 
 
 def check_target(target: float, steps: int, algorithm: Algorithm1, costs: Costs) -> None:
-    """InputError unless a table of so many steps can have this speed-up."""
+    """Raise InputError unless a table of so many steps can have this speed-up."""
     if not isinstance(target, Real):
         raise InputError(f"target_speedup={target!r} is no number; pass one of at least 1, or leave it out")
     reach = speedup_of(fastest(steps, algorithm), costs)

@@ -20,7 +20,7 @@ CONTEXT = "_context_manager"  # cache-dit's, of a pipeline and of its transforme
 
 
 def refuse_other_caches(target: Any, module: nn.Module) -> None:
-    """InputError, naming the sign, where another library caches this module, or the pipeline that has it."""
+    """Raise InputError, naming the sign, where another library caches this module, or the pipeline that has it."""
     # TeaCache keeps its own in the model's class. That of a pipeline says nothing of this one.
     places = (module, vars(module)), (module, vars(type(module))), (target, getattr(target, "__dict__", {}))
     for owner, attributes in places:
@@ -43,7 +43,7 @@ def has_foreign_forward(model: nn.Module) -> bool:
 
 
 def refuse_parts_that_keep(model: nn.Module, calls: Iterable[Callable[[], Any]]) -> None:
-    """InputError for a part whose forward was replaced by one that answers a call with what it gave to the one before.
+    """Raise InputError for a part whose replaced forward answers a call with what it gave to the one before.
 
     calls: call the model with other latents each. What gives one number, as a part that was switched off, keeps none.
     """

@@ -100,7 +100,7 @@ class PatchedMethod:
 
 
 def _compiled(x: Tensor) -> Tensor:
-    """Something to compile, for torch.compile(fullgraph=True) is in error where it finds nothing."""
+    """Give torch.compile something to compile, as fullgraph=True is an error where it finds nothing."""
     return x + 1
 
 

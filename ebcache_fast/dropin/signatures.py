@@ -35,7 +35,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """R, or half as many under guidance, where the second half repeats the latents of the first."""
+        """Number of samples: R, or R / 2 under guidance, where the second half repeats the latents of the first."""
         return len(self.y) // 2 if self.guided_channels else len(self.y)
 
     @property
@@ -54,7 +54,7 @@ class ForwardCall(NamedTuple):
         return None if finite.all() else int(finite.int().argmin())
 
     def check_text(self) -> None:
-        """InputError where a text is not finite: what comes of it would be blamed on the latents."""
+        """Raise InputError where a text is not finite: what comes of it would be blamed on the latents."""
         if (row := self.row_not_finite()) is not None:
             raise InputError(
                 f"the text of row {row} holds a number that is not finite, as prompts that a float16 encoder overflows "
@@ -68,7 +68,7 @@ class ForwardCall(NamedTuple):
         return (*[tensor for tensor in self.context if tensor is not None], self.y, self.x, self.t, *cfg_scale)
 
     def check(self, denoiser: Denoiser) -> None:
-        """InputError unless shapes, dtypes and devices are the model's; what the tensors hold is not looked at."""
+        """Raise InputError unless shapes, dtypes and devices are the model's; what tensors hold is not looked at."""
         x, t, y, weight = self.x, self.t, self.y, denoiser.weight()
         if not x.ndim or not len(x):
             raise InputError(f"x of shape {tuple(x.shape)} holds no row; pass one latent or more")
@@ -125,7 +125,7 @@ class Answering(Protocol):
         ...
 
     def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
-        """Our output (R, Cout, H, W), or whatever the model's own method of that name returns."""
+        """Return our output (R, Cout, H, W), or whatever the model's own method of that name returns."""
         ...
 
 

@@ -74,7 +74,7 @@ class Buffers:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """All of it that is allocated by now."""
+        """Tensors of it that are allocated by now."""
         yield from (self.x, self.out, self.guide.settings, self.update.coefficients, *self.guard.tensors)
         for optional in (self.update.noise, self.update.previous):
             if optional is not None:

@@ -68,7 +68,7 @@ class FusedEmbedHead:
     """Embedding and head through the fused operations."""
 
     def __init__(self, denoiser: Denoiser, operations: Operations, per_run: BufferPool) -> None:
-        self._denoiser, self._operations, self._constants = denoiser, operations, per_run
+        self._denoiser, self._operations, self._per_run = denoiser, operations, per_run
 
     def embed(self, x: Tensor, h: Tensor) -> None:
         self._operations.embed(x, self._patches, h)
@@ -91,7 +91,7 @@ class FusedEmbedHead:
 
     @property
     def _patches(self) -> Patches:
-        return self._denoiser.patches(self._constants)
+        return self._denoiser.patches(self._per_run)
 
     @property
     def _linear(self) -> Linear:
@@ -104,7 +104,7 @@ class JointEmbedHead(FusedEmbedHead):
     def embed(self, x: Tensor, h: Tensor) -> None:
         rows = self._rows(h)  # (R, T, D)
         text = self._denoiser.text_tokens
-        rows[:, :text] = self._constants.buffer(TEXT, len(rows), text, rows.shape[2])
+        rows[:, :text] = self._per_run.buffer(TEXT, len(rows), text, rows.shape[2])
         for i, row in enumerate(rows):
             super().embed(_as_images(x)[i % len(x)][None], row[None, text:])
 
@@ -147,10 +147,10 @@ class ModuleEmbedHead:
     """Embedding and head through the model's own layers."""
 
     def __init__(self, denoiser: Denoiser, per_run: BufferPool) -> None:
-        self._denoiser, self._constants = denoiser, per_run
+        self._denoiser, self._per_run = denoiser, per_run
 
     def embed(self, x: Tensor, h: Tensor) -> None:
-        tokens = self._denoiser.embed(x.to(h.dtype), self._constants)  # (R or B, T, D)
+        tokens = self._denoiser.embed(x.to(h.dtype), self._per_run)  # (R or B, T, D)
         h.view(-1, *tokens.shape).copy_(tokens.expand(h.numel() // tokens.numel(), *tokens.shape))
 
     def embed_norm_modulate(self, x: Tensor, norm: Norm, at: StepIndex, h: Tensor, u: Tensor) -> None:
@@ -203,7 +203,7 @@ def _run_one_by_one(
 
 
 def _as_images(videos: Tensor) -> Tensor:
-    """Frames below each other, (N, C, F, H, W) -> (N, C, F * H, W), in the same memory."""
+    """View frames below each other, (N, C, F, H, W) -> (N, C, F * H, W)."""
     return videos.view(*videos.shape[:2], -1, videos.shape[-1])
 
 

@@ -29,14 +29,14 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA's. All graphs that one of these captured share the memory of their temporaries: replay one at a time."""
+    """Capturer of CUDA graphs, which share the memory of their temporaries: replay one at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._begin_anew()
 
     def capture(self, body: Callable[[], None], static: Sequence[Tensor]) -> Graph:
-        """See `Graphs.capture`. One stream serves all: within a pool, memory goes from graph to graph on none other."""
+        """Capture on one stream, see `Graphs.capture`: within a pool, memory goes from graph to graph on it alone."""
         with torch.cuda.device(self._device):
             current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")

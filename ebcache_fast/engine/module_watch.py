@@ -20,7 +20,7 @@ PLAIN = (bool, int, float, str, tuple, type(None))  # what a graph would keep of
 
 
 class ModuleState(NamedTuple):
-    """Two models of equal parts lie at the same addresses; of equal versions, nothing wrote there since.
+    """State of a model. Two of equal parts lie at the same addresses; of equal versions, nothing wrote there since.
 
     Parts are also the plain numbers among the attributes of layers (an epsilon, heads, a factor), their classes'
     methods, and the functions that these call by a global name. Adapters of peft that were scaled, or turned on and

@@ -48,6 +48,6 @@ class EngineOptions:
             raise InputError(f"max_cache_bytes={limit!r} is no whole number of 1 or more; leave it out for no limit")
 
     def check(self, denoiser: Denoiser) -> None:
-        """InputError where a model, or the device that it lies on, can't be run so."""
+        """Raise InputError where a model, or the device that it lies on, can't be run so."""
         if self.fp8:
             check_float8(denoiser)

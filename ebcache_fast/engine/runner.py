@@ -52,7 +52,7 @@ class Runner:
     ) -> None:
         self._denoiser, self._operations = denoiser, operations
         self._modulation, self._guide, self._workspace = modulation, guide, workspace
-        self._constants, self._means = per_run, BranchResources(operations, workspace, per_run)
+        self._per_run, self._res = per_run, BranchResources(operations, workspace, per_run)
         self._float8, self._sites = float8, denoiser.shape.sites
         self._normed = [shape.is_normed for shape in denoiser.shape.site_shapes]
         self.clock = StepClock(modulation.row_of)
@@ -79,7 +79,7 @@ class Runner:
         }
 
     def predict(self, program: Program, x: Tensor, cache: FeatureCache, out: Tensor) -> None:
-        """Guided and scaled output for latents x (B, C, H, W) -> out (R, Cout, H, W), in x's dtype."""
+        """Run a step to its guided, scaled output: latents x (B, C, H, W) -> out (R, Cout, H, W), in x's dtype."""
 
         def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
             self._embed_head.predict(h, pending, self._head_norm(), at, self._guide, out)
@@ -87,7 +87,7 @@ class Runner:
         self._launch_all(program, _Step(x, cache, 1, head, _never, self._buffer("h")))
 
     def update(self, program: Program, x: Tensor, cache: FeatureCache, update: Update) -> None:
-        """All steps of a program, the sampler's included, on x (B, C, H, W) in place."""
+        """Run all steps of a program, the sampler's included, on x (B, C, H, W) in place."""
 
         def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
             self._embed_head.update(x, h, pending, self._head_norm(), at, self._guide, update)
@@ -135,7 +135,7 @@ class Runner:
         self._operations.gated_residual_norm_quantise(h, branches, gates, self._norm(launch), at, u)
 
     def _branch(self, launch: Launch, step: _Step, at: StepIndex) -> None:
-        site, res = self._sites[launch.site], self._means
+        site, res = self._sites[launch.site], self._res
         if launch.tokens:
             self._denoiser.branch(site, *self._of_tokens(launch), res)
             return
@@ -221,7 +221,7 @@ class Runner:
 
     @property
     def _embed_head(self) -> EmbedHead:
-        return embed_head_of(self._denoiser, self._operations, self._constants)
+        return embed_head_of(self._denoiser, self._operations, self._per_run)
 
     def _head_norm(self) -> Norm:
         return self._modulation.head_norm(self._denoiser.head_norm)

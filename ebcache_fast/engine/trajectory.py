@@ -56,7 +56,7 @@ class Trajectory:
         return len(executable.names)
 
     def end(self) -> None:
-        """Its memory is another run's from now on."""
+        """Give the memory back: it is another run's from now on."""
         self._why_over = "this run has ended, and its memory is another's"
 
 

@@ -67,7 +67,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> type:
-    """Former names, with a DeprecationWarning."""
+    """Return what has this former name, with a DeprecationWarning."""
     if name == "Action":
         from ebcache_fast.former import warn
         from ebcache_fast.plan.former import Action

@@ -25,7 +25,7 @@ class ModelShape:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Its sites, in the same order."""
+        """Sites of the model, in the order of `site_shapes`."""
         return tuple(shape.site for shape in self.site_shapes)
 
     @property

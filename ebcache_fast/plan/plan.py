@@ -124,7 +124,7 @@ class Plan:
 
     def step_macs(self, shape: ModelShape) -> tuple[int, ...]:
         """Multiply-accumulates of each step, for one row of the batch (one guidance branch of one sample)."""
-        return self._each(lambda program: shape.fixed_macs + branch_macs(program, shape), shape)
+        return self._by_step(lambda program: shape.fixed_macs + branch_macs(program, shape), shape)
 
     def macs(self, shape: ModelShape) -> int:
         """Multiply-accumulates of the whole run, for one row of the batch."""
@@ -153,9 +153,9 @@ class Plan:
             slots = len(live & program.writes) + len(program.reads)
             return itemsize * (shape.fixed_weights + branch_weights(program, shape) + slot * slots)
 
-        return self._each(moved, shape)
+        return self._by_step(moved, shape)
 
-    def _each(self, fold: Callable[[Program], int], shape: ModelShape) -> tuple[int, ...]:
+    def _by_step(self, fold: Callable[[Program], int], shape: ModelShape) -> tuple[int, ...]:
         """A count over the program of each step."""
         self._check_fits(shape)
         found = {step: fold(program) for step, program in self._drafts.items()}

@@ -76,7 +76,7 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """All that one step launches, in order; of ``steps`` equal ones that reuse everything, where there are more.
+    """Launches of one step, in order; of ``steps`` equal ones that reuse everything, where there are more.
 
     Hashable: it is a CUDA graph's key. str() is for people.
     """

@@ -49,7 +49,7 @@ class SiteShape:
 
     @property
     def site(self) -> Site:
-        """Its place in the model."""
+        """Place of the site in the model."""
         return Site(self.layer, self.branch)
 
 

@@ -40,7 +40,7 @@ def is_npy(path: str | os.PathLike[str]) -> bool:
 
 
 def read_bytes(source: Traversable) -> bytes:
-    """All that a file of at most 4 MiB holds; TableError with the reason where it can't be read."""
+    """Read a file of at most 4 MiB; TableError with the reason where it can't be read."""
     try:
         with source.open("rb") as file:
             raw: bytes = file.read(MAX_BYTES + 1)

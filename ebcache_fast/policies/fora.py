@@ -11,7 +11,7 @@ from ebcache_fast.plan import ModelShape, Plan, StepType
 
 
 def fora(timesteps: tuple[float, ...], interval: float, shape: ModelShape, eps_scale: float = 1.0) -> Plan:
-    """Full steps where the step index passes a multiple of ``interval``, and at the first executed step.
+    """Plan full steps where the step index passes a multiple of ``interval``, and at the first executed step.
 
     The index counts down to 0 at the last executed step, where FORA anchors the phase, so that the last step
     is always full. An interval of 2, 3, 4 is FORA's N; a fraction spreads the full steps as evenly as

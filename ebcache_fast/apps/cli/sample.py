@@ -46,8 +46,8 @@ def sample(
         sample_dir: folder to write.
     """
     from ebcache_fast.apps import console
-    from ebcache_fast.apps import jobs as job
     from ebcache_fast.apps.bundled import engine_options, folder_run, labels_in_turn, labels_of, open_model
+    from ebcache_fast.apps.jobs import sample_into
     from ebcache_fast.apps.method_spec import open_table
     from ebcache_fast.apps.room import check_run
     from ebcache_fast.engine.engine import Engine
@@ -65,7 +65,7 @@ def sample(
     check_run(engine.denoiser, count, per_proc_batch_size, [plan], draws_noise=draws, cfg_scale=cfg_scale)
     labels = labels_of(text) if text is not None else labels_in_turn(num_samples, engine.denoiser.num_classes)
     with console.progress_bar() as bar:
-        written = job.sample_into(
+        written = sample_into(
             sample_dir,
             opened,
             labels,

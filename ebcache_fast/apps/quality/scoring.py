@@ -44,7 +44,7 @@ class Features:
 
 
 class FeatureExtractor(Protocol):
-    """Anything that maps pictures (N, C, H, W) to their Features."""
+    """Extractor of features: maps pictures (N, C, H, W) to their Features."""
 
     def __call__(self, images: Tensor, /) -> Features: ...
 
