@@ -481,7 +481,7 @@ CLEARED = {
         "run",
         "tokens",
     ),
-    "ebcache_fast/engine": ("feature_cache", "order_guard", "runner", "step_clock", "step_scheduler", "workspace"),
+    "ebcache_fast/engine": ("cache", "clock", "order_guard", "runner", "step_scheduler", "workspace"),
 }
 
 

@@ -353,3 +353,10 @@ def test_plans_are_values(plan: Plan) -> None:
     copy = pickle.loads(pickle.dumps(plan))
     assert copy == plan
     assert hash(copy) == hash(plan)
+
+
+def test_the_first_four_types_fit_layers_of_any_branches() -> None:
+    for step_type in (StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP, StepType.MLP):
+        assert step_type.fits((Branch.SELF_ATTN,))
+    assert not StepType.CROSS_ATTENTION.fits((Branch.SELF_ATTN, Branch.MLP))
+    assert StepType.CROSS_ATTENTION.fits(tuple(Branch))

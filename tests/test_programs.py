@@ -21,6 +21,7 @@ from ebcache_fast.plan import (
     Program,
     Rule,
     SharedByGuidance,
+    Site,
     SiteShape,
     SkipSpan,
     Slot,
@@ -34,6 +35,7 @@ from ebcache_fast.plan import (
     verify,
 )
 from ebcache_fast.plan import program as names
+from ebcache_fast.plan.lowering import bare
 
 XL = layered(28, (Branch.SELF_ATTN, Branch.MLP))
 EVERY_RULE: list[Rule] = [COMPUTE, REUSE]
@@ -252,6 +254,21 @@ def test_a_program_can_be_read() -> None:
         "run                 x 3",
     ]
     assert "sum                 + 1.self_attn .. 26.mlp (52)" in str(program_of(masked({0, 27})))
+
+
+def test_long_sums_are_read_from_end_to_end() -> None:
+    """And short ones summand by summand."""
+    branches = (Branch.SELF_ATTN, Branch.CROSS_ATTN, Branch.MLP)
+    for depth, line in ((1, "+ 0.self_attn + 0.cross_attn + 0.mlp"), (2, "+ 0.self_attn .. 1.mlp (6)")):
+        sites = layered(depth, branches)
+        assert sum_of(sites) == f"sums                {line}  x 2"
+    assert sum_of(layered(2, (Branch.SELF_ATTN, Branch.MLP))) == "sums                + 0.self_attn .. 1.mlp (4)  x 2"
+
+
+def sum_of(sites: tuple[Site, ...]) -> str:
+    plan = Plan(tuple(StepPlan(sites, (rule,) * len(sites)) for rule in (COMPUTE, REUSE)), (1, 0))
+    program = lower(plan.steps[1], bare(sites), plan.memory, samples=True, steps=2)
+    return str(program).splitlines()[0]
 
 
 def test_two_layers_that_are_alike_stand_once() -> None:

@@ -264,6 +264,8 @@ def test_a_forecast_is_exact_where_it_must_be(steps: list[int], ahead: int) -> N
         (lambda: each(Tokens(3), COMPUTE), r"0\.self_attn: tokens: expected MLP, .*got SELF_ATTN; "),
         (lambda: each(COMPUTE, Tokens(0)), r"0\.mlp: tokens: expected 1 or more, got 0"),
         (lambda: each(Forecast(-1), COMPUTE), r"0\.self_attn: order: expected 0 to 4, got -1"),
+        (lambda: each(Forecast(5), COMPUTE), r"0\.self_attn: order: expected 0 to 4, got 5"),
+        (lambda: each(Reuse(-1), COMPUTE), r"0\.self_attn: age: expected 0 or more, got -1"),
         (lambda: each(Compute(-1), COMPUTE), r"0\.self_attn: age: expected 0 or more, got -1"),
         (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(4, 6),)), r"span 4 to 6: expected sites from 0 to 5"),
         (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(0, 2), KeepSpan(2, 3))), r"span 2 to 3: .* from 3 to 5"),
@@ -279,6 +281,23 @@ def test_what_does_not_fit_is_one_typed_line(make: object, problem: str) -> None
     with pytest.raises(TableError, match=problem) as caught:
         make()  # type: ignore[operator]
     assert "\n" not in str(caught.value)
+
+
+def test_spans_make_a_step_mixed_and_only_those_that_skip_run_less() -> None:
+    kept, skipped = (StepPlan(SITES, (COMPUTE,) * 6, (span,)) for span in (KeepSpan(2, 3), SkipSpan(2, 3)))
+    assert [(step.step_type, step.computed, step.reused) for step in (FULL, kept, skipped)] == [
+        (StepType.NO_CACHE, SITES, ()),
+        (None, SITES, ()),
+        (None, SITES[:2] + SITES[4:], SITES[2:4]),
+    ]
+
+
+def test_the_highest_order_of_a_forecast_fits() -> None:
+    assert each(Forecast(4), REUSE).rules[0] == Forecast(4)
+
+
+def test_a_window_of_one_token_fits() -> None:
+    assert each(Window(1), COMPUTE).rules[0] == Window(1)
 
 
 def test_a_forward_follows_no_plan_of_which_the_first_step_can_not_stand_in_for_another() -> None:

@@ -111,7 +111,7 @@ class Plan:
         """The steps of which one launch can sum all that they add, so that our own loop may run several at once."""
         sites = bare(self.sites)
         lowered = {step: lower(step, sites, self.memory, samples=True) for step in self._drafts}
-        return frozenset(step for step, program in lowered.items() if program.launches[-1].name == RUN)
+        return frozenset(step for step, program in lowered.items() if any(launch.name == RUN for launch in program))
 
     def counts(self) -> Counter[StepType | None]:
         """Number of steps of each type, under None of those that fit no type."""

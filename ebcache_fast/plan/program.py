@@ -1,11 +1,14 @@
 """Programs: the launches of one step, between plans and kernels; hashed, verified, counted and printed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import NamedTuple
 
 from ebcache_fast.plan.sites import Site
+
+_Group = tuple[int, tuple[str, ...]]  # a layer, and the lines that name it as {0} and the one before it as {1}
 
 # What slots hold.
 OUTPUT = "output"  # of one site: the branch's ungated output
@@ -127,24 +130,27 @@ class Program:
 def _lines(program: Program) -> Iterator[str]:
     """Program as text, one line a launch; layers that are alike but for their number stand once."""
     groups = _by_layer(program)
-    at = 0
-    while at < len(groups):
-        layer, lines = groups[at]
-        alike = 1
-        while at + alike < len(groups) and groups[at + alike] == (layer + alike, lines):
-            alike += 1
+    while groups:
+        layer, lines = groups[0]
+        alike = _alike(groups)
         several = alike > 1
         yield from (line.format("i" if several else layer, "i-1" if several else layer - 1) for line in lines)
         if several:
             yield f"    for i = {layer} to {layer + alike - 1}"
-        at += alike
+        groups = groups[alike:]
 
 
-def _by_layer(program: Program) -> list[tuple[int, tuple[str, ...]]]:
+def _alike(groups: Sequence[_Group]) -> int:
+    """Count the first group, and those after it that say the same of one layer after another."""
+    first, lines = groups[0]
+    return len(list(takewhile(lambda numbered: numbered[1] == (first + numbered[0], lines), enumerate(groups))))
+
+
+def _by_layer(program: Program) -> list[_Group]:
     """The lines of each stretch of launches for one layer, which they name as {0}, and the one before it as {1}."""
     found: list[tuple[int, list[str]]] = []
     for launch in program:
-        layer = program.sites[launch.site].layer if launch.site >= 0 else -1
+        layer = launch.site if launch.site < 0 else program.sites[launch.site].layer
         if not found or found[-1][0] != layer:
             found.append((layer, []))
         found[-1][1].append(_line(launch, program, layer))
@@ -183,5 +189,5 @@ def _slot(slot: Slot, program: Program, layer: int) -> str:
 
 def _named(site: Site, layer: int) -> str:
     """A site relative to a layer, for `str.format`."""
-    number = {0: "{0}", -1: "{1}"}.get(site.layer - layer, str(site.layer)) if layer >= 0 else str(site.layer)
+    number = {layer: "{0}", layer - 1: "{1}"}.get(site.layer, str(site.layer))
     return f"{number}.{site.branch.value}"
