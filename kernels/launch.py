@@ -5,7 +5,8 @@ does not have is found before the launch: every launcher knows an upper bound of
 (held against the compiler by tests/test_kernel_compiles.py), and an entry gives up stages until that fits the card.
 
 Every launcher of a fused operation has a keyword ``pdl``: launch while the kernel before still runs (programmatic
-dependent launch, from compute capability 9.0), and wait for its results inside; see `_order`.
+dependent launch, from compute capability 9.0), and wait for its results inside; see `_order`. To the kernels it is
+``launch_pdl``, the name of Triton's own option, so that one argument is read by both.
 """
 
 from collections.abc import Callable, Mapping

@@ -80,6 +80,7 @@ NAMES: Final[Mapping[str, str]] = MappingProxyType(
         "At": "StepIndex",
         "CogVideoXContext": "CogVideoXConditioning",
         "Context": "Conditioning",
+        "DataForm": "X0Form",
         "Ending": "Tail",
         "Ends": "EmbedHead",
         "Guide": "GuidanceArgs",
