@@ -184,17 +184,17 @@ class _Search:
         }
 
     def full(self, x: Tensor, step: int) -> Prediction:
-        """The original output; what it computes waits in ``_fresh``."""
+        """Predict with everything computed; the branches' outputs wait in ``_fresh``."""
         return self._run(x, step, StepType.NO_CACHE, self._fresh)
 
     def attention(self, x: Tensor, step: int) -> Prediction:
-        """The output with kept attention; what it computes waits in ``_trial``."""
+        """Predict with kept attention; the outputs of the other branches wait in ``_trial``."""
         everywhere = torch.ones(self._rows, dtype=torch.bool, device=x.device)
         self._trial.copy_rows(self._kept, self._programs[StepType.ATTENTION].reads, everywhere)
         return self._run(x, step, StepType.ATTENTION, self._trial)
 
     def attn_mlp(self, x: Tensor, step: int) -> Prediction:
-        """The output with everything kept."""
+        """Predict with every branch's kept output."""
         return self._run(x, step, StepType.ATTN_MLP, self._kept)
 
     def keep(self, choice: Tensor) -> None:

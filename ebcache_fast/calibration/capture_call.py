@@ -16,12 +16,12 @@ class _SeenError(Exception):
 
 
 class _Waiting:
-    """Answers no call, but takes it away."""
+    """Answerer of no call: it takes the first one away."""
 
     guided_channels = 0
 
     def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
-        """Raise what carries the call."""
+        """Raise the exception that carries the call."""
         raise _SeenError(call)
 
 

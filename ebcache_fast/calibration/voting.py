@@ -58,7 +58,7 @@ class Voting:
 
     @property
     def costs(self) -> targets.Costs:
-        """MACs of a step of each type."""
+        """MACs of a step of each candidate type, for one guidance branch."""
         return targets.step_costs(self.denoiser.shape)
 
     @property
@@ -89,7 +89,7 @@ class Voting:
         return self.table(algorithm, tally, types, votes=len(tried) * self.few + len(self.labels) - self.few, **found)
 
     def table_of_votes(self) -> CacheTable:
-        """The table of all samples at the thresholds as they are."""
+        """Return the table that all samples vote for, at the thresholds as they are."""
         tally = self.tally(self.algorithm, len(self.labels))
         return self.table(self.algorithm, tally, tally.winners(self.algorithm.max_run), votes=tally.samples)
 

@@ -90,7 +90,7 @@ class CachedForward:
         self._forget_runs()
 
     def install(self) -> None:
-        """Put it in the place of the model's own forward."""
+        """Put this forward in the place of the model's own."""
         self.patch.replace(self._methods)
         vars(self.model)[ATTRIBUTE] = self
 
@@ -143,7 +143,7 @@ class CachedForward:
 
     @property
     def stats(self) -> Stats:
-        """Counts of what was done since it was put in place."""
+        """Counts of all that was done since this forward was put in place."""
         with self._lock:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
             hidden_by = what_hides(self.model, self.signature.methods[FORWARD])

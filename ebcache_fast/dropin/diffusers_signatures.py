@@ -202,5 +202,5 @@ _SIGNATURES: Final[Mapping[type, type[Signature]]] = MappingProxyType(
 
 
 def signature_of(model: nn.Module) -> type[Signature]:
-    """The signature of models of this layout."""
+    """The signature of models of this layout, by their adapter."""
     return _SIGNATURES[type(as_denoiser(model))]

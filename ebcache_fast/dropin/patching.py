@@ -118,7 +118,7 @@ class Holder(NamedTuple):
 
     @property
     def held(self) -> Any:
-        """The object that lies there; None where nothing does."""
+        """Object that the entry has; None where there is no entry."""
         return self.attributes.get(self.name)
 
 

@@ -40,11 +40,11 @@ class _Seen:
         return False
 
     def is_equal(self, context: Conditioning) -> bool:
-        """True if they hold the same; that may wait for the device."""
+        """True if these tensors hold the same as the prompt's; that may wait for the device."""
         return len(context) == len(self._copies) and all(map(_equal, context, self._copies))
 
     def note(self, context: Conditioning) -> None:
-        """Know it again by these tensors, for as long as they live."""
+        """Know the prompt again by these tensors, for as long as they live."""
         references = tuple(reference_to(tensor) for tensor in context if tensor is not None)
         alive = [seen for seen in self._tensors if seen.are_alive]
         self._tensors = [*alive, _Tensors(_locations(context), references, _versions(context))]

@@ -35,7 +35,7 @@ class Group:
 
     @property
     def is_empty(self) -> bool:
-        """True if there are no runs, with or without caches."""
+        """True if the group has no runs, with or without caches."""
         return not self.at and not self.lost.total()
 
     def take(self, others: "Group") -> None:
@@ -54,7 +54,7 @@ class Group:
         return before
 
     def remove(self, run: RunState, *, lose: bool = False) -> None:
-        """Take a run out; ``lose`` where it may go on."""
+        """Take a run out of the group; ``lose`` where it may go on."""
         del self.at[run.expected]
         run.group = None
         if lose and run.expected:

@@ -40,7 +40,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def batch(self) -> Batch:
-        """The rows as the engine sees them."""
+        """Batch of the call's rows, as the engine takes it."""
         return Batch(self.y.long(), self.samples, self.guided_channels, tuple(self.x.shape[1:]), self.context)
 
     @property
@@ -63,7 +63,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All its tensors, `held` first."""
+        """Tensors of the call, all of them, `held` first."""
         cfg_scale = (self.cfg_scale,) if isinstance(self.cfg_scale, Tensor) else ()
         return (*[tensor for tensor in self.context if tensor is not None], self.y, self.x, self.t, *cfg_scale)
 
@@ -143,7 +143,7 @@ class Signature(Protocol):
 
     @staticmethod
     def ask(model: Any, call: ForwardCall) -> Any:
-        """The tensor that the model's own method returns for a call."""
+        """Return the tensor of the model's own method for a call."""
         ...
 
 

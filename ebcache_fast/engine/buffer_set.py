@@ -37,7 +37,7 @@ class Executable:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The type of each step."""
+        """Type names of its steps, in order."""
         return self.ran.names
 
 
@@ -77,7 +77,7 @@ class BufferSet:
 
     @property
     def graphs(self) -> int:
-        """Number of graphs captured over it."""
+        """Number of graphs captured over this memory."""
         return len(self._graphs)
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ class BufferSpec:
 
     @property
     def rows(self) -> int:
-        """Batch rows R."""
+        """Number of batch rows R: samples times copies."""
         return self.samples * self.copies
 
 
@@ -74,7 +74,7 @@ class Buffers:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """Tensors of it that are allocated by now."""
+        """Tensors of the memory that are allocated by now."""
         yield from (self.x, self.out, self.guide.settings, self.update.coefficients, *self.guard.tensors)
         for optional in (self.update.noise, self.update.previous):
             if optional is not None:

@@ -27,7 +27,7 @@ class FeatureCache:
 
     @staticmethod
     def bytes_for(shape: ModelShape, memory: Memory, rows: int, dtype: torch.dtype) -> int:
-        """Bytes that such a cache allocates."""
+        """Bytes that a cache of this size allocates."""
         return memory.slots_for(shape) * rows * shape.slot_elements * dtype.itemsize
 
     @property
@@ -37,12 +37,12 @@ class FeatureCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes that the cache allocated."""
         return self._slots.nbytes
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors that it consists of."""
+        """Tensors of the cache: one, of all its slots."""
         return (self._slots,)
 
     def slot(self, slot: Slot) -> Tensor:

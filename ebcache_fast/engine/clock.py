@@ -29,7 +29,7 @@ class StepClock:
         return self._now, self._next
 
     def set(self, step: int) -> None:
-        """Make ``step`` the next one."""
+        """Make ``step`` the next step."""
         self._next.fill_(step)
 
     def last(self, steps: int) -> StepIndex:

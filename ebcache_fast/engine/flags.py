@@ -60,7 +60,7 @@ class Flags(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> Self:
-        """The flags as they are set now for this device."""
+        """The flags and functions as they are set now, for this device."""
         kind = device.type
         casts = torch.is_autocast_enabled(kind)
         autocast = (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if casts else ()

@@ -50,7 +50,7 @@ class ModulationTable:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors that it consists of."""
+        """Tensors of the table: vectors, the head's, and each row's condition."""
         return self._vectors, self.head, self.row_of
 
     def load(
@@ -89,7 +89,7 @@ class ModulationTable:
         return _modulated(norm, self.head)
 
     def gate(self, column: tuple[bool, int]) -> Tensor:
-        """The gate in a column, of `Memory.column_of`, (S, U, D)."""
+        """Gate of a column, from `Memory.column_of`, (S, U, D)."""
         is_extra, place = column
         return self._extra[:, place] if is_extra else self.sites[:, place, 2]
 

@@ -17,13 +17,13 @@ class OrderGuard(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, steps: int, device: torch.device) -> Self:
-        """Memory for a batch of so many rows."""
+        """Allocate the memory for a batch of so many rows, and so many steps."""
         call = torch.zeros(2, rows, dtype=torch.float64, device=device)
         return cls(call, call[0], call[1], call.new_zeros(steps, 2, rows), call.new_zeros(1, dtype=torch.bool))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tensors that it consists of."""
+        """Tensors of the check: this call's, the planned ones, and the finding."""
         return self.call, self.planned, self.broken
 
     def load(self, timesteps: tuple[float, ...], labels: Tensor) -> None:

@@ -93,7 +93,7 @@ class ForwardTrajectory:
         return self.run_full(len(self._executable), x)
 
     def guide(self, scale: float | Tensor) -> None:
-        """Guide by this scale from now on."""
+        """Set the guidance scale from now on."""
         known = None if isinstance(scale, Tensor) else scale
         if known is None or known != self._scale:
             with torch.no_grad():

@@ -13,7 +13,7 @@ class Workspace:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Buffers that there are so far."""
+        """Tensors of all buffers that there are so far."""
         return tuple(self._buffers.values())
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class Patches(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear map, torch's layout."""
+    """Linear map in torch's layout: ``x @ weight.T + bias``."""
 
     weight: Tensor  # (out, in)
     bias: Tensor  # (out,)

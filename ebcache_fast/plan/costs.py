@@ -10,7 +10,7 @@ def branch_macs(program: Program, shape: ModelShape) -> int:
 
 
 def branch_weights(program: Program, shape: ModelShape) -> int:
-    """Parameters that these branches read."""
+    """Parameters that the branches of a program read."""
     return sum(shape.site_shapes[site].weights for site in dict.fromkeys(program.branches))
 
 

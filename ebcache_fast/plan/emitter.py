@@ -56,14 +56,14 @@ class Emitter:
         self._has_input = False  # the group's
 
     def check_tokens(self, site: int, count: int) -> None:
-        """Raise TableError unless there are so many tokens."""
+        """Raise TableError if the model is known to have fewer than ``count`` tokens."""
         if self._tokens is not None and count > self._tokens:
             raise TableError(
                 f"{self._sites[site].site}: tokens: expected at most the model's {self._tokens}, got {count}; use fewer"
             )
 
     def check_guided(self, site: int) -> None:
-        """Raise TableError unless the batch is guided."""
+        """Raise TableError if the batch is known to be without guidance."""
         if self._is_guided is False:
             raise TableError(
                 f"{self._sites[site].site}: a share needs classifier-free guidance, whose unconditional rows take it, "

@@ -48,7 +48,7 @@ def draft(step: StepPlan) -> Program:
 
 
 def bare(sites: Iterable[Site]) -> list[SiteShape]:
-    """Sites of which nothing else is known."""
+    """Shapes of sites of which nothing else is known: all costs 0."""
     return [SiteShape(site.layer, site.branch, macs=0, weights=0) for site in sites]
 
 

@@ -35,7 +35,7 @@ class ModelShape:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches that its layers run, each once, in order."""
+        """Branches that the layers run, each once, in order."""
         return tuple(dict.fromkeys(shape.branch for shape in self.site_shapes))
 
     @property
@@ -51,6 +51,6 @@ class ModelShape:
 
 
 def repeated(depth: int, layer: Iterable[SiteShape]) -> tuple[SiteShape, ...]:
-    """The sites of ``depth`` layers that are all like this one."""
+    """Shapes of the sites of ``depth`` layers that are all like this one."""
     layer = tuple(layer)
     return tuple(replace(shape, layer=i) for i in range(depth) for shape in layer)

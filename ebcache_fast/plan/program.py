@@ -103,12 +103,12 @@ class Program:
 
     @cached_property
     def writes(self) -> frozenset[Slot]:
-        """Slots that it fills."""
+        """Slots that the program fills."""
         return frozenset(launch.out for launch in self if launch.out is not None)
 
     @cached_property
     def reads(self) -> tuple[Slot, ...]:
-        """Slots that it reads as an earlier step left them, in order."""
+        """Slots that the program reads as an earlier step left them, in order."""
         found: dict[Slot, None] = {}
         written: set[Slot] = set()
         for launch in self:

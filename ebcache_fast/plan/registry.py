@@ -111,7 +111,7 @@ class RuleRegistry(Registry[type[Any]]):
         super().__init__(BUILT_IN)
 
     def check(self, name: str, thing: object) -> None:
-        """Raise TableError for what is no such class."""
+        """Raise TableError for what is no frozen dataclass of a rule."""
         rule: Any = thing
         is_frozen = getattr(getattr(rule, "__dataclass_params__", None), "frozen", False)
         if not is_frozen or not any(

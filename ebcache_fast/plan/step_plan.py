@@ -122,7 +122,7 @@ class StepPlan:
 
     @property
     def type_name(self) -> str:
-        """The name of its step type, "MIXED" where it has none."""
+        """Name of the plan's step type, "MIXED" where it has none."""
         return "MIXED" if self.step_type is None else self.step_type.name
 
     @cached_property
@@ -132,7 +132,7 @@ class StepPlan:
 
     @cached_property
     def reused(self) -> tuple[Site, ...]:
-        """The sites of which it does not, in order of execution."""
+        """The sites of which the branch does not run, in order of execution."""
         return tuple(site for i, site in enumerate(self.sites) if not self._runs(i))
 
     def _runs(self, site: int) -> bool:

@@ -67,7 +67,7 @@ def _as_step_type(name: str, value: object) -> StepType:
 
 
 def as_eps_scale(value: float, allow_amplify: bool) -> float:
-    """The factor b as a float."""
+    """Return the factor b as a float; TableError unless it is in (0, 1], or above where that is allowed."""
     highest = sys.float_info.max if allow_amplify else 1.0
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= highest:
         raise TableError(
@@ -78,5 +78,5 @@ def as_eps_scale(value: float, allow_amplify: bool) -> float:
 
 
 def as_sizes(model: Mapping[str, int] | Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """The sizes of a model, sorted by name."""
+    """Return the sizes of a model, sorted by name; TableError, naming it, for one that is no count."""
     return tuple(sorted((name, _as_int(f"model.{name}", size)) for name, size in dict(model).items()))

@@ -74,7 +74,7 @@ class _Run:
         )
 
     def sampler(self, name: str, form: X0Form) -> Sampler:
-        """The sampler of that name that takes these steps."""
+        """Return the sampler of that name that takes these steps."""
         return form.sampler(name, self.timesteps, self.here, Prediction(self.config["prediction_type"]))
 
     @property

@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 
 class Prediction(Enum):
-    """Meaning of a model's output, by diffusers' names."""
+    """Meaning of a model's output: noise eps, or velocity v; values are diffusers' names."""
 
     EPS = "epsilon"  # the noise in x = alpha * x0 + sigma * eps
     V = "v_prediction"  # alpha * eps - sigma * x0; Salimans and Ho 2022 (arXiv 2202.00512), appendix D
