@@ -13,7 +13,7 @@ assigned to elements, and `x[mask] = number`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as dispatch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ebcache_fast.errors import CaptureError
 from ebcache_fast.ops.operations import Operations
@@ -167,7 +166,7 @@ class Recorder(dispatch.TorchDispatchMode):
         dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
         with unobserved():
             self._check(name, tensors_of((args, kwargs)))
-            bare_args, bare_kwargs = tree_map_only(Tensor, bare, (args, kwargs))
+            bare_args, bare_kwargs = with_bare((args, kwargs))
 
             def run() -> None:
                 with torch.autocast("cpu", dtype, enabled, cache_enabled=False):
@@ -196,7 +195,7 @@ class Recorder(dispatch.TorchDispatchMode):
             for memory in made.values():
                 memory.zero_()
         elif writes or made:
-            bare_args, bare_kwargs = tree_map_only(Tensor, bare, (args, kwargs))
+            bare_args, bare_kwargs = with_bare((args, kwargs))
 
             def run() -> None:
                 for target, value in zip(targets, tensors_of(func(*bare_args, **bare_kwargs)), strict=True):
@@ -252,8 +251,8 @@ class Listener(dispatch.TorchDispatchMode):
 def why_not(func: OpOverload, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> str | None:
     """Why no graph can hold this call with these ``tensors``, in a few words; None where it can."""
     tags = func.tags
-    named = {argument.name: argument.default_value for argument in func._schema.arguments}
-    named |= dict(zip(named, args, strict=False)) | kwargs
+    defaults = defaults_of(func)
+    named = defaults | dict(zip(defaults, args, strict=False)) | kwargs
     indices = tensors_of(named.get("indices"))
     masked = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
     sized_by_data = torch.Tag.dynamic_output_shape in tags and not indices
@@ -267,9 +266,33 @@ def why_not(func: OpOverload, args: Any, kwargs: Any, tensors: Sequence[Tensor])
     return "copies between devices" if len(devices) > 1 else None
 
 
+@cache
+def defaults_of(func: OpOverload) -> dict[str, Any]:
+    """An operation's arguments, by name."""
+    return {argument.name: argument.default_value for argument in func._schema.arguments}
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors in nested tuples, lists and dicts; torch's own trees take most of a capture's time."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    return [tensor for one in tree for tensor in tensors_of(one)]
+
+
+def with_bare(tree: Any) -> Any:
+    """The same tree with every tensor `bare`."""
+    if isinstance(tree, Tensor):
+        return bare(tree)
+    if isinstance(tree, dict):
+        return {name: with_bare(one) for name, one in tree.items()}
+    if not tensors_of(tree):
+        return tree
+    inner = map(with_bare, tree)
+    return type(tree)(*inner) if hasattr(tree, "_fields") else type(tree)(inner)
 
 
 def identity(tensor: Tensor) -> int:

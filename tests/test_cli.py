@@ -658,6 +658,7 @@ def program(line: str, folder: Path) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path: Path) -> None:
     code, out, err = program("sample --text A --num-sampling-steps 1", tmp_path)
     assert (code, out, err) == (0, "samples/samples.npz\nsamples/samples.png\n", "")

@@ -89,6 +89,15 @@ def run(model: nn.Module, plan: Plan, scale: float = 1.5, sampler: str = "ddim",
         return trajectory.x.cpu().clone()
 
 
+# Over the interpreter each takes a second.
+INTERPRETED = pytest.mark.parametrize(
+    "model",
+    [pytest.param(make, id=name, marks=() if " with " in name else pytest.mark.slow) for name, make in MODELS.items()],
+    indirect=True,
+)
+
+
+@INTERPRETED
 @pytest.mark.parametrize("scale", [deep(1.0), 1.5])
 @pytest.mark.usefixtures("few_programs")
 def test_every_step_type_over_the_kernels(model: nn.Module, scale: float) -> None:
@@ -98,6 +107,7 @@ def test_every_step_type_over_the_kernels(model: nn.Module, scale: float) -> Non
     assert relative_error(exact, run(model.double(), plan_of(model, [NO] * 10), scale)) > 1e-3
 
 
+@INTERPRETED
 @pytest.mark.usefixtures("few_programs")
 def test_plans_that_reuse_layer_by_layer(model: nn.Module) -> None:
     """A branch that takes the stream as it is comes first, after one, and after more than one operation can add."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import DEVICE
-from depth import crossed
+from depth import crossed, deep
 from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
 
@@ -89,14 +89,15 @@ def run(
 CPU = torch.device("cpu")
 
 
-def fifty_steps() -> Plan:
-    """50 steps in the pattern of the released table, with ATTENTION steps among them."""
-    types = [NO, *[kind for _ in range(12) for kind in (NO, ATTENTION, ATTN_MLP, ATTN_MLP)], NO]
+def cached_steps(turns: int = 12) -> Plan:
+    """50 steps, or other turns, in the pattern of the released table, with ATTENTION steps among them."""
+    types = [NO, *[kind for _ in range(turns) for kind in (NO, ATTENTION, ATTN_MLP, ATTN_MLP)], NO]
     return plan_of(types, eps_scale=0.97)
 
 
-def test_fifty_cached_steps_in_float32() -> None:
-    plan = fifty_steps()
+@pytest.mark.parametrize("turns", [2, deep(12)])
+def test_fifty_cached_steps_in_float32(turns: int) -> None:
+    plan = cached_steps(turns)
     exact = run(model_in(torch.float64), plan, ops.TORCH, CPU)
     ours = run(model_in(torch.float32), plan, TRITON, DEVICE)
     assert exact.abs().max() < 1e3
@@ -105,7 +106,7 @@ def test_fifty_cached_steps_in_float32() -> None:
 
 @pytest.mark.slow
 def test_fifty_cached_steps_in_float16() -> None:
-    plan, half = fifty_steps(), model_in(torch.float16)
+    plan, half = cached_steps(), model_in(torch.float16)
     exact = run(copy.deepcopy(half).double(), plan, ops.TORCH, CPU)  # the very weights
     ours, own = run(half, plan, TRITON, DEVICE), run(half, plan, ops.TORCH, DEVICE)
     assert exact.abs().max() < 1e3

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebcache_fast.errors import TableError
@@ -79,6 +79,7 @@ def cost_of(full: int, steps: int) -> int:
     return steps * shape.fixed_macs + full * sum(site.macs for site in shape.site_shapes)
 
 
+@settings(max_examples=40)
 @given(steps=st.integers(2, 50), share=st.floats(0, 1.2))
 def test_the_cost_is_the_nearest_that_whole_steps_allow(steps: int, share: float) -> None:
     wanted = int(share * cost_of(steps, steps))

@@ -113,12 +113,13 @@ def test_another_method_reuses_as_much_as_the_table(rival: Rival, monkeypatch: p
     assert len(attended) == 2 * (len(case.plan) - reused) + computed_first_blocks
 
 
-def test_the_case_stays_as_it_was() -> None:
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_case_stays_as_it_was(compiles: bool) -> None:
     """Contenders share one model: none may leave anything on it."""
     case = case_of(dtype=torch.float32)
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     for rival in RIVALS:
-        if not rival.missing:
+        if not rival.missing and ("compile" in rival.what) == compiles:
             rival.make(case if rival.is_cached else case.uncached())()
     assert "forward" not in vars(case.model)
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())

@@ -227,7 +227,7 @@ def test_as_graphs(steps: tuple[StepPlan, ...], guided: bool) -> None:
     assert graphs.captures == len(set(plan.steps))
 
 
-@settings(deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_any_mixture(data: st.DataObject) -> None:
     attention = st.sampled_from((COMPUTE, REUSE, FullAndWindow(W), Window(W), Forecast(0)))

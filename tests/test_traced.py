@@ -152,7 +152,7 @@ ORDERS = [
     deep(DIT, around, True, FULL),
     deep(DIT, around, False, FULL),
     deep(SIGMA, around, True, FULL | dict(dynamic=True)),
-    (SIGMA, in_place, False, {}),
+    deep(SIGMA, in_place, False, {}),
     deep(COG_2B, in_place, True, FULL),
     (COG_2B, around, False, FULL),
 ]
