@@ -40,7 +40,7 @@ def devices_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 def place_of(model: Any) -> weakref.ref[Any]:
     """The buffer set that an enabled model holds, without holding it."""
     engine = vars(model)[cached_forward.ATTRIBUTE].engine
-    (place,) = [*engine._idle, *engine._leased]
+    (place,) = engine._leases.all
     return weakref.ref(place)
 
 

@@ -68,9 +68,9 @@ class BufferSet:
         self._graphs: dict[Programs, Graph] = {}
         self._refused: dict[Programs, str] = {}
         self._lowered: dict[tuple[Dispatch, frozenset[int]], Program] = {}
-        self.streams = StreamOrder(
-            buffers.x.device, lambda: chain(self.buffers.tensors, self._runner.clock.tensors)
-        )  # whoever touches the memory joins it first
+        clock = self._runner.clock
+        # Whoever touches the memory joins it first.
+        self.streams = StreamOrder(buffers.x.device, lambda: chain(buffers.tensors, clock.tensors))
         self._strict = False
         self._samples = spec.tail.update  # else it hands outputs out
         self._next_step: int | None = None  # what the clock on the device says, if that is known

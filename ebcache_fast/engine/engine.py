@@ -16,13 +16,14 @@ from ebcache_fast.engine.embed_head import OF_EMBED_HEAD
 from ebcache_fast.engine.flags import Flags
 from ebcache_fast.engine.graphs import Graphs, cuda_graphs
 from ebcache_fast.engine.guidance import Guidance
+from ebcache_fast.engine.leases import Leases
 from ebcache_fast.engine.modulation import count_distinct
 from ebcache_fast.engine.module_watch import Watch
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory, Trajectory
-from ebcache_fast.errors import CacheLimitError, CaptureError, InputError, TrajectoryError
+from ebcache_fast.errors import CaptureError, InputError
 from ebcache_fast.models import Conditioning, Denoiser, as_denoiser
 from ebcache_fast.models.float8 import ready_sites
 from ebcache_fast.ops import operations as ops
@@ -70,17 +71,15 @@ class Engine:
         self._watch = Watch(model)
         self._made_of = self._watch.look()
         self._see()
-        self._idle: list[BufferSet] = []  # the one used last at the end
-        self._leased: list[BufferSet] = []
+        self._leases = Leases(self.options)
         self._lock = Lock()
 
     @property
     def stats(self) -> Stats:
         """Counts of all that ran since this engine was made."""
-        sets = self._sets
         return self.counts.snapshot(
-            graphs=sum(buffer_set.graphs for buffer_set in sets),
-            cache_bytes=self._cache_bytes,
+            graphs=self._leases.graphs,
+            cache_bytes=self._leases.cache_bytes,
             operations=(self._operations or self._selected).implementations() | self._runs_otherwise,
         )
 
@@ -142,14 +141,12 @@ class Engine:
     def release(self, buffer_set: BufferSet) -> None:
         """Take a buffer set back; the next trajectory that fits gets it, with its graphs."""
         with self._lock:
-            if buffer_set in self._leased:  # else it was of weights that are gone
-                self._leased.remove(buffer_set)
-                self._idle.append(buffer_set)
+            self._leases.take_back(buffer_set)
 
     def let_go(self) -> None:
         """Free the memory, and the graphs, of all that no trajectory holds."""
         with self._lock:
-            self._idle.clear()
+            self._leases.let_go()
 
     @property
     def operations(self) -> ops.Operations:
@@ -173,15 +170,9 @@ class Engine:
                 context=tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in batch.context),
                 float8=self.options.fp8,
             )
-            buffer_set = next((idle for idle in reversed(self._idle) if idle.spec == spec), None)
-            if buffer_set is None:
-                self._make_room()
-                self._keep_to_the_limit(spec, denoiser)
-                buffer_set = self._new_buffer_set(spec, denoiser)
-            else:
-                self._idle.remove(buffer_set)
+            cache_bytes = FeatureCache.bytes_for(denoiser.shape, spec.memory, spec.rows, denoiser.weight().dtype)
+            buffer_set = self._leases.lend(spec, cache_bytes, partial(self._new_buffer_set, spec, denoiser))
             buffer_set.streams.join()
-            self._leased.append(buffer_set)
             self.counts.trajectories += 1
             return buffer_set
 
@@ -191,8 +182,7 @@ class Engine:
             made_of = self._watch.look()
             if made_of.parts != self._made_of.parts:
                 self._see()
-                self._idle.clear()
-                self._leased.clear()
+                self._leases.forget()
             self._made_of = made_of
 
     def _see(self) -> None:
@@ -213,30 +203,6 @@ class Engine:
         executable, shape = len(ready_sites(self.model)), self.denoiser.shape
         return f"float8, in {executable} of {len(shape.sites)} branches"
 
-    def _make_room(self) -> None:
-        limit = self.options.max_trajectories
-        if len(self._leased) >= limit:
-            raise TrajectoryError(
-                f"{limit} trajectories are in progress, as many as max_trajectories={limit} allows; finish one, or "
-                "raise the limit"
-            )
-        if len(self._leased) + len(self._idle) >= limit:
-            del self._idle[0]  # used longest ago
-
-    def _keep_to_the_limit(self, spec: BufferSpec, denoiser: Denoiser) -> None:
-        """Let idle memory go for caches of this spec; CacheLimitError where that is not enough."""
-        limit, shape, dtype = self.options.max_cache_bytes, denoiser.shape, denoiser.weight().dtype
-        if limit is None:
-            return
-        needed = FeatureCache.bytes_for(shape, spec.memory, spec.rows, dtype)
-        while self._idle and self._cache_bytes + needed > limit:
-            del self._idle[0]  # used longest ago
-        if (total := self._cache_bytes + needed) > limit:
-            raise CacheLimitError(
-                f"the caches of {spec.rows} rows take {needed} bytes, and with those in use {total}, above "
-                f"max_cache_bytes={limit}; sample fewer at once, or raise the limit"
-            )
-
     def _new_buffer_set(self, spec: BufferSpec, denoiser: Denoiser) -> BufferSet:
         device = denoiser.weight().device
         graphs, why = self._make_graphs(device), f"no CUDA graphs on a {device.type} device"
@@ -244,15 +210,8 @@ class Engine:
             if self.options.strict:
                 raise CaptureError(f"no step can be a CUDA graph: {python}; do without, or pass strict=False")
             graphs, why = None, python
-        make = partial(BufferSet, spec, self.model, denoiser, self.operations, graphs, why, self.counts)
         with torch.inference_mode(mode=False):  # else only that mode could write to its memory
-            try:
-                return make()
-            except InputError:  # too little memory
-                if not self._idle:
-                    raise
-            self._idle.clear()
-            return make()
+            return BufferSet(spec, self.model, denoiser, self.operations, graphs, why, self.counts)
 
     def _python_in_the_way(self, spec: BufferSpec) -> str | None:
         """Reason to run eagerly, in a few words: Python that a graph would leave out, or keep as it was; or None."""
@@ -265,18 +224,5 @@ class Engine:
 
     def _prepare(self, buffer_set: BufferSet, batches: Sequence[Dispatches]) -> list[Executable]:
         with self._lock:
-            wanted = len(set(batches)) - buffer_set.graphs
-            while self._idle and self._room_for_graphs() < wanted:
-                del self._idle[0]  # used longest ago
-        return buffer_set.prepare(batches, self._room_for_graphs(), strict=self.options.strict)
-
-    def _room_for_graphs(self) -> int:
-        return self.options.max_graphs - sum(buffer_set.graphs for buffer_set in self._sets)
-
-    @property
-    def _sets(self) -> list[BufferSet]:
-        return [*self._idle, *self._leased]
-
-    @property
-    def _cache_bytes(self) -> int:
-        return sum(buffer_set.buffers.cache.nbytes for buffer_set in self._sets)
+            room = self._leases.room_for_graphs(len(set(batches)) - buffer_set.graphs)
+        return buffer_set.prepare(batches, room, strict=self.options.strict)
