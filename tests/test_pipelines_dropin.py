@@ -1,22 +1,25 @@
-"""diffusers' text-to-image and text-to-video pipelines with caching enabled: what holds for all of them alike."""
+"""diffusers' pipelines with caching enabled, in place and back again: what holds for every family alike."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from depth import crossed
 from diffusers_kinds import (
     ALPHA_1024,
     COG_2B,
     COG_5B,
     COG_IMAGE,
     COGS,
+    DIT,
     PIXARTS,
     SIGMA,
     STEPS,
+    THREE,
     Kind,
     ask,
     drive,
@@ -26,17 +29,17 @@ from diffusers_kinds import (
 )
 from diffusers_oracle import drive_replaying, replaying
 from tiny import relative_error
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebcache_fast import disable, enable, enabled, stats
+from ebcache_fast.errors import TrajectoryError
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-every_kind = pytest.mark.parametrize("kind", [*PIXARTS, *COGS], ids=str)
-LAYOUTS = (SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)
+LAYOUTS = (DIT, SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)
 every_layout = pytest.mark.parametrize("kind", LAYOUTS, ids=str)
-both_models = pytest.mark.parametrize("kind", [SIGMA, COG_5B], ids=str)
+every_family = pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
 
 
 @pytest.fixture
@@ -55,9 +58,9 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "guidance_scale", "in_order"),
     [
-        *((kind, 4.0, False) for kind in (*PIXARTS, *COGS)),
-        *((kind, 1.0, False) for kind in (SIGMA, COG_5B)),
-        *((kind, 4.0, True) for kind in (SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)),
+        *((kind, 4.0, False) for kind in (DIT, *PIXARTS, *COGS)),
+        *((kind, 1.0, False) for kind in (DIT, SIGMA, COG_5B)),
+        *((kind, 4.0, True) for kind in LAYOUTS),
     ],
     ids=str,
 )
@@ -88,8 +91,8 @@ def test_pictures_and_films(kind: Kind, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("in_order", [False, True])
-@both_models
-def test_prompts_that_change_from_run_to_run(kind: Kind, pipe: Any, in_order: bool) -> None:
+@every_family
+def test_rows_that_change_from_run_to_run(kind: Kind, pipe: Any, in_order: bool) -> None:
     other = replaying(pipe)
     enable(pipe, table_of(pipe), in_order=in_order)
     for rows in ((0, 1), (2, 1), (0, 1), (0, 1), (4, 4, 3)):
@@ -98,7 +101,7 @@ def test_prompts_that_change_from_run_to_run(kind: Kind, pipe: Any, in_order: bo
     assert not stats(pipe).refreshed
 
 
-@both_models
+@every_family
 def test_in_inference_mode(kind: Kind, pipe: Any) -> None:
     """Where torch does not count what is written to prompts, they are still the run's own."""
     replayed = kind.draw(replaying(pipe))
@@ -108,15 +111,32 @@ def test_in_inference_mode(kind: Kind, pipe: Any) -> None:
 
 
 @every_layout
-def test_negative_prompts(kind: Kind, pipe: Any) -> None:
-    drawn = []
-    other = replaying(pipe)
+def test_other_step_counts_compute_everything_and_are_counted(kind: Kind, pipe: Any) -> None:
+    plain, others = kind.draw(pipe, steps=3), set(timesteps(pipe, 3)) - set(timesteps(pipe))
     enable(pipe, table_of(pipe))
-    for negative in ("", ["red", "old green house"], ""):
-        drawn.append(kind.draw(pipe, negative_prompt=negative))
-        assert_same(drawn[-1], kind.draw(other, negative_prompt=negative))
-    assert torch.equal(drawn[0], drawn[-1])
-    assert relative_error(drawn[1], drawn[0]) > 1e-4
+    assert_same(kind.draw(pipe, steps=3), plain)
+    assert stats(pipe).refreshed["a timestep is not in the plan"] == len(others) > 1
+    assert stats(pipe).steps == {"NO_CACHE": 3}
+    enable(pipe, table_of(pipe), strict=True)
+    with pytest.raises(TrajectoryError, match=f"t={max(others)} was not expected: a timestep is not in the plan"):
+        kind.draw(pipe, steps=3)
+
+
+@every_layout
+def test_a_run_after_one_that_was_cancelled_and_one_of_another_batch(kind: Kind, pipe: Any) -> None:
+    class CancelledError(Exception):
+        pass
+
+    def cancel(*_: Any, **__: Any) -> Iterator[None]:
+        raise CancelledError
+
+    cached = kind.draw(enable(pipe, table_of(pipe)))
+    step, pipe.scheduler.step = pipe.scheduler.step, cancel
+    with pytest.raises(CancelledError):
+        kind.draw(pipe)
+    pipe.scheduler.step = step
+    kind.draw(pipe, rows=(1,))
+    assert torch.equal(kind.draw(pipe), cached)
 
 
 @pytest.mark.parametrize(
@@ -198,14 +218,14 @@ def test_the_module_alone(kind: Kind, pipe: Any, in_order: bool) -> None:
 @every_layout
 def test_the_forward_returns_what_it_did(kind: Kind, pipe: Any) -> None:
     model, call = pipe.transformer, kind.call(pipe) | dict(timestep=torch.full((2,), 999))
-    del call["return_dict"]
+    call.pop("return_dict", None)
     plain = model(**call)
+    order = ("timestep", "class_labels") if kind is DIT else ("encoder_hidden_states", "timestep")
+    x, *others = positional = [call.pop(name) for name in ("hidden_states", *order)]
+    with pytest.raises(Exception) as alone_is_no_call:  # noqa: PT011, the model's own
+        model(x)
     enable(model, table_of(pipe))
-    x = call.pop("hidden_states")
-    encoder = call.pop("encoder_hidden_states")
-    t = call.pop("timestep")
-    positional = (x, encoder, t)  # of both models
-    for out in (model(x, encoder_hidden_states=encoder, timestep=t, **call), model(*positional, **call)):
+    for out in (model(x, **dict(zip(order, others, strict=True)), **call), model(*positional, **call)):
         assert type(out) is type(plain)
         assert_same(out.sample, plain.sample)
     (alone,) = model(*positional, **call, return_dict=False)
@@ -215,9 +235,11 @@ def test_the_forward_returns_what_it_did(kind: Kind, pipe: Any) -> None:
         model(*positional, **call, block_controlnet_hidden_states=[x])
     with pytest.raises(TypeError, match="hidden_states"):
         model()
+    with pytest.raises(alone_is_no_call.type):
+        model(x)
 
 
-@pytest.mark.parametrize("kind", [SIGMA, COG_2B, COG_IMAGE], ids=str)
+@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B, COG_IMAGE], ids=str)
 def test_timesteps_of_any_form(kind: Kind, pipe: Any) -> None:
     """As others call it: numbers of any type, and one for all rows where the model takes that."""
     ts, call, model = timesteps(pipe), kind.call(pipe), pipe.transformer
@@ -238,7 +260,7 @@ def test_timesteps_of_any_form(kind: Kind, pipe: Any) -> None:
 # ------------------------------------------------------------------------------- what the model itself answers
 
 
-@pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
+@pytest.mark.parametrize("kind", THREE, ids=str)
 def test_what_the_model_itself_must_answer_is_its_own_and_counted(kind: Kind, pipe: Any) -> None:
     model, call, t = pipe.transformer, kind.call(pipe), timesteps(pipe)[0]
 
@@ -253,6 +275,7 @@ def test_what_the_model_itself_must_answer_is_its_own_and_counted(kind: Kind, pi
 
     def in_training() -> Tensor:
         model.train()
+        torch.manual_seed(0)  # DiT drops labels
         try:
             return ask(model, call, t)
         finally:
@@ -277,16 +300,64 @@ def test_what_the_model_itself_must_answer_is_its_own_and_counted(kind: Kind, pi
     assert not stats(model).steps
 
 
-@pytest.mark.parametrize("enabled_first", [True, False])
-@pytest.mark.parametrize("kind", [SIGMA], ids=str)
-def test_what_compiling_wraps_around_it(kind: Kind, pipe: Any, enabled_first: bool) -> None:
-    plain, replayed = kind.draw(pipe), kind.draw(replaying(pipe))
-    if enabled_first:
-        enable(pipe, table_of(pipe))
-    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    if not enabled_first:
-        assert torch.equal(kind.draw(pipe), plain)
-        enable(pipe, table_of(pipe))
-    assert_same(kind.draw(pipe), replayed)
-    assert sum(stats(pipe).steps.values()) == STEPS
+EXTRAS: dict[str, tuple[Kind, dict[str, Any], dict[str, Any]]] = {  # and what says the same as nothing
+    "DiT": (DIT, dict(cross_attention_kwargs={"scale": 1.0}), dict(cross_attention_kwargs=None)),
+    "PixArt": (SIGMA, dict(cross_attention_kwargs={"scale": 1.0}), dict(cross_attention_kwargs={})),
+    "PixArt, attention_mask": (SIGMA, dict(attention_mask=torch.ones(2, 16).tril(3)), dict(attention_mask=None)),
+    "CogVideoX": (COG_2B, dict(attention_kwargs={"scale": 1.0}), dict(attention_kwargs={})),
+    "CogVideoX, rotary embeddings": (COG_5B, dict(attention_kwargs={"scale": 1.0}), dict(attention_kwargs=None)),
+}
+
+
+@pytest.mark.parametrize(("kind", "extra", "nothing"), EXTRAS.values(), ids=EXTRAS)
+def test_arguments_that_the_method_does_not_know(
+    kind: Kind, pipe: Any, extra: dict[str, Any], nothing: dict[str, Any]
+) -> None:
+    model, ts, call = pipe.transformer, timesteps(pipe), kind.call(pipe)
+    plain, replayed = drive(model, call | extra, ts), drive_replaying(pipe, call, ts)
+    enable(pipe, table_of(pipe))
+    assert all(map(torch.equal, drive(model, call | extra, ts), plain))
+    assert stats(pipe).originals == {"arguments that the engine does not know": STEPS}
+    for known in (call, call | nothing):
+        for ours, theirs in zip(drive(model, known, ts), replayed, strict=True):
+            assert_same(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------- hooks of one's own
+
+
+class Counting(diffusers.hooks.ModelHook):
+    """Changes nothing."""
+
+    calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **named: Any) -> Any:
+        self.calls += 1
+        return args, named
+
+
+class Wrapping(Counting):
+    """The same with a forward of its own."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **named: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **named)
+
+
+@crossed("kind, hook, enabled_first", THREE, [Counting, Wrapping], [True, False])
+def test_a_hook_of_somebodys_own_stays_around_it(
+    kind: Kind, pipe: Any, hook: type[Counting], enabled_first: bool
+) -> None:
+    plain, cached = kind.draw(pipe), kind.draw(enable(copy.deepcopy(pipe), table_of(pipe)))
+    registry, put = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer), hook()
+    changes = (lambda: enable(pipe, table_of(pipe)), lambda: registry.register_hook(put, "counting"))
+    for change in changes if enabled_first else reversed(changes):
+        change()
+    assert put.calls == 0, "enabling is no call of the model"
+    assert torch.equal(kind.draw(pipe), cached)
     assert torch.equal(kind.draw(disable(pipe)), plain)
+    assert torch.equal(kind.draw(enable(pipe, table_of(pipe))), cached)
+    assert put.calls == 3 * STEPS
+    registry.remove_hook("counting")
+    assert torch.equal(kind.draw(pipe), cached)
+    assert torch.equal(kind.draw(disable(pipe)), plain)
+    assert put.calls == 3 * STEPS

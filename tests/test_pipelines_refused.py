@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, TYPES, Kind, ask, drive, table_of, timesteps, uncached
+from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, THREE, TYPES, Kind, ask, drive, table_of, timesteps, uncached
 from diffusers_oracle import bare, drive_replaying, fate, nothing, replaying
 from tiny import relative_error
-from torch import Tensor, nn
+from torch import nn
 
-from ebcache_fast import CacheTable, disable, enable, stats
+from ebcache_fast import CacheTable, enable, stats
 from ebcache_fast.errors import EBCacheError, InputError, TableError, TrajectoryError
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Branch, Plan, layered
@@ -20,7 +20,6 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 Change = Callable[[Any], object]
-HONEST = {"refused", "cached", "counted"}
 both_models = pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
 
 
@@ -69,6 +68,8 @@ def cast_layerwise(pipe: Any) -> None:
 
 
 CACHES: dict[str, tuple[Kind, Change]] = {
+    "DiT, pyramid attention broadcast": (DIT, BROADCAST),
+    "DiT, layerwise casting": (DIT, cast_layerwise),
     "PixArt, pyramid attention broadcast": (SIGMA, BROADCAST),
     "PixArt, MagCache": (SIGMA, MAG),
     "PixArt, layerwise casting": (SIGMA, cast_layerwise),
@@ -179,150 +180,21 @@ def test_a_norm_of_another_kind_is_named(kind: Kind, path: str) -> None:
         as_denoiser(model)
 
 
-# ------------------------------------------------------------------------------------- what users do to layers
-
-
-class Reversed:
-    """A processor of attention of another meaning: it attends to tokens from behind, by position."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return attn.to_out[0](attn.to_v(hidden_states).flip(1))
-
-
-SameName = type("AttnProcessor2_0", (Reversed,), {})
-
-
-class BothReversed:
-    """The same of film and text."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        *_: Any,
-        image_rotary_emb: Any = None,
-        **__: Any,
-    ) -> tuple[Tensor, Tensor]:
-        film, text = (Reversed()(attn, one) for one in (hidden_states, encoder_hidden_states))
-        return film, text
-
-
-def reverse(pipe: Any) -> None:
-    is_film = hasattr(pipe.transformer, "enable_cache")
-    pipe.transformer.transformer_blocks[1].attn1.set_processor(BothReversed() if is_film else Reversed())
-
-
-class Doubled(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **named: Any) -> Any:
-        out = self.inner(*args, **named)
-        return tuple(2 * one for one in out) if isinstance(out, tuple) else 2 * out
-
-
-def twice(path: str) -> Change:
-    """A hook that doubles what a module returns."""
-
-    def hook(_: Any, args: Any, out: Any) -> Any:
-        return tuple(2 * one for one in out) if isinstance(out, tuple) else 2 * out
-
-    return lambda pipe: pipe.transformer.get_submodule(path).register_forward_hook(hook)
-
-
-def replaced(path: str) -> Change:
-    def change(pipe: Any) -> None:
-        owner, _, name = path.rpartition(".")
-        pipe.transformer.get_submodule(owner)._modules[name] = Doubled(pipe.transformer.get_submodule(path))
-
-    return change
-
-
-def having(path: str, **attributes: Any) -> Change:
-    return lambda pipe: vars(pipe.transformer.get_submodule(path)).update(attributes)
-
-
-def with_a_layer_twice(pipe: Any) -> None:
-    pipe.transformer.transformer_blocks.append(pipe.transformer.transformer_blocks[0])
-
-
-def with_layers_reversed(pipe: Any) -> None:
-    pipe.transformer.transformer_blocks = nn.ModuleList(reversed(pipe.transformer.transformer_blocks))
-
-
-BLOCK = "transformer_blocks.0"
-CHANGES: dict[str, Change] = {
-    "a processor": reverse,
-    "fused projections": lambda pipe: pipe.transformer.fuse_qkv_projections(),
-    "gradient checkpointing": lambda pipe: pipe.transformer.enable_gradient_checkpointing(),
-    "a layer twice": with_a_layer_twice,
-    "layers reversed": with_layers_reversed,
-    **{f"a hook on {path or 'the whole'}": twice(path) for path in ("", BLOCK, f"{BLOCK}.attn1", f"{BLOCK}.norm1")},
-    **{f"another {path}": replaced(path) for path in (BLOCK, f"{BLOCK}.attn1", f"{BLOCK}.norm2", "norm_out")},
-}  # fmt: skip
-OF_ONE: dict[str, tuple[Kind, Change]] = {
-    "PixArt, the default processor": (SIGMA, lambda pipe: pipe.transformer.set_default_attn_processor()),
-    "PixArt, a processor of the text": (
-        SIGMA, lambda pipe: pipe.transformer.transformer_blocks[0].attn2.set_processor(Reversed())
-    ),
-    **{
-        f"PixArt, a hook on {path}": (SIGMA, twice(path))
-        for path in ("pos_embed", "adaln_single", "adaln_single.linear", "caption_projection", f"{BLOCK}.attn2",
-                     f"{BLOCK}.attn2.to_k", f"{BLOCK}.ff", "proj_out", f"{BLOCK}.attn1.to_out.1", f"{BLOCK}.ff.net.0",
-                     f"{BLOCK}.ff.net.1")
-    },
-    "PixArt, perturbed attention": (SIGMA, lambda pipe: pipe.transformer.transformer_blocks[0].attn1.set_processor(
-        diffusers.models.attention_processor.PAGIdentitySelfAttnProcessor2_0()
-    )),
-    "PixArt, a processor of a known name": (SIGMA, having(f"{BLOCK}.attn1", processor=SameName())),
-    "PixArt, a residual around attention": (SIGMA, having(f"{BLOCK}.attn1", residual_connection=True)),
-    "PixArt, attention in another scale": (SIGMA, having(f"{BLOCK}.attn1", rescale_output_factor=2.0)),
-    "PixArt, an exact GELU": (SIGMA, having(f"{BLOCK}.ff.net.0", approximate="none")),
-    "PixArt, another dropout": (SIGMA, replaced(f"{BLOCK}.ff.net.1")),
-    "CogVideoX, another dropout at the end": (COG_2B, replaced(f"{BLOCK}.ff.net.3")),
-    **{
-        f"CogVideoX, a hook on {path}": (COG_2B, twice(path))
-        for path in ("patch_embed", "time_proj", "norm_final", "norm_out.linear", "embedding_dropout",
-                     f"{BLOCK}.norm1.linear", f"{BLOCK}.attn1.norm_q", f"{BLOCK}.attn1.to_q", f"{BLOCK}.ff")
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@both_models
-def test_whatever_was_done_to_it_the_answer_is_the_methods_or_its_own(kind: Kind, change: Change) -> None:
-    assert fate(*bare(kind), change, nothing) in HONEST
-    assert fate(*bare(kind), nothing, change) in {"cached", "counted"}
-
-
-@pytest.mark.parametrize(("kind", "change"), OF_ONE.values(), ids=OF_ONE)
-def test_whatever_was_done_to_layers_of_its_own(kind: Kind, change: Change) -> None:
-    assert fate(*bare(kind), nothing, change) in {"cached", "counted"}
-
-
-@both_models
-def test_the_default_way_is_cached(kind: Kind) -> None:
-    assert fate(*bare(kind), nothing, nothing) == "cached"
-
-
-@both_models
-def test_checkpointing_with_gradients_is_the_models_own(kind: Kind, pipe: Any) -> None:
-    model, call = pipe.transformer, kind.call(pipe)
-    model.enable_gradient_checkpointing()
-    enable(model, table_of(pipe))
-    model(**call)[0].sum().backward()
-    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert stats(model).originals == {"gradients are recorded": 1}
-    disable(model).zero_grad()
-    model(**call)[0].sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (ours[name] is None)
-        assert parameter.grad is None or torch.equal(parameter.grad, ours[name])
-
-
 # ------------------------------------------------------------------------------------------------- refused at once
+
+
+def test_what_is_neither_a_module_nor_a_pipeline() -> None:
+    for refused in (object(), "facebook/DiT-XL-2-256"):
+        with pytest.raises(InputError, match="is no module and has no transformer; pass a model or its pipeline"):
+            enable(refused, CacheTable(range(800, -1, -200), TYPES))
+
+
+@pytest.mark.parametrize("kind", THREE, ids=str)
+def test_it_has_no_float8_products(kind: Kind, pipe: Any) -> None:
+    name = type(as_denoiser(pipe.transformer)).__name__
+    with pytest.raises(InputError, match=rf"fp8=True needs a DiT of the original layout.* {name} sees"):
+        enable(pipe, table_of(pipe), fp8=True)
+    assert "forward" not in vars(pipe.transformer)
 
 
 @both_models
@@ -335,7 +207,7 @@ def test_training_mode_and_weights_elsewhere(kind: Kind, pipe: Any) -> None:
         enable(pipe, table_of(pipe))
 
 
-@pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B], ids=str)
+@pytest.mark.parametrize("kind", THREE, ids=str)
 def test_a_table_of_another_model(kind: Kind, pipe: Any) -> None:
     own = dict(as_denoiser(pipe.transformer).shape.sizes)
     ts = timesteps(pipe)

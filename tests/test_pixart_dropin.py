@@ -11,7 +11,6 @@ from diffusers_kinds import (
     PIXARTS,
     SIGMA,
     STEPS,
-    Call,
     Kind,
     ask,
     by_prompt,
@@ -20,7 +19,7 @@ from diffusers_kinds import (
     timesteps,
     uncached,
 )
-from diffusers_oracle import assert_as_exact_as_its_own, by_timestep, drive_replaying, replaying
+from diffusers_oracle import by_timestep, drive_replaying, replaying
 from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_pixart
 from tiny import relative_error
 from torch import Tensor
@@ -83,40 +82,6 @@ def test_what_a_mask_hides_does_not_matter(pipe: Any) -> None:
     assert_all_same(drive(pipe.transformer, call | dict(encoder_hidden_states=text), ts), ours)
 
 
-def test_text_that_is_overwritten_in_place_between_runs(pipe: Any) -> None:
-    ts, call = timesteps(pipe), SIGMA.call(pipe)
-    text, mask = call["encoder_hidden_states"], call["encoder_attention_mask"]
-    other = replaying(pipe)
-    enable(pipe, table_of(pipe))
-    for overwrite in (lambda: None, lambda: text.mul_(2), lambda: text.data.neg_(), lambda: mask.fill_(1)):
-        overwrite()
-        assert_all_same(drive(pipe.transformer, call, ts), drive(other.transformer, call, ts))
-
-
-@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_attention_mask"])
-def test_text_that_changes_within_a_run_is_not_taken_from_the_cache(pipe: Any, name: str) -> None:
-    ts, call = timesteps(pipe), SIGMA.call(pipe)
-    other = call | {name: SIGMA.call(pipe, rows=(3, 4))[name]}
-    calls = (call, call, other, other, other)
-    types = by_timestep(pipe) | {ts[2]: NO}  # nothing was kept of the other text
-    replayed = replaying(pipe, types).transformer
-    enable(pipe, table_of(pipe))
-    for i, each in enumerate(calls):
-        ours, theirs = (ask(one, each, ts[i], seed=i) for one in (pipe.transformer, replayed))
-        assert relative_error(ours, theirs) < 1e-5
-    assert sum(stats(pipe).refreshed.values()) == 1
-
-
-@pytest.mark.parametrize("kind", [SIGMA, ALPHA_1024], ids=str)
-def test_text_of_another_length_in_the_next_call(kind: Kind) -> None:
-    pipe = kind.pipeline()
-    other = replaying(pipe)
-    enable(pipe, table_of(pipe))
-    for length in (TEXT_LENGTH, 3, 9, TEXT_LENGTH):
-        assert_all_same(*([kind.draw(one, max_sequence_length=length)] for one in (pipe, other)))
-    assert not stats(pipe).originals
-
-
 def test_several_pictures_of_each_prompt(pipe: Any) -> None:
     replayed = SIGMA.draw(replaying(pipe), num_images_per_prompt=2)
     enable(pipe, table_of(pipe))
@@ -159,50 +124,13 @@ def test_binned_resolutions(pipe: Any) -> None:
     assert not stats(pipe).originals
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "eps alone": dict(out_channels=4),
-    "no projection of captions": dict(caption_channels=None, cross_attention_dim=TEXT_WIDTH),
-    "captions of another width": dict(caption_channels=None, cross_attention_dim=TEXT_WIDTH, attention_head_dim=12),
-    "3 layers, larger patches": dict(num_layers=3, patch_size=4),
-    "other heads": dict(num_attention_heads=4, attention_head_dim=4),
-    "no biases": dict(attention_bias=False),
-    "another epsilon": dict(norm_eps=0.1),
-    "stretched positions": dict(interpolation_scale=2),
-    "geglu": dict(activation_fn="geglu"),
-    "dropout": dict(dropout=0.5),
-}
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_transformers_of_other_sizes(pipe: Any, sizes: dict[str, Any]) -> None:
-    pipe.transformer = tiny_pixart(**sizes)
-    replayed = SIGMA.draw(replaying(pipe))
-    enable(pipe, table_of(pipe))
-    assert relative_error(SIGMA.draw(pipe), replayed) < 1e-5
-    assert not stats(pipe).originals
-
-
 def test_captions_of_another_width_for_another_processor(pipe: Any) -> None:
-    pipe.transformer = tiny_pixart(**SIZES["captions of another width"])
+    pipe.transformer = tiny_pixart(caption_channels=None, cross_attention_dim=TEXT_WIDTH, attention_head_dim=12)
     for block in pipe.transformer.transformer_blocks:
         block.attn2.set_processor(diffusers.models.attention_processor.AttnProcessor())
     replayed = SIGMA.draw(replaying(pipe))
     assert relative_error(SIGMA.draw(enable(pipe, table_of(pipe))), replayed) < 1e-5
     assert not stats(pipe).originals
-
-
-def test_a_transformer_in_float64_to_its_last_digits(pipe: Any) -> None:
-    pipe.transformer.to(torch.float64)
-    ts, call = timesteps(pipe), SIGMA.call(SIGMA.pipeline())
-    call |= {name: call[name].double() for name in ("hidden_states", "encoder_hidden_states")}
-    replayed = drive_replaying(pipe, call, ts)
-    enable(pipe, table_of(pipe))
-    assert max(map(relative_error, drive(pipe.transformer, call, ts), replayed)) < 1e-12
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_transformer_in_half_precision_is_as_exact_as_its_own(dtype: torch.dtype) -> None:
-    assert_as_exact_as_its_own(ALPHA_1024, ALPHA_1024.pipeline(), dtype)
 
 
 # ------------------------------------------------------------------------------------------------ eps scaling
@@ -263,26 +191,11 @@ def test_a_mask_that_is_too_short_is_refused_as_the_model_does(pipe: Any) -> Non
         ask(pipe.transformer, call, timesteps(pipe)[0])
 
 
-EXTRAS: dict[str, Any] = {
-    "cross_attention_kwargs": {"scale": 1.0},
-    "attention_mask": torch.ones(2, 16).tril(3),
-}
-
-
-@pytest.mark.parametrize("name", EXTRAS)
-def test_arguments_that_the_method_does_not_know(pipe: Any, name: str) -> None:
+def test_conditions_that_it_does_not_know_are_its_own_error(pipe: Any) -> None:
     ts, call = timesteps(pipe), SIGMA.call(pipe)
-    extra: Call = call | {name: EXTRAS[name]}
-    plain, plain_extra = (drive(pipe.transformer, each, ts) for each in (call, extra))
     replayed = drive_replaying(pipe, call, ts)
     enable(pipe, table_of(pipe))
-    assert all(map(torch.equal, drive(pipe.transformer, extra, ts), plain_extra))
-    assert [*stats(pipe).originals.values()] == [STEPS]
-    assert_all_same(drive(pipe.transformer, call, ts), replayed)
-    empty = call | {name: {} if name == "cross_attention_kwargs" else None}
-    for known in (empty, call | dict(added_cond_kwargs=None)):
-        assert_all_same(drive(pipe.transformer, known, ts), replayed)
-    assert not all(map(torch.equal, plain, replayed))
+    assert_all_same(drive(pipe.transformer, call | dict(added_cond_kwargs=None), ts), replayed)
     with pytest.raises(TypeError, match="sharpness"):  # what it says itself
         ask(pipe.transformer, call | dict(added_cond_kwargs={"sharpness": torch.ones(2, 1)}), ts[0])
 
