@@ -44,7 +44,7 @@ class Leases:
         if buffer_set is None:
             self._make_room()
             self._keep_to_the_limit(spec, cache_bytes)
-            buffer_set = self._made(make)
+            buffer_set = self._allocate(make)
         else:
             self._idle.remove(buffer_set)
         self._leased.append(buffer_set)
@@ -93,7 +93,7 @@ class Leases:
                 f"max_cache_bytes={limit}; sample fewer at once, or raise the limit"
             )
 
-    def _made(self, make: Callable[[], BufferSet]) -> BufferSet:
+    def _allocate(self, make: Callable[[], BufferSet]) -> BufferSet:
         try:
             return make()
         except InputError:  # too little memory
