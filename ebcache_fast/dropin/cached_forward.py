@@ -1,7 +1,5 @@
 """Cached forward of a model: finds the run and the step that a call is, and answers it."""
 
-import logging
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from threading import RLock
@@ -10,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebcache_fast.dropin.advice import advice_on
 from ebcache_fast.dropin.courses import Choice, Course
 from ebcache_fast.dropin.decision import Answer, Whose, decide
+from ebcache_fast.dropin.departures import Departures
 from ebcache_fast.dropin.diffusers_signatures import signature_of
 from ebcache_fast.dropin.eligibility import OFF_SWITCH, Admitted, DeclinedError, Eligibility, UnfitError
 from ebcache_fast.dropin.other_caches import what_hides
@@ -72,8 +70,7 @@ class CachedForward:
         self._scheduler = StepScheduler(self.plan)
         self._engine: Engine | None = None
         self._begin_to_know()
-        self._originals, self._refreshed = Counter[str](), Counter[str]()
-        self._is_idleness_reported = False
+        self._departures = Departures()
 
     def _begin_to_know(self) -> None:
         decided = partial(decide, strict=self.options.strict, in_order=self._in_order)
@@ -147,7 +144,7 @@ class CachedForward:
         with self._lock:
             done = self._engine.stats if self._engine is not None else Counts().snapshot(0, 0, {})
             hidden_by = what_hides(self.model, self.signature.methods[FORWARD])
-            originals, refreshed = dict(self._originals), dict(self._refreshed)
+            originals, refreshed = dict(self._departures.originals), dict(self._departures.refreshed)
             return replace(done, originals=originals, refreshed=refreshed, hidden_by=hidden_by)
 
     def answer(self, call: ForwardCall | None, name: str, *args: Any, **named: Any) -> Any:
@@ -173,7 +170,7 @@ class CachedForward:
                 raise
             raise unfit from error
         with self._lock:
-            _count(self._originals, why, "the model's own forward answers, uncached")
+            self._departures.answered_by_the_original(why)
         return out
 
     def _step(self, admitted: Admitted) -> Tensor:
@@ -218,8 +215,7 @@ class CachedForward:
         near = self._scheduler.near_miss(t)
         if turn.verdict.answer is Answer.REFUSE:
             raise TrajectoryError(f"t={t:g} was not expected: {why}{near}; strict=False computes such a step in full")
-        advice = advice_on(why, t, self.plan, self.options.max_trajectories)
-        _count(self._refreshed, why, f"a step computes everything{near}", advice)
+        self._departures.computed_in_full(why, t, near, self.plan, self.options.max_trajectories)
 
     def _kind_of(self, call: ForwardCall) -> Key:
         """Key that sets the runs apart that a call could be of, besides labels."""
@@ -249,13 +245,8 @@ class CachedForward:
 
     def _release(self, run: RunState) -> None:
         first = next((i for i, reads in enumerate(self.plan.reading) if reads), len(self.plan))
-        if not run.hits and run.calls > first and not self._is_idleness_reported:
-            self._is_idleness_reported = True
-            logging.getLogger(__name__).warning(
-                "nothing was reused in a whole run of %d calls; ebcache_fast.dry_check(pipe, table, steps) says which "
-                "steps will hit, ebcache_fast.stats(model).summary() what was done instead",
-                run.calls,
-            )
+        if not run.hits and run.calls > first:
+            self._departures.reused_nothing(run.calls)
         self.engine.release(run.trajectory.buffer_set)
         if self._keeps_nothing:
             self.engine.let_go()
@@ -280,10 +271,3 @@ class CachedForward:
 
 def _device_of(model: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in parameters_of(model)), None)
-
-
-def _count(counter: Counter[str], why: str, what: str, advice: str = "") -> None:
-    """Count a departure from the plan; the first for each reason is said."""
-    counter[why] += 1
-    if counter[why] == 1 and why != OFF_SWITCH:
-        logging.getLogger(__name__).warning("%s: %s; %sebcache_fast.stats counts how often", what, why, advice)
