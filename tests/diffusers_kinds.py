@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 from diffusers_tiny import (
     TEXT_LENGTH,
     tiny_cogvideox_2b,
@@ -22,7 +23,6 @@ from torch import Tensor
 from ebcache_fast import CacheTable
 from ebcache_fast.plan import StepType
 
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, ATTN_MLP, ATTENTION, NO, MLP)
 STEPS = len(TYPES)
 PROMPTS = ("a red cat sleeps", "the dog", "small green house", "old bird runs", "cat", "a bird sleeps")

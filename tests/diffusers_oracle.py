@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers_kinds import NO, STEPS, TYPES, Call, Kind, drive, table_of, timesteps, twin
+from constants import NO
+from diffusers_kinds import STEPS, TYPES, Call, Kind, drive, table_of, timesteps, twin
 from tiny import relative_error
 from torch import Tensor, nn
 

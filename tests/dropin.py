@@ -3,18 +3,25 @@
 from collections.abc import Sequence
 
 import torch
+from constants import ATTENTION, ATTN_MLP, BRANCHES, MLP, NO
 from tiny import CLASSES, RELATIVE, LayerReuse, empty_cache, naive_forward, relative_error, tiny_dit
 from torch import Tensor, nn
 
 from ebcache_fast.models import DiT
 from ebcache_fast.plan import Branch, Plan, StepType, layered
 
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 DEPTH = 2
 TIMESTEPS = (930, 700, 420, 260, 111, 3)
-NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
-TYPES = (NO_CACHE, ATTENTION, ATTN_MLP, MLP, NO_CACHE, ATTN_MLP)
+TYPES = (NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP)
 LABELS = torch.tensor([1, 4, 1])
+# Why a step was computed in full, or by the model itself, as statistics say it.
+FRESH = "a run did not begin with the first step"
+AGAIN = "a timestep came again"
+LEFT_OUT = "steps were left out"
+UNPLANNED = "a timestep is not in the plan"
+ALIKE = "runs of the same tensors can't be told apart"
+GAVE_WAY = "more runs took turns than max_trajectories"
+MIXED = "timesteps differ within the batch"
 
 
 def plan_of(types: Sequence[StepType] = TYPES, eps_scale: float = 0.9, depth: int = DEPTH) -> Plan:
@@ -74,7 +81,7 @@ def naive_drive(
 def full_step(model: DiT, x: Tensor, t: int, y: Tensor = LABELS, eps_scale: float = 0.9) -> Tensor:
     """A step that computes everything, by the definitions."""
     with torch.no_grad():
-        out = naive_forward(model, x, t, y, reuse_of(NO_CACHE, len(model.blocks)), empty_cache(model))
+        out = naive_forward(model, x, t, y, reuse_of(NO, len(model.blocks)), empty_cache(model))
     out[:, : model.in_channels] *= eps_scale
     return out
 

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, BRANCHES, MLP, NO
 from fake_graphs import FakeGraphs
 from tiny import CLASSES, naive_timesteps
 from torch import Tensor, nn
@@ -19,12 +20,10 @@ from ebcache_fast.engine.guidance import Guidance
 from ebcache_fast.engine.trajectory import Trajectory
 from ebcache_fast.models import DiT, as_denoiser
 from ebcache_fast.ops.operations import Operations
-from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
+from ebcache_fast.plan import COMPUTE, REUSE, Plan, StepPlan, StepType, layered
 from ebcache_fast.samplers import Sampler, sampler_over, trajectory_noise
 from ebcache_fast.samplers.schedule import NoiseSchedule
 
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, ATTENTION, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, MLP, NO)
 SMALLEST = {"hidden_size": 8, "input_size": 4, "patch_size": 2, "in_channels": 1, "num_heads": 1}
 

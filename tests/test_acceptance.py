@@ -5,20 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import (
-    COG_VIDEO,
-    DIT,
-    NO,
-    STEPS,
-    THREE,
-    TYPES,
-    Call,
-    Kind,
-    ask,
-    drive,
-    table_of,
-    timesteps,
-)
+from constants import NO
+from diffusers_kinds import COG_VIDEO, DIT, STEPS, THREE, TYPES, Call, Kind, ask, drive, table_of, timesteps
 from diffusers_oracle import by_timestep, drive_replaying, replaying
 from tiny import relative_error
 from torch import Tensor

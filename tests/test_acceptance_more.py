@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from constants import MLP, NO
 from depth import deep
-from diffusers_kinds import COG_2B, DIT, MLP, NO, SIGMA, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
+from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
 from diffusers_oracle import drive_replaying, replaying
 from fake_graphs import FakeGraphs
 from fake_runs import enable_over, over

@@ -7,8 +7,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 GUARD = 'if __name__ == "__main__":'
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from constants import ATTN_MLP, CPU, NO
 from tiny import tiny_dit
 
 from bench import host_cost, launches, step_cases
@@ -16,10 +17,6 @@ from bench.report import tables
 from ebcache_fast.engine.module_watch import ModuleState, Watch
 from ebcache_fast.engine.step_scheduler import StepScheduler
 from ebcache_fast.models import DiTDenoiser
-from ebcache_fast.plan import StepType
-
-CPU = torch.device("cpu")
-NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 
 # ---------------------------------------------------------------------------------------- steps and trajectories
 

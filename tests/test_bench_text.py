@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import CPU
 from depth import deep
 from tiny import relative_error
 from torch._dynamo.utils import counters
@@ -25,7 +26,6 @@ from ebcache_fast.plan import Branch, StepType
 
 pytest.importorskip("diffusers")
 
-CPU = torch.device("cpu")
 H200 = 139 * text_steps.GIB
 NAMES = ("pixart-1024", "cogvideox-2b")
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from constants import CPU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,6 @@ from ebcache_fast.kernels import gated_residual, launch
 from ebcache_fast.kernels.launch import ALL, Launch
 from ebcache_fast.ops import reference
 
-CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 # ---------------------------------------------------------------------------------------------- telemetry

@@ -5,13 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, BRANCHES, MLP, NO
 from dropin import (
-    ATTENTION,
-    ATTN_MLP,
-    BRANCHES,
     LABELS,
-    MLP,
-    NO_CACHE,
     TIMESTEPS,
     TYPES,
     assert_close,
@@ -59,7 +55,7 @@ def model() -> DiT:
 @torch.no_grad()
 def test_without_reuse_it_is_the_model(sizes: dict[str, object], dtype: torch.dtype, bound: float) -> None:
     model = fresh_model(dtype=dtype, **sizes)
-    plan = plan_of([NO_CACHE] * 3, eps_scale=1.0, depth=len(model.blocks))
+    plan = plan_of([NO] * 3, eps_scale=1.0, depth=len(model.blocks))
     xs, twice = latents(model, steps=3), latents(model, 2 * len(LABELS), steps=3)
     t, y = at(700, 6), guided_rows(LABELS)
     theirs = [*drive(model, xs), *(model.forward_with_cfg(x, t, y, 3.0) for x in twice)]
@@ -72,7 +68,7 @@ def test_without_reuse_it_is_the_model(sizes: dict[str, object], dtype: torch.dt
         assert relative_error(one, other) <= bound
 
 
-STEPS = st.lists(st.tuples(st.sampled_from((NO_CACHE, ATTENTION, ATTN_MLP, MLP)), st.integers(1, 80)), max_size=7)
+STEPS = st.lists(st.tuples(st.sampled_from((NO, ATTENTION, ATTN_MLP, MLP)), st.integers(1, 80)), max_size=7)
 
 
 @given(
@@ -87,7 +83,7 @@ def test_every_order_of_steps_equals_the_plain_loop(
 ) -> None:
     model = MODELS[kind]
     depth, y = len(model.blocks), torch.tensor(labels)
-    types = [NO_CACHE, *(step_type for step_type, _ in steps)]
+    types = [NO, *(step_type for step_type, _ in steps)]
     timesteps = [999 - sum(gap for _, gap in steps[:i]) for i in range(len(types))]
     xs = latents(model, len(y), len(types))
     with enabled(model, Plan.from_types(types, timesteps, layered(depth, BRANCHES)), eps_scale=eps_scale, strict=True):

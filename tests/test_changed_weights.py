@@ -6,10 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from constants import ATTN_MLP, NO
 from dropin import (
-    ATTN_MLP,
     LABELS,
-    NO_CACHE,
     TIMESTEPS,
     TYPES,
     assert_bitwise,
@@ -182,7 +181,7 @@ def test_within_a_run(change: Change, step: int, model: DiT) -> None:
     ours = [call(model, x, t, LABELS) for x, t in list(zip(xs, TIMESTEPS, strict=True))[step:]]
     assert_close(ours[:1], [own_answer(model, xs[step], TIMESTEPS[step])])
     assert stats(model).refreshed == {CHANGED: 1}
-    rest = naive_drive(model, xs[step:], types=[NO_CACHE, *TYPES[step + 1 :]], timesteps=TIMESTEPS[step:])
+    rest = naive_drive(model, xs[step:], types=[NO, *TYPES[step + 1 :]], timesteps=TIMESTEPS[step:])
     assert_close(ours, rest)
 
 
@@ -202,7 +201,7 @@ def test_a_write_that_leaves_no_trace_within_a_run(write: Callable[[nn.Linear], 
     """The documented limit: modulation and caches are as old as the run; weights that a step reads are as they are."""
     modulation, *others = linears(model)
     x, second = latents(model, steps=2)
-    enable(model, plan_of([NO_CACHE, ATTN_MLP]))
+    enable(model, plan_of([NO, ATTN_MLP]))
     untouched = drive(model, [x, second])
     for inert in (modulation, *others[:2]):
         call(model, x, TIMESTEPS[0], LABELS)
@@ -210,7 +209,7 @@ def test_a_write_that_leaves_no_trace_within_a_run(write: Callable[[nn.Linear], 
         assert torch.equal(call(model, second, TIMESTEPS[1], LABELS), untouched[1])
         untouched = drive(model, [x, second])
         assert_close(untouched[:1], [full_step(model, x, TIMESTEPS[0])])
-    enable(model, plan_of([NO_CACHE, NO_CACHE]))
+    enable(model, plan_of([NO, NO]))
     for live in others:
         call(model, x, TIMESTEPS[0], LABELS)
         write(live)
@@ -321,7 +320,7 @@ def test_interleaved_runs_all_follow(change: Change, model: DiT) -> None:
     change(model)
     outs = [[call(model, x, t, y) for y in both] for x, t in list(zip(xs, TIMESTEPS, strict=True))[1:]]
     for y, ours in zip(both, zip(*outs, strict=True), strict=True):
-        assert_close(ours, naive_drive(model, xs[1:], y, [NO_CACHE, *TYPES[2:]], TIMESTEPS[1:]))
+        assert_close(ours, naive_drive(model, xs[1:], y, [NO, *TYPES[2:]], TIMESTEPS[1:]))
     assert stats(model).refreshed == {CHANGED: 2}
 
 

@@ -5,15 +5,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+from constants import ROOT
 
 from ebcache_fast.apps.bundled import load_letters
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 SETTINGS = (("ddpm", 50), ("ddpm", 20), ("ddpm", 10), ("ddim", 20))
 SPEEDUPS = ("1.5x", "2.5x")

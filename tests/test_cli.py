@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, MLP, NO, ROOT
 from PIL import Image
 from tiny import CLASSES, tiny_dit
 
@@ -34,8 +35,6 @@ from ebcache_fast.policies import fora
 from ebcache_fast.samplers import SAMPLERS
 from ebcache_fast.sampling import sample
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
-ROOT = Path(__file__).resolve().parents[1]
 LETTERS_50 = "letters-ddpm-50-1.5x"
 TINY = "DiT-tiny"
 SIZES = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}  # those of tiny_dit
@@ -150,7 +149,7 @@ def test_sample_a_text_with_a_named_table(run: Run) -> None:
 def test_sample_an_original_with_a_table_of_one_s_own(run: Run, tmp_path: Path) -> None:
     trained = tiny_dit(3, torch.float32)
     torch.save({"ema": trained.state_dict()}, tmp_path / "tiny.pt")
-    table = CacheTable([999, 400, 0], [NO_CACHE, ATTN_MLP, ATTENTION])
+    table = CacheTable([999, 400, 0], [NO, ATTN_MLP, ATTENTION])
     table.save(tmp_path / "mine.json")
     code, out, _ = run(f"sample {USE_TINY} --ckpt tiny.pt --table mine.json --num-samples 7 --eps-scale 0.9")
     assert (code, out) == (0, "samples/samples.npz\n")  # latents are no picture
@@ -258,7 +257,7 @@ def test_compare_without_a_folder_writes_nothing(run: Run) -> None:
 
 def test_profile(run: Run, tmp_path: Path) -> None:
     torch.save(tiny_dit(3, torch.float32).state_dict(), tmp_path / "tiny.pt")
-    CacheTable([999, 600, 400, 0], [NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE]).save(tmp_path / "mine.json")
+    CacheTable([999, 600, 400, 0], [NO, ATTN_MLP, ATTN_MLP, NO]).save(tmp_path / "mine.json")
     code, out, err = run(f"profile {USE_TINY} --ckpt tiny.pt --table mine.json --num-samples 3 --out there")
     assert (code, err) == (0, "")
     written = ["there/timeline.json", "there/timeline.png", "there/trace.json"]
@@ -309,7 +308,7 @@ def test_table_show_of_programs(run: Run) -> None:
 
 def test_table_show_of_a_file_says_what_it_is_for(run: Run, tmp_path: Path) -> None:
     spec = SamplerSpec(name="ddim", steps=5, train_steps=1000)
-    types = [NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE, MLP]
+    types = [NO, ATTN_MLP, ATTN_MLP, NO, MLP]
     CacheTable([9, 7, 5, 3, 1], types, 0.98, spec, {"depth": 2}).save(tmp_path / "t.json")
     out = run("table show t.json").out.splitlines()
     assert out[1:] == [
@@ -347,11 +346,11 @@ def test_table_import_from_npy(run: Run, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "ours.json"
     table = CacheTable.load("ours.json")
-    assert table.step_types == (NO_CACHE, ATTN_MLP, ATTENTION, NO_CACHE)
+    assert table.step_types == (NO, ATTN_MLP, ATTENTION, NO)
     assert (table.timesteps, table.eps_scale) == ((999, 666, 333, 0), 0.97)
     run("table import theirs.npy --out other.json --steps 4 --order index --spacing stride --adm-lambda 1.25")
     table = CacheTable.load("other.json")
-    assert table.step_types == (NO_CACHE, ATTENTION, ATTN_MLP, NO_CACHE)
+    assert table.step_types == (NO, ATTENTION, ATTN_MLP, NO)
     assert (table.timesteps, table.eps_scale) == ((750, 500, 250, 0), 0.8)
 
 
@@ -481,7 +480,7 @@ def odds(tmp_path: Path) -> None:
     torch.save(tiny_dit(0, torch.float32, depth=3).state_dict(), tmp_path / "deeper.pt")
     np.save(tmp_path / "object.npy", np.array([0, None], dtype=object))
     np.save(tmp_path / "short.npy", np.array([0, 2]))
-    CacheTable([9, 0], [NO_CACHE] * 2, model={"depth": 77}).save(tmp_path / "other_model.json")
+    CacheTable([9, 0], [NO] * 2, model={"depth": 77}).save(tmp_path / "other_model.json")
     (tmp_path / "truncated.json").write_text((tmp_path / "other_model.json").read_text()[:-40])
 
 

@@ -4,23 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import (
-    ATTENTION,
-    ATTN_MLP,
-    COG_2B,
-    COG_5B,
-    COG_IMAGE,
-    COG_VIDEO,
-    MLP,
-    NO,
-    STEPS,
-    Kind,
-    ask,
-    drive,
-    table_of,
-    timesteps,
-    twin,
-)
+from constants import ATTENTION, ATTN_MLP, MLP, NO
+from diffusers_kinds import COG_2B, COG_5B, COG_IMAGE, COG_VIDEO, STEPS, Kind, ask, drive, table_of, timesteps, twin
 from diffusers_oracle import by_timestep, drive_replaying, replaying
 from diffusers_tiny import ROTARY, TEXT_WIDTH, tiny_cogvideox
 from tiny import relative_error

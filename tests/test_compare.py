@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, BRANCHES, MLP, NO
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CLASSES, tiny_dit
@@ -19,12 +20,10 @@ from ebcache_fast.apps.compare import Method, Run, equal_cost_methods, judge_run
 from ebcache_fast.apps.quality import Features, Judge, Reference, paired_error, recognition, score
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.plan import Branch, Plan, StepType, layered
+from ebcache_fast.plan import Plan, StepType, layered
 from ebcache_fast.samplers.schedule import respaced_timesteps
 from ebcache_fast.sampling import sample
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 MODEL = tiny_dit(dtype=torch.float32)
 SHAPE = as_denoiser(MODEL).shape
 
@@ -33,8 +32,8 @@ def plan(*step_types: StepType) -> Plan:
     return Plan.from_types(step_types, respaced_timesteps(1000, len(step_types)), layered(SHAPE.depth, BRANCHES))
 
 
-UNCACHED = plan(NO_CACHE, NO_CACHE, NO_CACHE)
-CACHED = plan(NO_CACHE, ATTN_MLP, NO_CACHE)
+UNCACHED = plan(NO, NO, NO)
+CACHED = plan(NO, ATTN_MLP, NO)
 
 
 # ----------------------------------------------------------------------------------------------- run_methods
@@ -95,7 +94,7 @@ def test_each_batch_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_counts_every_sample_of_every_step() -> None:
     advanced: list[int] = []
-    methods = [Method("a", UNCACHED), Method("b", plan(NO_CACHE, MLP))]
+    methods = [Method("a", UNCACHED), Method("b", plan(NO, MLP))]
     run_methods(MODEL, methods, torch.tensor([0, 1, 2]), batch_size=2, on_step=advanced.append)
     assert sum(advanced) == 3 * (3 + 2)
 
@@ -131,7 +130,7 @@ def pictures(seed: int, n: int = 21) -> Tensor:
 
 REFERENCE = Reference.from_features(judge(pictures(99, 40)), keep=20)
 LABELS = torch.arange(21) % CLASSES
-SHORTER = dataclasses.replace(plan(NO_CACHE, NO_CACHE), eps_scale=0.9)
+SHORTER = dataclasses.replace(plan(NO, NO), eps_scale=0.9)
 METHODS = [Method("base", UNCACHED), Method("cached", CACHED), Method("shorter", SHORTER)]
 RUNS = [
     Run(pictures(0), (8.0, 3.0, 1.0)),
@@ -252,11 +251,11 @@ def cost(step_types: Sequence[StepType]) -> int:
     return plan(*step_types).macs(SHAPE)
 
 
-FULL_STEP = cost([NO_CACHE])
-SAVING = FULL_STEP * 2 - cost([NO_CACHE, ATTN_MLP])  # what one reused step saves
+FULL_STEP = cost([NO])
+SAVING = FULL_STEP * 2 - cost([NO, ATTN_MLP])  # what one reused step saves
 
-cached_plans = st.lists(st.sampled_from((NO_CACHE, ATTENTION, ATTN_MLP, MLP)), min_size=5, max_size=60).map(
-    lambda types: plan(NO_CACHE, *types)
+cached_plans = st.lists(st.sampled_from((NO, ATTENTION, ATTN_MLP, MLP)), min_size=5, max_size=60).map(
+    lambda types: plan(NO, *types)
 )
 
 
@@ -265,20 +264,20 @@ def test_rivals_cost_as_much_as_the_cached_plan(cached: Plan) -> None:
     _, own, fora, fewer = equal_cost_methods(SHAPE, [("mine", cached)], "ddim")
     target = own.plan.macs(SHAPE)
     # As near as whole steps can come.
-    cheapest = cost([NO_CACHE, *[ATTN_MLP] * (len(cached) - 2), NO_CACHE])
+    cheapest = cost([NO, *[ATTN_MLP] * (len(cached) - 2), NO])
     assert abs(fora.plan.macs(SHAPE) - max(target, cheapest)) <= SAVING / 2 + 1
     assert abs(fewer.plan.macs(SHAPE) - target) <= FULL_STEP / 2 + 1
-    assert set(fora.plan.counts()) <= {NO_CACHE, ATTN_MLP}
-    assert set(fewer.plan.counts()) == {NO_CACHE}
+    assert set(fora.plan.counts()) <= {NO, ATTN_MLP}
+    assert set(fewer.plan.counts()) == {NO}
 
 
 def test_the_order_of_an_equal_cost_comparison() -> None:
-    first, second = plan(NO_CACHE, *[ATTN_MLP, NO_CACHE] * 5), plan(NO_CACHE, *[ATTN_MLP] * 9, NO_CACHE)
+    first, second = plan(NO, *[ATTN_MLP, NO] * 5), plan(NO, *[ATTN_MLP] * 9, NO)
     methods = equal_cost_methods(SHAPE, [("mine", first), ("yours", second)], "ddim")
     names = [method.name for method in methods]
     assert names[:4] == ["No cache, 11 steps", "mine", "FORA at its cost", f"{len(methods[3].plan)} steps"]
     assert names[4:] == ["yours", "FORA at its cost", f"{len(methods[6].plan)} steps"]
-    assert methods[0].plan == plan(*[NO_CACHE] * 11)
+    assert methods[0].plan == plan(*[NO] * 11)
     assert (methods[1].plan, methods[4].plan) == (first, second)
     assert methods[3].plan.timesteps == respaced_timesteps(1000, len(methods[3].plan))
     assert {method.sampler for method in methods} == {"ddim"}

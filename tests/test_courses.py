@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 from diffusers_kinds import COG_VIDEO, DIT, SIGMA, THREE, Kind, drive, table_of, timesteps
 from diffusers_oracle import drive_replaying, replaying
 from tiny import relative_error
@@ -21,7 +22,6 @@ from ebcache_fast.plan import StepType
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = {5: (NO, ATTN_MLP, ATTENTION, NO, MLP), 3: (NO, ATTENTION, ATTN_MLP), 4: (NO, NO, MLP, ATTN_MLP)}
 
 

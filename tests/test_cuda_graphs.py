@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accuracy import DEVICE
+from constants import ATTENTION, ATTN_MLP, NO
 from tiny import CLASSES, tiny_dit
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 pytestmark = pytest.mark.gpu
 
-NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 PATTERNS = {
     "NO_CACHE": [NO] * 4,
     "ATTENTION": [NO, ATTENTION, ATTENTION, NO, ATTENTION],

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import ATTENTION, ATTN_MLP, COGS, DIT, MLP, NO, PIXARTS, STEPS, Kind, timesteps
+from constants import ATTENTION, ATTN_MLP, MLP, NO
+from diffusers_kinds import COGS, DIT, PIXARTS, STEPS, Kind, timesteps
 from diffusers_oracle import Replaying, replaying, scaled_v
 from tiny import relative_error
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers_kinds import COG_2B, DIT, NO, SIGMA, TYPES, Kind, table_of, timesteps
+from constants import NO
+from diffusers_kinds import COG_2B, DIT, SIGMA, TYPES, Kind, table_of, timesteps
 
 from ebcache_fast import Plan, dry_check, enable, stats
 from ebcache_fast.errors import InputError, TableError

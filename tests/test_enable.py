@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from constants import BRANCHES, NO
 from dropin import (
-    BRANCHES,
     DEPTH,
     LABELS,
-    NO_CACHE,
     TIMESTEPS,
     TYPES,
     assert_bitwise,
@@ -266,7 +265,7 @@ def test_a_shallow_copy_leaves_the_original_alone(model: DiT) -> None:
 # -------------------------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("types", [TYPES, (NO_CACHE, NO_CACHE), TYPES[:2]])
+@pytest.mark.parametrize("types", [TYPES, (NO, NO), TYPES[:2]])
 def test_what_is_counted(types: tuple[Any, ...], model: DiT) -> None:
     plan = plan_of(types)
     enable(model, plan)

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from constants import BRANCHES
 from fake_graphs import FakeGraphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,9 +22,8 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.trajectory import Prediction, split
 from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.models import DiT, DiTDenoiser
-from ebcache_fast.plan import COMPUTE, REUSE, Branch, Memory, Plan, Slot, StepPlan, StepType, layered
+from ebcache_fast.plan import COMPUTE, REUSE, Memory, Plan, Slot, StepPlan, StepType, layered
 
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 DEPTH = 3
 TIMESTEPS = (930, 700, 420, 260, 111, 3)
 TYPES = [StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP, StepType.MLP, StepType.ATTN_MLP, StepType.NO_CACHE]

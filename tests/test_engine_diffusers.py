@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DEVICE
+from constants import ATTENTION, ATTN_MLP, CPU, MLP, NO
 from depth import deep
 from diffusers_tiny import ROTARY, tiny_cogvideox, tiny_pixart
 from fake_graphs import FakeGraphs
@@ -33,10 +34,8 @@ from ebcache_fast.samplers import make_sampler, trajectory_noise
 
 pytest.importorskip("diffusers")
 
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 MIXED = [NO, ATTENTION, ATTN_MLP, MLP, NO, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, NO]
 TRITON = replace(ops.own_matmul_operations(), attention=None)  # SDPA, as by default
-CPU = torch.device("cpu")
 MODELS: dict[str, Callable[[], Any]] = {
     "PixArt-Sigma": tiny_pixart,
     "PixArt-Alpha with sizes": partial(

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 from depth import deep
 from fake_graphs import FakeGraphs
 from fake_runs import (
-    ATTENTION,
-    ATTN_MLP,
-    MLP,
-    NO,
     SMALLEST,
     Job,
     bits,

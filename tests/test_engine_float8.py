@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import DEVICE
+from constants import BRANCHES
 from fake_graphs import FakeGraphs
-from fake_runs import BRANCHES, TYPES, Job, bits, call, calls, enable_over, over, plan_of, sampling, states
+from fake_runs import TYPES, Job, bits, call, calls, enable_over, over, plan_of, sampling, states
 from float8 import largest_error, needs_float8, rounded_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -6,12 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 from fake_graphs import FakeGraphs
 from fake_runs import (
-    ATTENTION,
-    ATTN_MLP,
-    MLP,
-    NO,
     SMALLEST,
     Job,
     arguments,

@@ -5,21 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from constants import ATTN_MLP, NO
 from fake_graphs import FakeGraphs
-from fake_runs import (
-    ATTN_MLP,
-    NO,
-    SMALLEST,
-    Job,
-    bits,
-    calls,
-    eager_states,
-    enable_over,
-    no_graphs,
-    over,
-    plan_of,
-    states,
-)
+from fake_runs import SMALLEST, Job, bits, calls, eager_states, enable_over, no_graphs, over, plan_of, states
 from tiny import tiny_dit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

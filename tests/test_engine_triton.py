@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import DEVICE
+from constants import ATTENTION, ATTN_MLP, BRANCHES, CPU, MLP, NO
 from depth import crossed, deep
 from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from ebcache_fast.ops import operations as ops
 from ebcache_fast.plan import (
     COMPUTE,
     REUSE,
-    Branch,
     Compute,
     Forecast,
     FullAndWindow,
@@ -37,8 +37,6 @@ from ebcache_fast.plan import (
 )
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 LABELS = torch.tensor([1, 4])
 DEPTH = 2
 SITES = layered(DEPTH, BRANCHES)
@@ -84,9 +82,6 @@ def run(
         while trajectory.advance():
             pass
         return trajectory.x.cpu().clone()
-
-
-CPU = torch.device("cpu")
 
 
 def cached_steps(turns: int = 12) -> Plan:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, NO
 from fake_graphs import FakeGraphs
 from tiny import tiny_dit
 from torch import Tensor
@@ -20,10 +21,9 @@ from ebcache_fast.errors import CaptureError, InputError
 from ebcache_fast.ops import fallback
 from ebcache_fast.ops import operations as ops
 from ebcache_fast.ops.fallback import KERNELS, Fallback
-from ebcache_fast.plan import Plan, StepType
+from ebcache_fast.plan import Plan
 from ebcache_fast.samplers import make_sampler, trajectory_noise
 
-NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 TYPES = [NO, ATTENTION, ATTN_MLP, ATTN_MLP, NO, ATTN_MLP]
 LABELS = torch.tensor([1, 3])
 FAILURES = {

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTN_MLP, CPU, NO
 from fake_graphs import FakeGraphs
-from fake_runs import ATTN_MLP, NO, SMALLEST, Job, over, plan_of, sampling
+from fake_runs import SMALLEST, Job, over, plan_of, sampling
 from tiny import tiny_dit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,7 +17,6 @@ from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.flags import Flags
 from ebcache_fast.ops.operations import TORCH
 
-CPU = torch.device("cpu")
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 WAYS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 JOB = Job(plan_of((NO, ATTN_MLP)), labels=(2,))

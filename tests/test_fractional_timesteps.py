@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import COG_2B, DIT, NO, SIGMA, TYPES, Kind, ask, drive, table_of, timesteps
+from constants import NO
+from diffusers_kinds import COG_2B, DIT, SIGMA, TYPES, Kind, ask, drive, table_of, timesteps
 from diffusers_oracle import drive_replaying, replaying
 from dropin import LABELS, fresh_model, latents
 from tiny import relative_error

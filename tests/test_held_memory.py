@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import CPU
 from diffusers_kinds import COG_2B, SIGMA, STEPS, THREE, Kind, ask, table_of, timesteps
 from diffusers_oracle import bare, replaying
 from dropin import LABELS, TIMESTEPS, call, drive, fresh_model, latents, plan_of
@@ -26,8 +27,6 @@ from ebcache_fast.plan import StepType
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

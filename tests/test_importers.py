@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import COMPUTE, REUSE, StepType
+from ebcache_fast.plan import COMPUTE, REUSE
 from ebcache_fast.plan.importers import (
     eps_scale_from_adm,
     eps_scale_from_eb_delta,
@@ -20,7 +21,6 @@ from ebcache_fast.plan.importers import (
     from_smoothcache,
 )
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 C, R = COMPUTE, REUSE
 T50 = range(49, -1, -1)
 T4 = (30, 20, 10, 0)
@@ -41,11 +41,11 @@ def test_the_released_array_runs_its_first_entry_first(tmp_path: Path) -> None:
     table = from_eb_npy(npy(tmp_path / "t.npy", RELEASED), T50)
     assert table.step_types == tuple(RELEASED)
     assert table.timesteps == tuple(T50)
-    assert Counter(table.step_types) == {NO_CACHE: 34, ATTN_MLP: 16}
+    assert Counter(table.step_types) == {NO: 34, ATTN_MLP: 16}
     assert max(table.timesteps[i] for i, t in enumerate(table.step_types) if t is ATTN_MLP) == 48
     # The hand rule that the array follows in this order, and in no other.
     rule = [i == 49 or i < 10 or (49 - i) % (3 if i > 40 else 2 if i > 20 else 1) == 0 for i in T50]
-    assert [t is NO_CACHE for t in table.step_types] == rule
+    assert [t is NO for t in table.step_types] == rule
 
 
 def test_order_index_reproduces_the_release(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_an_import_says_where_it_comes_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["int64", "uint8", ">i4"])
 def test_all_codes_and_integer_types(dtype: str, tmp_path: Path) -> None:
     path = npy(tmp_path / "t.npy", np.array([0, 1, 2, 3], dtype))
-    assert from_eb_npy(path, T4).step_types == (NO_CACHE, ATTENTION, ATTN_MLP, MLP)
+    assert from_eb_npy(path, T4).step_types == (NO, ATTENTION, ATTN_MLP, MLP)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ebcache_fast"
 FACADE = "__init__"
 

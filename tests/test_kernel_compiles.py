@@ -17,6 +17,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from constants import ROOT
 from torch import Tensor
 
 from bench.kernel_cases import CALLS, WITH_MEMORY
@@ -24,7 +25,6 @@ from ebcache_fast.kernels import launch
 from ebcache_fast.kernels._order import begin
 from ebcache_fast.kernels.launch import OPTIONS
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOY_ARCHS = (80, 90, 100)
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # that each grants a block

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from accuracy import DEVICE
+from constants import ATTENTION, ATTN_MLP, NO
 from float8 import needs_float8
 from tiny import tiny_dit
 
@@ -17,8 +18,6 @@ from bench.program_launches import by_kind, counted
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
-
-NO, ATTENTION, ATTN_MLP = StepType.NO_CACHE, StepType.ATTENTION, StepType.ATTN_MLP
 
 
 def test_launches_of_every_step_type_of_28_layers() -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 from tiny import tiny_dit
 
 from ebcache_fast.apps.bundled import load_letters
@@ -15,7 +16,6 @@ from ebcache_fast.plan import Plan, StepType
 from ebcache_fast.plan.table import CacheTable, SamplerSpec
 from ebcache_fast.policies import BUILT_IN
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 T4 = (999, 666, 333, 0)
 SHAPE = as_denoiser(tiny_dit()).shape
 SETTING = Setting(SHAPE, steps=4, sampler="ddim")
@@ -28,12 +28,12 @@ def types(plan: Plan) -> list[StepType | None]:
 @pytest.mark.parametrize(
     ("text", "expected", "timesteps"),
     [
-        ("no-cache", [NO_CACHE] * 4, T4),
-        ("fora:2", [NO_CACHE, NO_CACHE, ATTN_MLP, NO_CACHE], T4),
-        ("fora:3", [NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE], T4),
-        ("fora:1.5", [NO_CACHE, NO_CACHE, ATTN_MLP, NO_CACHE], T4),
-        ("steps:2", [NO_CACHE] * 2, (999, 0)),
-        ("eps-scale:0.98", [NO_CACHE] * 4, T4),
+        ("no-cache", [NO] * 4, T4),
+        ("fora:2", [NO, NO, ATTN_MLP, NO], T4),
+        ("fora:3", [NO, ATTN_MLP, ATTN_MLP, NO], T4),
+        ("fora:1.5", [NO, NO, ATTN_MLP, NO], T4),
+        ("steps:2", [NO] * 2, (999, 0)),
+        ("eps-scale:0.98", [NO] * 4, T4),
     ],
 )
 def test_what_each_name_means(text: str, expected: list[StepType], timesteps: tuple[int, ...]) -> None:
@@ -55,7 +55,7 @@ def test_every_method_says_how_it_is_written() -> None:
 
 
 def test_a_table_by_name_and_by_file(tmp_path: Path) -> None:
-    table = CacheTable(T4, [NO_CACHE, ATTENTION, ATTN_MLP, MLP], eps_scale=0.99)
+    table = CacheTable(T4, [NO, ATTENTION, ATTN_MLP, MLP], eps_scale=0.99)
     path = tmp_path / "mine.json"
     table.save(path)
     assert open_table(str(path)) == table
@@ -69,9 +69,7 @@ def test_a_table_by_name_and_by_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", [("ddpm", 1000), ("ddim", 500), ("dpm-solver++", 1000)])
 def test_a_table_for_another_sampler_is_refused(spec: tuple[str, int], tmp_path: Path) -> None:
     """It would get other noise than the methods beside it; retimed, it says that it is for any."""
-    table = CacheTable(
-        (499, 333, 166, 0), [NO_CACHE] * 4, sampler=SamplerSpec(name=spec[0], steps=4, train_steps=spec[1])
-    )
+    table = CacheTable((499, 333, 166, 0), [NO] * 4, sampler=SamplerSpec(name=spec[0], steps=4, train_steps=spec[1]))
     path = tmp_path / "t.json"
     table.save(path)
     remedy = rf"pass --sampler {re.escape(spec[0])}, or retime\(timesteps\) the table"
@@ -113,7 +111,7 @@ def test_a_function_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     before = [*sys.path]
     for where in ("policies_of_mine", "a folder/my-own.py", str(tmp_path / "policies_of_mine.py")):
         method = parse_method(f"{where}:every_third", SETTING)
-        assert (types(method.plan), method.sampler) == ([NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE], "ddim")
+        assert (types(method.plan), method.sampler) == ([NO, ATTN_MLP, ATTN_MLP, NO], "ddim")
         assert where in method.name
         assert types(parse_method(f"{where}:last_reused", SETTING).plan)[-1] is ATTN_MLP
         for function, problem in (

@@ -7,8 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT)  # bench is not installed
     from bench.mutants.__main__ import EXPLANATIONS, everywhere, main

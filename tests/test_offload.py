@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import CPU
 from diffusers_kinds import SIGMA, STEPS, THREE, Kind, ask, table_of, timesteps, uncached
 from diffusers_oracle import bare, replaying
 from dropin import LABELS, assert_bitwise, at, drive, fresh_model, guided_rows, latents, plan_of
@@ -20,7 +21,6 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 Change = Callable[[Any], object]
-CPU = torch.device("cpu")
 of_three = pytest.mark.parametrize("kind", THREE, ids=str)
 
 

@@ -6,18 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import (
-    ALPHA_1024,
-    COG_2B,
-    COG_5B,
-    NO,
-    SIGMA,
-    Kind,
-    ask,
-    drive,
-    table_of,
-    timesteps,
-)
+from constants import NO
+from diffusers_kinds import ALPHA_1024, COG_2B, COG_5B, SIGMA, Kind, ask, drive, table_of, timesteps
 from diffusers_oracle import assert_as_exact_as_its_own, by_timestep, drive_replaying, replaying
 from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_cogvideox, tiny_pixart
 from tiny import relative_error

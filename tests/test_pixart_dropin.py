@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from constants import MLP, NO
 from diffusers_kinds import (
     ALPHA_1024,
-    MLP,
-    NO,
     PIXARTS,
     SIGMA,
     STEPS,

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 
 from ebcache_fast.apps.bundled import load_letters
 from ebcache_fast.apps.method_spec import METHODS, Setting, parse_method
@@ -16,8 +17,6 @@ from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, registry
 from ebcache_fast.policies import BUILT_IN
 from ebcache_fast.policies.registry import RESERVED, PolicyRegistry
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def setting() -> Setting:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, CPU, NO
 from fake_graphs import FakeGraphs
 from tiny import tiny_dit
 from torch import Tensor, nn
@@ -25,8 +26,6 @@ from ebcache_fast.plan import StepType
 from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.sampling import sample
 
-CPU = torch.device("cpu")
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TABLE = CacheTable([999, 700, 400, 200, 0], [NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO])
 DISPATCHES = ["NO_CACHE", "ATTN_MLP", "ATTENTION", "NO_CACHE"]
 NORM, EMBED, HEAD = "gated_residual_norm_modulate", "embedding / embed_norm_modulate", "head / head_update"

@@ -4,12 +4,11 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from constants import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ebcache_fast"
 KERNELS = ROOT / "kernels"
 UNDER_WAY = "ebcache_fast/models/"  # files that these rules do not hold yet

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ROOT
 from diffusers_tiny import tiny_cogvideox, tiny_cogvideox_2b, tiny_pipeline, tiny_pixart, tiny_pixart_sigma
 from tiny import tiny_dit
 from torch import nn
@@ -21,7 +22,6 @@ from ebcache_fast.apps.method_spec import Setting, parse_method
 from ebcache_fast.plan.table import CacheTable
 from ebcache_fast.sampling import sample
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES[ROOT / "README.md"]
 

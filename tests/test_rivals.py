@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, NO
 from depth import deep
 from tiny import naive_sample, relative_error, tiny_dit
 from torch import Tensor
@@ -31,7 +32,6 @@ from bench.rivals.switches import SWITCHES
 from ebcache_fast.plan import Branch, Plan, StepType, layered
 from ebcache_fast.samplers import make_sampler
 
-NO, ATTENTION, ATTN_MLP, *_ = StepType
 TYPES = (NO, ATTN_MLP, ATTN_MLP, ATTENTION, NO, ATTN_MLP)
 
 

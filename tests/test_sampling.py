@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from constants import BRANCHES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
@@ -24,12 +25,11 @@ from torch import Tensor, nn
 
 from ebcache_fast.errors import EBCacheError, InputError, TableError
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import COMPUTE, REUSE, Branch, Plan, StepPlan, StepType, layered
+from ebcache_fast.plan import COMPUTE, REUSE, Plan, StepPlan, StepType, layered
 from ebcache_fast.plan.table import CacheTable, SamplerSpec
 from ebcache_fast.samplers import trajectory_noise
 from ebcache_fast.sampling import sample
 
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 REUSED: dict[StepType, LayerReuse] = {
     StepType.NO_CACHE: (False, False),
     StepType.ATTENTION: (True, False),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTENTION, ATTN_MLP, BRANCHES, MLP, NO
 from fake_graphs import FakeGraphs
 from schedulers import scheduler_loop, with_scaled_eps
 from tiny import LayerReuse, empty_cache, naive_predict, relative_error, tiny_dit
@@ -15,7 +16,7 @@ from ebcache_fast.engine.engine import Engine
 from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import DiT
-from ebcache_fast.plan import Branch, Plan, StepType, layered
+from ebcache_fast.plan import Plan, StepType, layered
 from ebcache_fast.plan.table import CacheTable, SamplerSpec
 from ebcache_fast.samplers import Sampler, sampler_of, trajectory_noise
 from ebcache_fast.sampling import sample
@@ -23,7 +24,6 @@ from ebcache_fast.sampling import sample
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 TYPES = (NO, NO, ATTENTION, ATTN_MLP, ATTN_MLP, ATTN_MLP, ATTN_MLP, MLP, NO)  # runs of 3 and of 1
 REUSED: dict[StepType, LayerReuse] = {
     NO: (False, False),
@@ -33,7 +33,6 @@ REUSED: dict[StepType, LayerReuse] = {
 }
 LABELS = torch.tensor([1, 4])
 SCALE, B, SEED = 1.5, 0.93, 4
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 COGVIDEOX = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 dpm = partial(diffusers.DPMSolverMultistepScheduler)
 SCHEDULERS = {

@@ -4,115 +4,35 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from constants import NO
 from hypothesis import given
 from hypothesis import strategies as st
+from sited import BOTH, FILE, TABLE, C, R, changed, shape_of
 
-from ebcache_fast.apps import console
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import (
-    COMPUTE,
-    REUSE,
     Branch,
     KeepSpan,
-    ModelShape,
     Plan,
     Rule,
     Site,
-    SiteShape,
     SkipSpan,
     StepPlan,
-    StepType,
     layered,
 )
 from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, SharedByGuidance, Tokens, Window
-from ebcache_fast.plan.table import CacheTable, Provenance, SamplerSpec
+from ebcache_fast.plan.table import CacheTable, Provenance
 from ebcache_fast.plan.table_file import MAX_BYTES
-from ebcache_fast.plan.table_set import TableSet, load_tables
 
-C, R = COMPUTE, REUSE
 RULES: dict[Branch, list[Rule]] = {
     Branch.SELF_ATTN: [C, R, Window(2), FullAndWindow(2), SharedByGuidance()],
     Branch.CROSS_ATTN: [C, R, Compute(1), Reuse(1), Forecast(1)],
     Branch.MLP: [C, R, Tokens(3), Tokens(4), Forecast(0), Forecast(1), SharedByGuidance()],
 }
-BOTH = (Branch.SELF_ATTN, Branch.MLP)
-NO_CACHE, ATTN_MLP = StepType.NO_CACHE, StepType.ATTN_MLP
-
-
-def shape_of(sites: tuple[Site, ...]) -> ModelShape:
-    shapes = tuple(SiteShape(site.layer, site.branch, 1, 1) for site in sites)
-    return ModelShape(8, 4, shapes, fixed_macs=1, fixed_weights=1, sizes=(("width", 8),))
-
-
-def plan_of(sites: tuple[Site, ...], *rows: str) -> Plan:
-    """A plan of rows of c and r, a letter a site."""
-    steps = [StepPlan(sites, tuple({"c": C, "r": R}[kind] for kind in row)) for row in rows]
-    return Plan(tuple(steps), tuple(range(10 * len(steps), 0, -10)), 0.95)
-
-
-SITES = (*layered(3, BOTH), Site(3, Branch.SELF_ATTN))
-PLAN = plan_of(SITES, "ccccccc", "rccrcrr", "rrrrrrr", "rcrcrcc", "rcrcrcc")
-TABLE = CacheTable.from_plan(
-    PLAN,
-    sampler=SamplerSpec(name="ddim", steps=5, train_steps=1000),
-    model={"width": 8},
-    made=Provenance(by="a test", source="", votes={"MLP": (1, 2, 3, 4, 5)}),
-)
-FILE = """{
-  "format": "ebcache-fast.cache-table",
-  "schema": 2,
-  "model": {
-    "width": 8
-  },
-  "sampler": {
-    "name": "ddim",
-    "steps": 5,
-    "train_steps": 1000
-  },
-  "timesteps": [50, 40, 30, 20, 10],
-  "sites": [
-    {
-      "layers": 3,
-      "branches": ["SELF_ATTN", "MLP"]
-    },
-    {
-      "layers": 1,
-      "branches": ["SELF_ATTN"]
-    }
-  ],
-  "kinds": {
-    "c": {
-      "rule": "compute"
-    },
-    "r": {
-      "rule": "reuse"
-    }
-  },
-  "steps": [
-    "c",
-    "r c*2 r c r*2",
-    "r",
-    "(r c)*3 c",
-    "(r c)*3 c"
-  ],
-  "eps_scale": 0.95,
-  "allow_amplify": false,
-  "made": {
-    "by": "a test",
-    "source": "",
-    "options": {},
-    "errors": {},
-    "votes": {
-      "MLP": [1, 2, 3, 4, 5]
-    }
-  }
-}
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +63,7 @@ def plans(draw: st.DrawFn) -> Plan:
         kept = [FullAndWindow(2) if site.branch is Branch.SELF_ATTN else Compute(1) for site in sites]
         steps = [StepPlan(sites, tuple(kept), (KeepSpan(0, last),))]
         steps += [StepPlan(sites, row, draw(spans)) for row in rows]
-    steps = [StepPlan.uniform(NO_CACHE, sites), *steps]
+    steps = [StepPlan.uniform(NO, sites), *steps]
     return Plan(tuple(steps), tuple(range(10 * len(steps), 0, -10)), 0.95)
 
 
@@ -196,10 +116,6 @@ def test_damaged_bytes_give_a_valid_table_or_one_line(
     if table.step_plans is not None:  # read as written: nothing in it has a second spelling
         assert document["steps"] == table.document()["steps"] or document["kinds"] != table.document()["kinds"]
         assert document["sites"] == table.document()["sites"]
-
-
-def changed(**values: Any) -> str:
-    return json.dumps(json.loads(FILE) | values)
 
 
 KINDS = {"c": {"rule": "compute"}, "r": {"rule": "reuse"}}
@@ -329,75 +245,3 @@ def test_rules_over_spans_follow_those_of_sites(tmp_path: Path) -> None:
 
 
 # Using one
-
-
-def test_it_is_for_its_sites_alone() -> None:
-    assert TABLE.plan(shape_of(SITES)) == PLAN
-    other = layered(4, BOTH)
-    for ask in (TABLE.plan, lambda shape: TABLE.check(shape, TABLE.timesteps)):
-        with pytest.raises(TableError, match=r"^sites: the table is for 3 layers of SELF_ATTN \+ MLP, then 1 layers"):
-            ask(shape_of(other))
-    with pytest.raises(TableError, match=r"^model: .*width 9, not 8"):
-        replace(TABLE, model={"width": 9}).plan(shape_of(SITES))
-
-
-def test_a_plan_of_types_is_a_table_of_the_first_version() -> None:
-    plan = plan_of(layered(2, BOTH), "cccc", "rcrc", "rrrr")
-    table = CacheTable.from_plan(plan)
-    assert table == CacheTable(plan.timesteps, [0, 1, 2], 0.95)
-    assert table.document()["schema"] == 1
-
-
-def test_a_file_that_speaks_of_sites_keeps_to_them_even_where_types_would_do(tmp_path: Path) -> None:
-    (tmp_path / "t.json").write_text(changed(steps=["c", "r", "r", "c", "c"]))
-    table = CacheTable.load(tmp_path / "t.json")
-    assert table.step_types == (NO_CACHE, ATTN_MLP, ATTN_MLP, NO_CACHE, NO_CACHE)
-    with pytest.raises(TableError, match=r"^sites: "):
-        table.plan(shape_of(layered(5, BOTH)))
-    table.save(tmp_path / "again.json")
-    assert CacheTable.load(tmp_path / "again.json") == table
-
-
-def test_types_are_those_of_the_steps() -> None:
-    assert TABLE.step_types == (NO_CACHE, None, ATTN_MLP, None, None)
-    assert TABLE.type_names == ["NO_CACHE", "MIXED", "ATTN_MLP", "MIXED", "MIXED"]
-    assert TABLE.step_type_at(40) is None
-    with pytest.raises(TableError, match=r"^step_types: expected those of step_plans"):
-        replace(TABLE, step_types=(NO_CACHE, *[ATTN_MLP] * 4))
-
-
-def test_retime_moves_what_each_step_does() -> None:
-    same = TABLE.retime([9, 8, 7, 6, 5])
-    assert same == replace(TABLE, timesteps=(9, 8, 7, 6, 5), sampler=None)
-    three = TABLE.retime([9, 8, 7])
-    assert three.plan(shape_of(SITES)).steps == tuple(PLAN.steps[i] for i in (0, 2, 4))
-    more = TABLE.retime(range(9, 0, -1))
-    assert more.step_plans is not None
-    assert more.step_plans[0] == PLAN.steps[0]
-    assert TABLE.retime([7]).plan(shape_of(SITES)).steps == PLAN.steps[:1]
-
-
-def test_amplifying_is_deliberate_in_a_plan_too() -> None:
-    with pytest.raises(TableError, match=r"^eps_scale: .* allow_amplify"):
-        CacheTable.from_plan(replace(PLAN, eps_scale=1.5))
-    assert CacheTable.from_plan(replace(PLAN, eps_scale=1.5), allow_amplify=True).eps_scale == 1.5
-
-
-def test_layers_that_are_not_counted_from_0_are_refused() -> None:
-    with pytest.raises(TableError, match=r"^sites: expected layers in order from 0, got \[1, 3\]"):
-        CacheTable.from_plan(plan_of((Site(1, Branch.MLP), Site(3, Branch.MLP)), "cc", "rc"))
-
-
-def test_a_set_of_tables_holds_it(tmp_path: Path) -> None:
-    tables = TableSet([CacheTable([2, 1], [0, 1]), TABLE])
-    tables.save(tmp_path / "set.json")
-    assert load_tables(tmp_path / "set.json") == tables
-
-
-def test_it_is_shown_to_people(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_table(TABLE)
-    out = capsys.readouterr().out
-    assert "#x.xx" in out
-    assert "x MIXED 3" in out
-    assert "sites: 3 layers of SELF_ATTN + MLP, then 1 layers of SELF_ATTN" in out
-    assert "NOx1 mixedx1 A+Mx1 mixedx2" in out

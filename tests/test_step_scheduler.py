@@ -3,7 +3,8 @@
 from itertools import product
 
 import pytest
-from fake_runs import BRANCHES, mixed_plan
+from constants import BRANCHES
+from fake_runs import mixed_plan
 
 from ebcache_fast.engine.step_scheduler import Dispatch, StepScheduler
 from ebcache_fast.plan import LONGEST_RUN, Plan, StepType, layered

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from constants import ATTN_MLP, NO
 from depth import crossed
-from diffusers_kinds import COG_2B, DIT, NO, SIGMA, STEPS, Kind, ask, table_of, timesteps
+from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, Kind, ask, table_of, timesteps
 from diffusers_oracle import bare, replaying
 from dropin import TIMESTEPS, call, drive, fresh_model, latents, naive_drive, plan_of
 from fake_graphs import FakeGraphs
-from fake_runs import ATTN_MLP, SMALLEST, Job, enable_over, over, sampling
+from fake_runs import SMALLEST, Job, enable_over, over, sampling
 from tiny import relative_error, tiny_dit
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from constants import ATTENTION, ATTN_MLP, MLP, NO
 
 from ebcache_fast.apps.method_spec import open_table, open_tables
 from ebcache_fast.errors import TableError
-from ebcache_fast.plan import Branch, ModelShape, SiteShape, StepType
+from ebcache_fast.plan import Branch, ModelShape, SiteShape
 from ebcache_fast.plan.retiming import steps_as_far
 from ebcache_fast.plan.table import CacheTable, Provenance
 from ebcache_fast.plan.table_set import TableSet, load_tables
 
-NO_CACHE, ATTENTION, ATTN_MLP, MLP, *_ = StepType
 FOUR = CacheTable([900, 600.5, 300, 0], [0, 2, 1, 0], made=Provenance(by="hand", source="four"))
 TWO = CacheTable([900, 300], [0, 1], eps_scale=0.9)
 SHAPE = ModelShape(1, 1, (SiteShape(0, Branch.MLP, 1, 1),), 0, 0, ())
@@ -107,9 +107,9 @@ def test_a_command_takes_the_table_of_its_steps(path: Path) -> None:
 
 
 def test_each_step_takes_the_type_of_the_one_as_far_into_the_run() -> None:
-    table = CacheTable([999, 666, 333, 0], [NO_CACHE, ATTN_MLP, ATTENTION, MLP], 0.9, model={"depth": 2})
+    table = CacheTable([999, 666, 333, 0], [NO, ATTN_MLP, ATTENTION, MLP], 0.9, model={"depth": 2})
     shorter = table.retime([999, 500, 0])
-    assert shorter.step_types == (NO_CACHE, ATTN_MLP, MLP)
+    assert shorter.step_types == (NO, ATTN_MLP, MLP)
     assert (shorter.timesteps, shorter.eps_scale, shorter.model) == ((999, 500, 0), 0.9, table.model)
     longer = table.retime(range(999, -1, -111))
     names = [
@@ -137,14 +137,14 @@ def test_how_far_into_the_run_a_step_is(own: int, others: int) -> None:
 
 
 def test_another_scale_of_timesteps_means_nothing() -> None:
-    table = CacheTable([999, 666, 333, 0], [NO_CACHE, ATTN_MLP, ATTENTION, MLP])
+    table = CacheTable([999, 666, 333, 0], [NO, ATTN_MLP, ATTENTION, MLP])
     assert table.retime([1.0, 0.25, 0.1]).step_types == table.retime([4000, 3999, 17]).step_types
 
 
 def test_the_first_step_stays_no_cache_wherever_it_begins() -> None:
-    table = CacheTable([999, 666, 333, 0], [NO_CACHE, ATTN_MLP, ATTENTION, MLP])
-    assert table.retime([600.5, 0]).step_types == (NO_CACHE, MLP)
-    assert table.retime([10]).step_types == (NO_CACHE,)
+    table = CacheTable([999, 666, 333, 0], [NO, ATTN_MLP, ATTENTION, MLP])
+    assert table.retime([600.5, 0]).step_types == (NO, MLP)
+    assert table.retime([10]).step_types == (NO,)
 
 
 def test_what_was_seen_at_each_step_is_left_out_of_a_table_of_other_steps() -> None:

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from constants import ATTENTION, ATTN_MLP, BRANCHES, NO
 from PIL import Image, ImageColor
 
 from ebcache_fast.apps import console, pictures
 from ebcache_fast.apps.timeline import STEP_NAMES, Span, Timeline
 from ebcache_fast.apps.timeline_picture import BAR, CELLS, FAN, WIDTH, draw_timeline
 from ebcache_fast.errors import EBCacheError, InputError, JobError
-from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, SiteShape, StepPlan, StepType, layered, repeated
+from ebcache_fast.plan import COMPUTE, REUSE, Branch, ModelShape, Plan, SiteShape, StepPlan, layered, repeated
 
-NO, ATTENTION, ATTN_MLP, MLP, *_ = StepType
-BRANCHES = (Branch.SELF_ATTN, Branch.MLP)
 SHAPE = ModelShape(
     width=8,
     tokens=4,

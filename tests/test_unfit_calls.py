@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_kinds import DIT, NO, SIGMA, TYPES, Kind, table_of, timesteps
+from constants import NO
+from diffusers_kinds import DIT, SIGMA, TYPES, Kind, table_of, timesteps
 from diffusers_oracle import bare, replaying, twin
 from diffusers_tiny import tiny_transformer
 from dropin import LABELS, TIMESTEPS, at, call, fresh_model, latents, naive_drive, plan_of

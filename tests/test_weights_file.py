@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from constants import CPU
 from safetensors.torch import save_file
 from tiny import CLASSES, tiny_dit
 from torch import Tensor
@@ -14,7 +15,6 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, load_checkpoint
 from ebcache_fast.models.checkpoint import open_checkpoint
 
-CPU = torch.device("cpu")
 PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "ema.")
 Weights = dict[str, Tensor]
 

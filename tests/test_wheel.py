@@ -11,10 +11,10 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 
 from ebcache_fast._version import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ebcache_fast"
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 FOLDERS = ("kernels", PACKAGE, "tests", "bench")
