@@ -121,7 +121,7 @@ SUM = Operation(
     reference.gated_sum,
     gated,
     (
-        [(1, 1, 1, 1), (2, 2, 5, 7), (5, 3, 3, 96), (3, 2, 7, 131), (56, 1, 2, 1152)],  # (K, R, T, D)
+        [(1, 1, 1, 1), (2, 2, 5, 7), (5, 3, 3, 96), (3, 2, 7, 131), (56, 1, 2, 192)],  # (K, R, T, D)
         [(1, True), (2, False), (3, False), (3, True)],  # steps, and whether there is a base
     ),
     ((3, 2, 17, 24), (2, True)),

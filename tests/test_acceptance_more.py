@@ -51,7 +51,7 @@ def test_graphs_or_none_give_the_same_bits(kind: Kind, pipe: Any) -> None:
     assert not stats(model).eager
 
 
-@pytest.mark.parametrize("kind", [DIT, deep(SIGMA), deep(COG_2B)], ids=str)
+@pytest.mark.parametrize("kind", [deep(DIT), deep(SIGMA), deep(COG_2B)], ids=str)
 def test_torch_compile_gives_the_same_bits(kind: Kind, pipe: Any) -> None:
     """cache-dit#76, xDiT#719: compiled before it is enabled, or after."""
     ts, call = timesteps(pipe), kind.call(pipe)

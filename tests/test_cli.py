@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -467,9 +468,10 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-@pytest.fixture
-def odds(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files that are wrong in all kinds of ways, and a few that are right for something else."""
+    tmp_path = tmp_path_factory.mktemp("odds")
     (tmp_path / "empty").touch()
     (tmp_path / "line\nbreak.json").write_text("{")
     (tmp_path / "foreign.safetensors").write_bytes(b"GIF89a, and more of it")
@@ -482,6 +484,13 @@ def odds(tmp_path: Path) -> None:
     np.save(tmp_path / "short.npy", np.array([0, 2]))
     CacheTable([9, 0], [NO] * 2, model={"depth": 77}).save(tmp_path / "other_model.json")
     (tmp_path / "truncated.json").write_text((tmp_path / "other_model.json").read_text()[:-40])
+    return tmp_path
+
+
+@pytest.fixture
+def odds(odd_files: Path, tmp_path: Path) -> None:
+    """Those in the folder of a test."""
+    shutil.copytree(odd_files, tmp_path, dirs_exist_ok=True)
 
 
 # As typed, and a part of the line that answers.

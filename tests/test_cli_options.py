@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -44,15 +45,23 @@ class Outcome(NamedTuple):
 Run = Callable[[str], Outcome]
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bfloat16, a table and a schedule."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.save(tiny_dit(3, torch.bfloat16).state_dict(), folder / "tiny.pt")
+    CacheTable([999, 500, 0], [FULL, REUSED, FULL]).save(folder / "t.json")
+    np.save(folder / "theirs.npy", np.array([0, 2, 2, 0]))
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run one command line in a folder with a checkpoint in bfloat16, a table and a schedule."""
+def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run one command line in a folder with these."""
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     sizes = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
     monkeypatch.setattr(presets, "DIT_MODELS", {TINY: partial(DiT, **sizes)})
-    torch.save(tiny_dit(3, torch.bfloat16).state_dict(), "tiny.pt")
-    CacheTable([999, 500, 0], [FULL, REUSED, FULL]).save("t.json")
-    np.save("theirs.npy", np.array([0, 2, 2, 0]))
 
     def once(line: str) -> Outcome:
         return Outcome(cli.main(line.split()), *capsys.readouterr())

@@ -20,6 +20,7 @@ from ebcache_fast.models import as_denoiser
 from ebcache_fast.plan import Plan, StepType
 
 
+@pytest.mark.slow
 def test_launches_of_every_step_type_of_28_layers() -> None:
     model = tiny_dit(depth=28, dtype=torch.float32).to(DEVICE)
     # The first step of a kind allocates its buffers; the second is what counts.

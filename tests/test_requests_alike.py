@@ -12,7 +12,7 @@ from requests_alike import KINDS, machine_of
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_in_every_order(kind: str) -> None:
-    _run(kind, examples=3)
+    _run(kind, examples=2)
 
 
 @pytest.mark.slow
