@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import wraps
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def unwritten_memory_is_nan() -> Iterator[None]:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, filled_with_nan(getattr(owner, name)))
         yield
+
+
+@pytest.fixture
+def pipe(kind: Any) -> Any:
+    """The pipeline of a test's ``kind``, for whatever the test does to any part of it."""
+    return kind.pipeline()
+
+
+@pytest.fixture
+def model() -> Any:
+    """A tiny DiT of the original layout, in float64."""
+    from dropin import fresh_model  # here, so that what a mutant breaks is a test
+
+    return fresh_model()
 
 
 def filled_with_nan(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

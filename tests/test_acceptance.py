@@ -8,7 +8,7 @@ import torch
 from constants import NO
 from diffusers_kinds import COG_VIDEO, DIT, STEPS, THREE, TYPES, Call, Kind, ask, drive, table_of, timesteps
 from diffusers_oracle import by_timestep, drive_replaying, replaying
-from tiny import relative_error
+from tiny import assert_same, relative_error
 from torch import Tensor
 
 from ebcache_fast import disable, enable, stats
@@ -19,15 +19,6 @@ pytest.importorskip("transformers")
 
 three = pytest.mark.parametrize("kind", THREE, ids=str)
 in_either_order = pytest.mark.parametrize("in_order", [False, True])
-
-
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
-def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    assert relative_error(ours, theirs) < 1e-5
 
 
 class CancelledError(Exception):

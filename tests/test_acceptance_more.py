@@ -12,7 +12,7 @@ from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, THREE, TYPES, Kind, drive
 from diffusers_oracle import drive_replaying, replaying
 from fake_graphs import FakeGraphs
 from fake_runs import enable_over, over
-from tiny import relative_error
+from tiny import assert_same, relative_error
 from torch import Tensor
 
 from ebcache_fast import disable, enable, stats
@@ -22,15 +22,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 three = pytest.mark.parametrize("kind", THREE, ids=str)
-
-
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
-def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    assert relative_error(ours, theirs) < 1e-5
 
 
 # ----------------------------------------------------------------------------------- compilers, graphs, off switch

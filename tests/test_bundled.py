@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CLASSES, tiny_dit
+from tiny import CLASSES, SIZES, tiny_dit
 
 from ebcache_fast.apps import bundled as presets
 from ebcache_fast.apps.bundled import labels_in_turn, labels_of, load_letters, open_model, shape_of
@@ -15,7 +15,6 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.models import DiT, as_denoiser, save_weights
 
 TINY = "DiT-tiny"
-SIZES = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}  # those of tiny_dit
 MODELS: Mapping[str, partial[DiT]] = {TINY: partial(DiT, **SIZES)}
 
 

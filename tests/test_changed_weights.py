@@ -15,7 +15,6 @@ from dropin import (
     assert_close,
     call,
     drive,
-    fresh_model,
     full_step,
     latents,
     naive_drive,
@@ -151,11 +150,6 @@ def own_answer(model: DiT, x: Tensor, t: int, y: Tensor = LABELS) -> Tensor:
         out = DiT.forward(model, x, torch.full((len(x),), t), y)
     out[:, : model.in_channels] *= 0.9
     return out
-
-
-@pytest.fixture
-def model() -> DiT:
-    return fresh_model()
 
 
 @pytest.mark.parametrize("change", [*SEEN.values(), *UNSEEN.values()], ids=[*SEEN, *UNSEEN])

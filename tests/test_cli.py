@@ -18,7 +18,7 @@ import pytest
 import torch
 from constants import ATTENTION, ATTN_MLP, MLP, NO, ROOT
 from PIL import Image
-from tiny import CLASSES, tiny_dit
+from tiny import CLASSES, SIZES, tiny_dit
 
 from ebcache_fast._version import __version__
 from ebcache_fast.apps import bundled as presets
@@ -38,7 +38,6 @@ from ebcache_fast.sampling import sample
 
 LETTERS_50 = "letters-ddpm-50-1.5x"
 TINY = "DiT-tiny"
-SIZES = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}  # those of tiny_dit
 MODELS: Mapping[str, Callable[..., DiT]] = {TINY: partial(DiT, **SIZES)}
 USE_TINY = f"--model {TINY} --image-size 64 --num-classes {CLASSES}"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from depth import EVERY, deep
 from diffusers_tiny import tiny_pipeline
-from tiny import CLASSES, tiny_dit
+from tiny import CLASSES, SIZES, tiny_dit
 from torch import Tensor, nn
 
 from ebcache_fast.apps import bundled as presets
@@ -60,8 +60,7 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """Run one command line in a folder with these."""
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    sizes = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
-    monkeypatch.setattr(presets, "DIT_MODELS", {TINY: partial(DiT, **sizes)})
+    monkeypatch.setattr(presets, "DIT_MODELS", {TINY: partial(DiT, **SIZES)})
 
     def once(line: str) -> Outcome:
         return Outcome(cli.main(line.split()), *capsys.readouterr())

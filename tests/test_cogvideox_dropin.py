@@ -8,7 +8,7 @@ from constants import ATTENTION, ATTN_MLP, MLP, NO
 from diffusers_kinds import COG_2B, COG_5B, COG_IMAGE, COG_VIDEO, STEPS, Kind, ask, drive, table_of, timesteps, twin
 from diffusers_oracle import by_timestep, drive_replaying, replaying
 from diffusers_tiny import ROTARY, TEXT_WIDTH, tiny_cogvideox
-from tiny import relative_error
+from tiny import assert_all_same, relative_error
 from torch import Tensor
 
 from ebcache_fast import enable, stats
@@ -20,19 +20,10 @@ pytest.importorskip("transformers")
 TEN = (NO, ATTN_MLP, MLP, NO, ATTENTION, ATTN_MLP, ATTENTION, NO, ATTN_MLP, MLP)
 
 
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
 only_video = pytest.mark.parametrize("kind", [COG_VIDEO], ids=str)
 only_2b = pytest.mark.parametrize("kind", [COG_2B], ids=str)
 only_5b = pytest.mark.parametrize("kind", [COG_5B], ids=str)
 both_positions = pytest.mark.parametrize("kind", [COG_2B, COG_5B], ids=str)
-
-
-def assert_all_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert max(map(relative_error, ours, theirs)) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------ where a run begins

@@ -20,7 +20,6 @@ from dropin import (
     at,
     call,
     drive,
-    fresh_model,
     guided_rows,
     latents,
     naive_drive,
@@ -35,11 +34,6 @@ from ebcache_fast.models import DiT, DiTDenoiser
 from ebcache_fast.plan import Plan, layered
 
 TABLE = CacheTable(TIMESTEPS, TYPES, 0.8)
-
-
-@pytest.fixture
-def model() -> DiT:
-    return fresh_model()
 
 
 @torch.no_grad()

@@ -27,12 +27,6 @@ from ebcache_fast import enable, stats
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
 
-
-@pytest.fixture
-def model() -> DiT:
-    return fresh_model()
-
-
 TURNS = {
     "step by step": "ABABABABABAB",
     "half a run behind": "AAABABABABBB",

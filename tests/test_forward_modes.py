@@ -28,11 +28,6 @@ from ebcache_fast.errors import InputError, TrajectoryError
 from ebcache_fast.models import DiT
 
 
-@pytest.fixture
-def model() -> DiT:
-    return fresh_model()
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
 @torch.no_grad()

@@ -38,12 +38,6 @@ from ebcache_fast import enable, stats
 from ebcache_fast.errors import TrajectoryError
 from ebcache_fast.models import DiT
 
-
-@pytest.fixture
-def model() -> DiT:
-    return fresh_model()
-
-
 Steps = list[tuple[float, str | None]]  # what is called one after another, and why a step was computed in full
 
 ORDERS: dict[str, Steps] = {

@@ -31,11 +31,6 @@ def devices_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate, "cpu_offload_with_hook", lambda one, _, **named: hook(one, CPU, **named))
 
 
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
 def whole(pipe: Any) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
 

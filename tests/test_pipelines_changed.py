@@ -19,11 +19,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
 Change = Callable[[str, Any], None]  # of the layer of this name in a transformer
 
 

@@ -28,7 +28,7 @@ from diffusers_kinds import (
     uncached,
 )
 from diffusers_oracle import drive_replaying, replaying
-from tiny import relative_error
+from tiny import assert_same, relative_error
 from torch import Tensor, nn
 
 from ebcache_fast import disable, enable, enabled, stats
@@ -40,16 +40,6 @@ pytest.importorskip("transformers")
 LAYOUTS = (DIT, SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)
 every_layout = pytest.mark.parametrize("kind", LAYOUTS, ids=str)
 every_family = pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
-
-
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
-def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.dtype == theirs.dtype
-    assert relative_error(ours, theirs) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- the method

@@ -19,11 +19,6 @@ HONEST = {"refused", "cached", "counted"}
 both_models = pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
 
 
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
 class Reversed:
     """A processor of attention of another meaning: it attends to tokens from behind, by position."""
 

@@ -23,11 +23,6 @@ Change = Callable[[Any], object]
 both_models = pytest.mark.parametrize("kind", [SIGMA, COG_2B], ids=str)
 
 
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
 # ------------------------------------------------------------------------------------------ diffusers' own caches
 
 

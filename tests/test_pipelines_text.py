@@ -10,8 +10,7 @@ from constants import NO
 from diffusers_kinds import ALPHA_1024, COG_2B, COG_5B, SIGMA, Kind, ask, drive, table_of, timesteps
 from diffusers_oracle import assert_as_exact_as_its_own, by_timestep, drive_replaying, replaying
 from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_cogvideox, tiny_pixart
-from tiny import relative_error
-from torch import Tensor
+from tiny import assert_all_same, relative_error
 
 from ebcache_fast import enable, stats
 
@@ -23,15 +22,6 @@ every_text = pytest.mark.parametrize(
     ("kind", "name"), [(SIGMA, TEXT), (SIGMA, MASK), (COG_2B, TEXT), (COG_5B, TEXT)], ids=str
 )
 with_conditions = pytest.mark.parametrize("kind", [ALPHA_1024, COG_2B, COG_5B], ids=str)
-
-
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
-def assert_all_same(ours: list[Tensor], theirs: list[Tensor], bound: float = 1e-5) -> None:
-    assert max(map(relative_error, ours, theirs)) < bound
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

@@ -20,7 +20,7 @@ from diffusers_kinds import (
 )
 from diffusers_oracle import by_timestep, drive_replaying, replaying
 from diffusers_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_pixart
-from tiny import relative_error
+from tiny import assert_all_same, relative_error
 from torch import Tensor
 
 from ebcache_fast import enable, stats
@@ -33,10 +33,6 @@ pytest.importorskip("transformers")
 @pytest.fixture
 def pipe() -> Any:
     return SIGMA.pipeline()
-
-
-def assert_all_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert max(map(relative_error, ours, theirs)) < 1e-5
 
 
 # -------------------------------------------------------------------------------------------- text and masks

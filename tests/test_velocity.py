@@ -29,11 +29,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 
-@pytest.fixture
-def pipe(kind: Kind) -> Any:
-    return kind.pipeline()
-
-
 only_2b = pytest.mark.parametrize("kind", [COG_2B], ids=str)
 both_positions = pytest.mark.parametrize("kind", [COG_2B, COG_5B], ids=str)
 

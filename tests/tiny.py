@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ebcache_fast.models import DiT
 
 CLASSES = 5
+SIZES = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}  # of a tiny DiT
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 LayerReuse = tuple[bool, bool]  # whether a layer's attention, and its MLP, come from the cache
@@ -26,12 +27,9 @@ def tiny_dit(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: object)
     """A DiT of width 16 and depth 2; nothing in it is zero, least of all what a fresh model starts at zero."""
     defaults: dict[str, object] = {
         "input_size": 8,
-        "patch_size": 4,
         "in_channels": 4,
-        "hidden_size": 16,
-        "depth": 2,
-        "num_heads": 2,
         "num_classes": CLASSES,
+        **SIZES,
     }
     model = DiT(**(defaults | sizes)).eval()  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
@@ -45,6 +43,18 @@ def tiny_dit(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: object)
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference over the largest magnitude; NaN where anything is not a number."""
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+
+
+def assert_same(ours: Tensor, theirs: Tensor, bound: float = 1e-5) -> None:
+    """The same numbers, as float32 has them, in the same dtype."""
+    assert ours.dtype == theirs.dtype
+    assert relative_error(ours, theirs) < bound
+
+
+def assert_all_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], bound: float = 1e-5) -> None:
+    """`assert_same` of one after another."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert_same(one, other, bound)
 
 
 # ------------------------------------------------------------------------------------------------ one step
