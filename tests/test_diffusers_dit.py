@@ -181,15 +181,15 @@ def test_layouts_are_told_apart_and_what_is_missing_is_named() -> None:
     assert type(as_denoiser(tiny_dit())) is DiTDenoiser
     model = tiny()
     del model.proj_out_1
-    with pytest.raises(InputError, match="DiTTransformer2DModel has no 'proj_out_1', so it is not of the layout"):
+    with pytest.raises(InputError, match="of the nearest, diffusers' DiTTransformer2DModel, it lacks 'proj_out_1'"):
         as_denoiser(model)
     model = tiny()
     model.transformer_blocks[0].ff.net[2] = nn.Identity()
-    with pytest.raises(InputError, match=r"has no 'transformer_blocks.0.ff.net.2.in_features'"):
+    with pytest.raises(InputError, match=r"it lacks 'transformer_blocks.0.ff.net.2.in_features'"):
         as_denoiser(model)
     model = tiny()
     model.pos_embed.pos_embed = None
-    with pytest.raises(InputError, match=r"has no 'pos_embed.pos_embed.shape'"):
+    with pytest.raises(InputError, match=r"it lacks 'pos_embed.pos_embed.shape'"):
         as_denoiser(model)
     model = tiny()
     model.transformer_blocks[1].norm3 = nn.RMSNorm(16)

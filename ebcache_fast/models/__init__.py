@@ -1,24 +1,22 @@
-"""Models: the ``Denoiser`` protocol, its adapters, the original's DiT and checkpoint loading."""
+"""Families of models, `as_denoiser` that finds a model's, the original's DiT, and checkpoint loading."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Final
 
 from torch import nn
 
-from ebcache_fast.models.base import Conditioning, Denoiser, Modulation
+from ebcache_fast.errors import InputError
+from ebcache_fast.models.base import Conditioning, Denoiser, Family, Modulation
 from ebcache_fast.models.checkpoint import load_checkpoint, load_dit, save_weights
-from ebcache_fast.models.cogvideox import CogVideoXDenoiser
-from ebcache_fast.models.cogvideox_sizes import CogVideoXConditioning
+from ebcache_fast.models.cogvideox import CogVideoXConditioning, CogVideoXDenoiser
 from ebcache_fast.models.diffusers_dit import DiffusersDiTDenoiser
 from ebcache_fast.models.facebook_dit import DiTDenoiser
 from ebcache_fast.models.modules import DIT_MODELS, DiT
-from ebcache_fast.models.pixart import PixArtDenoiser
-from ebcache_fast.models.pixart_sizes import PixArtConditioning
+from ebcache_fast.models.pixart import PixArtConditioning, PixArtDenoiser
 from ebcache_fast.models.pretrained import load_pretrained
 
 __all__ = [
     "DIT_MODELS",
+    "FAMILIES",
     "CogVideoXConditioning",
     "CogVideoXDenoiser",
     "Conditioning",
@@ -26,6 +24,7 @@ __all__ = [
     "DiT",
     "DiTDenoiser",
     "DiffusersDiTDenoiser",
+    "Family",
     "Modulation",
     "PixArtConditioning",
     "PixArtDenoiser",
@@ -37,19 +36,31 @@ __all__ = [
 ]
 
 
-# The adapter of models that have an attribute, the first that is there.
-_MARKS: Final[Mapping[str, Callable[[nn.Module], Denoiser]]] = MappingProxyType(
-    {
-        "adaln_single": PixArtDenoiser,
-        "patch_embed": CogVideoXDenoiser,
-        "transformer_blocks": DiffusersDiTDenoiser,
-    }
-)
+FAMILIES: Final[tuple[type[Family], ...]] = (DiTDenoiser, DiffusersDiTDenoiser, PixArtDenoiser, CogVideoXDenoiser)
 
 
 def as_denoiser(model: nn.Module) -> Denoiser:
-    """The adapter that fits ``model``; InputError if none does."""
-    return next((adapter for mark, adapter in _MARKS.items() if hasattr(model, mark)), DiTDenoiser)(model)
+    """The model seen as one of its family.
+
+    InputError for a model of no known family, which lists them and names what it lacks of the nearest, or that its
+    family can't take.
+    """
+    family = next((family for family in FAMILIES if not family.layout.missing(model)), None)
+    if family is None:
+        name = type(model).__name__
+        raise InputError(f"{name} is of no known family: {_known_and_near(model)}; pass a model of one of these")
+    return family(model)
+
+
+def _known_and_near(model: nn.Module) -> str:
+    """The known families, and what a model lacks of the nearest if it is near at all."""
+    layouts = [family.layout for family in FAMILIES]
+    nearest, known = max(layouts, key=lambda layout: layout.likeness(model)), ", ".join(one.name for one in layouts)
+    if nearest.likeness(model) < 1 / 2:
+        return known
+    first, *others = nearest.missing(model)
+    more = f" and {len(others)} more" if others else ""
+    return f"{known}; of the nearest, {nearest.name}, it lacks {first!r}{more}"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,80 +1,72 @@
-"""diffusers' class-conditional DiT (``DiTTransformer2DModel``) seen as a ``Denoiser``, known by its attributes."""
+"""diffusers' class-conditional DiT (``DiTTransformer2DModel``) as a `Family`."""
 
-import copy
 from functools import cached_property
 from typing import Self, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.base import BranchResources, BufferPool, Conditioning, Modulation
-from ebcache_fast.models.diffusers_denoiser import DiffusersDenoiser, Layout
-from ebcache_fast.models.diffusers_layers import feed_forward_into, positions_of, self_attention_into
-from ebcache_fast.models.layers import PLAIN_TENSORS
-from ebcache_fast.models.layout import LabelConditioned, shape_of
-from ebcache_fast.models.modules import unpatchify
-from ebcache_fast.ops.operands import Linear, Patches
+from ebcache_fast.models.base import POSITIONS, BranchResources, BufferPool, Conditioning, Modulation
+from ebcache_fast.models.diffusers_layers import (
+    DiffusersFamily,
+    feed_forward_into,
+    latents_of,
+    positions_of,
+    self_attention_into,
+)
+from ebcache_fast.models.layout import Layout, mlp, self_attention
 from ebcache_fast.plan import Branch, ModelShape, Site
 
-_EMB = "transformer_blocks.0.norm1.emb"
-_LAYOUT = Layout(
-    name="DiTTransformer2DModel",
-    known_by=(
-        "transformer_blocks.0.norm1.norm.eps",
-        "transformer_blocks.0.norm3.eps",
-        "norm_out.eps",
-        "pos_embed.proj.kernel_size",
-        "pos_embed.pos_embed.shape",
-        f"{_EMB}.time_proj.num_channels",
-        f"{_EMB}.timestep_embedder",
-        f"{_EMB}.class_embedder.embedding_table.num_embeddings",
-        "transformer_blocks.0.norm1.linear",
-        "transformer_blocks.0.attn1.to_q",
-        "transformer_blocks.0.attn1.heads",
-        "transformer_blocks.0.ff.net.2.in_features",
-        "proj_out_1",
-        "proj_out_2.out_features",
-    ),
-    norms=("norm_out",),
-    block_norms=("norm1.norm", "norm3"),
-    branches=("attn1", "ff"),
-    embed_head=("pos_embed", "proj_out_2"),
-    block_passed_over=("norm1",),
-)
 
-
-class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
-    """The parts of a DiTTransformer2DModel, read from the live module: every block embeds timestep and label itself.
+class DiffusersDiTDenoiser(DiffusersFamily):
+    """diffusers' DiT: the original's layers, each of which embeds timestep and label itself.
 
     Frequencies and epsilons are the module's own; diffusers' defaults are not the original's. Raises what
-    `DiffusersDenoiser` does.
+    `DiffusersFamily` does.
     """
 
-    layout = _LAYOUT
-    _reads_positions = True  # those of the size that it is configured for; the model makes others as they are needed
+    layout = Layout(
+        name="diffusers' DiTTransformer2DModel",
+        blocks="transformer_blocks",
+        norms={Branch.SELF_ATTN: ".norm1.norm", Branch.MLP: ".norm3"},
+        called=(".attn1", ".ff"),
+        dtype_of=".attn1.to_q",
+        embedding="pos_embed",
+        head_norm="norm_out",
+        head="proj_out_2",
+        known_by=(
+            "pos_embed.proj.kernel_size",
+            "pos_embed.pos_embed.shape",
+            ".norm1.emb.time_proj.num_channels",
+            ".norm1.emb.timestep_embedder",
+            ".norm1.emb.class_embedder.embedding_table.num_embeddings",
+            ".norm1.linear",
+            ".attn1.heads",
+            ".ff.net.2.in_features",
+            "proj_out_1",
+        ),
+        passed_over=(".norm1",),
+    )
+    _has_own_size = True  # the size that the model has positions of; it makes others as they are needed
 
     @cached_property
     def shape(self) -> ModelShape:
-        block, depth = self._blocks[0], len(self._blocks)
-        width, tokens = self._width, self._tokens
+        block, depth, tokens = self._blocks[0], len(self._blocks), self.latent_tokens
+        width, hidden = self.width, block.ff.net[2].in_features
         timestep = block.norm1.emb.time_proj.num_channels * width + width * width
-        return shape_of(
-            depth=depth,
-            width=width,
-            hidden=block.ff.net[2].in_features,
-            heads=block.attn1.heads,
-            tokens=tokens,
-            patch_size=self._patch_size,
-            channels=(self.latent_shape[0], self.out_channels),
-            num_classes=self.num_classes,
+        return self._shape_of(
+            (self_attention(width, tokens), mlp(width, hidden, tokens)),
             conditioning=(depth + 1) * timestep + (6 * depth + 2) * width * width,
+            mlp_hidden_size=hidden,
+            num_heads=block.attn1.heads,
+            tokens=tokens,
+            num_classes=self.num_classes,
         )
 
     @cached_property
-    def latent_shape(self) -> tuple[int, int, int]:
-        embed = self._model.pos_embed
-        return embed.proj.in_channels, embed.height * self._patch_size, embed.width * self._patch_size
+    def latent_shape(self) -> tuple[int, ...]:
+        return latents_of(self._model.pos_embed)
 
     @cached_property
     def num_classes(self) -> int:
@@ -87,21 +79,15 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     def for_shape(self, latents: tuple[int, ...], context: Conditioning) -> Self:
         if tuple(latents) == self.latent_shape:
             return self
-        channels, patch, (_, *sides) = self.latent_shape[0], self._patch_size, latents
-        if latents[:1] != (channels,) or len(sides) != 2 or sides[0] != sides[1] or not sides[0] or sides[0] % patch:
-            raise InputError(
-                f"x of shape (rows, {', '.join(map(str, latents))}) does not fit; this model takes (rows, {channels}, "
-                f"side, side), of which side is a multiple of {patch}"
-            )
-        for_shape = copy.copy(self)
-        vars(for_shape).pop("shape", None)
-        vars(for_shape).update(latent_shape=tuple(latents), _reads_positions=False)
-        return for_shape
+        self._check_latents(latents, self.latent_shape[0])
+        if latents[1] != latents[2]:
+            raise InputError(f"x of height {latents[1]} and width {latents[2]} does not fit; this model takes squares")
+        return self._resized(latent_shape=tuple(latents), _has_own_size=False)
 
     def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
-        if not self._reads_positions:
+        if not self._has_own_size:
             positions = positions_of(self._model.pos_embed, self.latent_shape)
-            per_run.buffer("positions", *positions.shape).copy_(positions)
+            per_run.buffer(POSITIONS, *positions.shape).copy_(positions)
 
     def modulation(self, t: Tensor, y: Tensor, context: Conditioning, out: Modulation) -> None:
         steps, labels = len(t), len(y)
@@ -118,12 +104,8 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
     def _embedded(self, layer: int, t: Tensor, y: Tensor) -> Tensor:
         return cast(Tensor, self._blocks[layer].norm1.emb(t, y, hidden_dtype=self.weight().dtype))
 
-    def embed(self, x: Tensor, per_run: BufferPool) -> Tensor:
-        return cast(Tensor, self._model.pos_embed(x))
-
-    def norm(self, site: Site) -> nn.LayerNorm:
-        block = self._blocks[site.layer]
-        return cast(nn.LayerNorm, block.norm1.norm if site.branch is Branch.SELF_ATTN else block.norm3)
+    def read_positions(self) -> Tensor | None:
+        return cast(Tensor, self._model.pos_embed.pos_embed[0]) if self._has_own_size else None
 
     def branch(self, site: Site, u: Tensor, out: Tensor, res: BranchResources) -> None:
         block = self._blocks[site.layer]
@@ -133,43 +115,5 @@ class DiffusersDiTDenoiser(DiffusersDenoiser, LabelConditioned):
             feed_forward_into(block.ff, u, out, res)
 
     @property
-    def has_plain_embed_head(self) -> bool:
-        positions = self._model.pos_embed.pos_embed  # read as they are
-        can_be_read = type(positions) in PLAIN_TENSORS and positions.dtype == self.weight().dtype
-        return super().has_plain_embed_head and (can_be_read or not self._reads_positions)
-
-    def patches(self, per_run: BufferPool) -> Patches:
-        embed = self._model.pos_embed
-        own, size = self._reads_positions, (self._tokens, self._width)
-        positions = embed.pos_embed[0] if own else per_run.buffer("positions", *size)
-        return Patches(embed.proj.weight, embed.proj.bias, positions)
-
-    def head_linear(self) -> Linear:
-        return Linear(self._model.proj_out_2.weight, self._model.proj_out_2.bias)
-
-    @property
-    def head_norm(self) -> nn.LayerNorm:
-        return cast(nn.LayerNorm, self._model.norm_out)
-
-    def head(self, u: Tensor) -> Tensor:
-        return unpatchify(self._model.proj_out_2(u), self._patch_size, self.out_channels)
-
-    @property
-    def out_channels(self) -> int:
-        return cast(int, self._model.proj_out_2.out_features // self._patch_size**2)
-
-    @property
-    def _width(self) -> int:
-        return cast(int, self._model.pos_embed.pos_embed.shape[2])
-
-    @property
-    def _tokens(self) -> int:
-        return (self.latent_shape[1] // self._patch_size) * (self.latent_shape[2] // self._patch_size)
-
-    @property
     def _labels(self) -> int:
         return cast(int, self._blocks[0].norm1.emb.class_embedder.embedding_table.num_embeddings)
-
-    @property
-    def _patch_size(self) -> int:
-        return cast(int, self._model.pos_embed.proj.kernel_size[0])

@@ -1,4 +1,4 @@
-"""What the adapters of diffusers' models share: what is known of its parts, and the two usual branches."""
+"""What diffusers' families share: refusals, text, positions, and the two usual branches."""
 
 from typing import Any, cast
 
@@ -6,8 +6,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.base import BranchResources
-from ebcache_fast.models.layers import has_plain_weights, is_watched, linear_gelu, linear_into, walk
+from ebcache_fast.models.base import BranchResources, Conditioning, Family
+from ebcache_fast.models.layers import is_known, is_watched, linear_into, walk
+
+
+class DiffusersFamily(Family):
+    """A transformer of diffusers. Raises what `Family` does, and InputError for a model that diffusers itself caches or
+    casts layer by layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        refuse_other_ways(model)
+
+    def _check_latents(self, latents: tuple[int, ...], channels: int) -> None:
+        """InputError for latents of other channels, or that no patches cover."""
+        patch, sides = self.patch, ("frames", "height", "width")[-len(self.patch) :]
+        fits = len(latents) == 1 + len(patch) and latents[0] == channels
+        if not fits or any(not size or size % part for size, part in zip(latents[1:], patch, strict=True)):
+            raise InputError(
+                f"x of shape (rows, {', '.join(map(str, latents))}) does not fit; this model takes (rows, {channels}, "
+                f"{', '.join(sides)}), of which the last {len(sides)} are multiples of {patch}"
+            )
+
+    def _check_text(self, context: Conditioning, width: int) -> None:
+        """InputError where no text (rows, tokens, width) comes first in the context."""
+        if not context:
+            raise InputError(f"{type(self._model).__name__} is given no text to follow here; use its pipeline instead")
+        text = cast(Tensor, context[0])
+        if text.ndim != 3 or text.shape[2] != width or not text.shape[1]:
+            raise InputError(
+                f"text of shape {tuple(text.shape)} does not fit; this model takes (rows, tokens, {width})"
+            )
 
 
 def refuse_other_ways(model: nn.Module) -> None:
@@ -22,6 +52,12 @@ def refuse_other_ways(model: nn.Module) -> None:
                     "say; remove diffusers' own caches, layerwise casting and group offloading first: of offloading, "
                     "that of whole models (enable_model_cpu_offload) may stay"
                 )
+
+
+def latents_of(embed: Any) -> tuple[int, int, int]:
+    """The latents (C, H, W) that a patch embedding is made for."""
+    rows, columns = embed.proj.kernel_size
+    return embed.proj.in_channels, embed.height * rows, embed.width * columns
 
 
 def positions_of(embed: Any, latents: tuple[int, ...]) -> Tensor:
@@ -40,20 +76,6 @@ def positions_of(embed: Any, latents: tuple[int, ...]) -> Tensor:
         output_type="pt",
     )
     return places.float()  # as the model rounds them
-
-
-def is_known(part: Any) -> bool:
-    """Whether it is torch's or diffusers' own: their Python holds nothing that changes from call to call."""
-    return type(part).__module__.startswith(("torch.nn.modules", "diffusers.models."))
-
-
-def first_foreign(named: Any) -> str | None:
-    """The path of the first of these (path, module) whose class, weights or attention processor are neither's own."""
-    for path, module in named:
-        for name, part in walk(module, path):
-            if not (is_known(part) and is_known(getattr(part, "processor", part)) and has_plain_weights(part)):
-                return name
-    return None
 
 
 def is_usual_attention(attention: Any, processor: str = "AttnProcessor2_0", also: tuple[str, ...] = ()) -> bool:
@@ -90,7 +112,7 @@ def feed_forward_into(feed_forward: Any, u: Tensor, out: Tensor, res: BranchReso
         out.copy_(feed_forward(u))
         return
     gelu, linear = feed_forward.net[0], feed_forward.net[2]
-    widened = linear_gelu(gelu.proj, u, res)
+    widened = res.linear_gelu(gelu.proj, u)
     linear_into(linear, gelu(u) if widened is None else widened, out)
 
 

@@ -1,6 +1,6 @@
 """What adapters ask of a model's layers: whether they are torch's own and bare, and how to run them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
 from typing import Any, Final
@@ -9,17 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from ebcache_fast.errors import InputError
-from ebcache_fast.models.base import BranchResources
-from ebcache_fast.ops.operands import Linear
 
 # What a fused operation can read. Any other class of tensor (quantised, sharded, packed) has Python of its own, knows
 # perhaps few operations, and need have no memory that a kernel could read: the module that it belongs to runs.
 PLAIN_TENSORS: Final = frozenset({Tensor, nn.Parameter})
 
 
-def is_torchs_own(module: nn.Module) -> bool:
-    """Whether its class is one of torch.nn, and its parameters are plain tensors."""
-    return type(module).__module__.startswith("torch.nn.modules") and has_plain_weights(module)
+def is_known(part: Any) -> bool:
+    """True of torch's or diffusers' own: their Python holds nothing that changes from call to call."""
+    return type(part).__module__.startswith(("torch.nn.modules", "diffusers.models."))
+
+
+def first_foreign(named: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """The path of the first of these (path, module) whose class, weights or attention processor are neither's own."""
+    for path, module in named:
+        for name, part in walk(module, path):
+            if not (is_known(part) and is_known(getattr(part, "processor", part)) and has_plain_weights(part)):
+                return name
+    return None
 
 
 def has_plain_weights(module: Any) -> bool:
@@ -97,16 +104,6 @@ def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
         torch.addmm(linear.bias, u.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
     else:
         out.copy_(linear(u))
-
-
-def linear_gelu(linear: Any, u: Tensor, res: BranchResources) -> Tensor | None:
-    """``gelu_tanh(linear(u))``, (N, T, D) -> (N, T, F), in one operation; None where there is none for this layer."""
-    operations = res.operations
-    if operations.linear_gelu is None or not (is_plain(linear) and u.dtype == linear.weight.dtype):
-        return None
-    out = res.scratch.buffer("mlp", *u.shape[:2], linear.out_features)
-    operations.linear_gelu(u.flatten(0, 1), Linear(linear.weight, linear.bias), out.flatten(0, 1))
-    return out
 
 
 def is_plain(linear: Any) -> bool:

@@ -1,0 +1,117 @@
+"""Families of models: recognition by layout, and what an author gets from a `Layout` without writing it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tiny import tiny_cogvideox, tiny_pixart, tiny_transformer
+from tiny import tiny_dit
+from torch import nn
+
+from ebcache_fast.errors import InputError
+from ebcache_fast.models import FAMILIES, Denoiser, Family, as_denoiser
+from ebcache_fast.ops import reference
+
+pytest.importorskip("diffusers")
+
+Make = Callable[[], Any]
+OF_EACH: tuple[Make, ...] = tiny_dit, tiny_transformer, tiny_pixart, tiny_cogvideox  # in the order of FAMILIES
+every_family = pytest.mark.parametrize(("family", "make"), [*zip(FAMILIES, OF_EACH, strict=True)])
+
+
+@every_family
+def test_a_model_is_of_one_family_alone(family: type[Family], make: Make) -> None:
+    model = make()
+    assert type(as_denoiser(model)) is family
+    assert [other for other in FAMILIES if not other.layout.missing(model)] == [family]
+    assert issubclass(Denoiser, Family)
+
+
+@every_family
+def test_what_is_missing_of_the_nearest_is_named_and_nothing_of_others(family: type[Family], make: Make) -> None:
+    model = make()
+    owner, _, name = family.layout.head.rpartition(".")
+    delattr(model.get_submodule(owner), name)
+    lacking = f"of the nearest, {family.layout.name}, it lacks '{family.layout.head}"
+    with pytest.raises(InputError, match=lacking) as error:
+        as_denoiser(model)
+    text = str(error.value)
+    assert all(other.layout.name in text for other in FAMILIES)
+    assert "\n" not in text
+    assert text.count("lacks") == 1
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))])
+def test_a_model_that_is_near_to_none_lacks_nothing_in_particular(model: nn.Module) -> None:
+    names = ", ".join(family.layout.name for family in FAMILIES)
+    with pytest.raises(InputError) as error:
+        as_denoiser(model)
+    name = type(model).__name__
+    assert str(error.value) == f"{name} is of no known family: {names}; pass a model of one of these"
+
+
+@every_family
+def test_each_block_is_looked_at(family: type[Family], make: Make) -> None:
+    """Norms are checked, hooks found and foreign layers named in all blocks alike, by their paths from the model."""
+    layout = family.layout
+    for i in range(2):
+        prefix = f"{layout.blocks}.{i}"
+        model = make()
+        for path in layout.norms.values():
+            swapped = make()
+            owner, _, name = f"{prefix}{path}".rpartition(".")
+            setattr(swapped.get_submodule(owner), name, nn.RMSNorm(16))
+            with pytest.raises(InputError, match=f"'{prefix}{path}' is a RMSNorm"):
+                as_denoiser(swapped)
+        assert as_denoiser(model).passed_over_hooks() is None
+        handle = model.get_submodule(prefix).register_forward_hook(lambda *_: None)
+        assert as_denoiser(model).passed_over_hooks() == prefix
+        handle.remove()
+        assert as_denoiser(model).foreign_layer() is None
+        owner, _, name = f"{prefix}{layout.dtype_of}".rpartition(".")
+        linear = model.get_submodule(owner).get_submodule(name)
+        linear.__class__ = type("Wrapped", (nn.Linear,), {"__module__": "elsewhere"})
+        assert as_denoiser(model).foreign_layer() == f"{prefix}{layout.dtype_of}"
+
+
+@every_family
+def test_tensors_that_are_read_as_they_are_have_to_be_plain(family: type[Family], make: Make) -> None:
+    class Strange(nn.Parameter):
+        pass
+
+    for path in family.layout.paths(make(), family.layout.read):
+        model = make()
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters[name] = Strange(getattr(module, name).detach())
+        with pytest.raises(InputError, match=f"'{path}' is a Strange, and the engine reads plain tensors"):
+            as_denoiser(model)
+
+
+@every_family
+def test_sizes_of_other_latents_leave_the_model_as_it_was(family: type[Family], make: Make) -> None:
+    denoiser = as_denoiser(make())
+    before = denoiser.shape, denoiser.latent_shape
+    latents, context = denoiser.probe_inputs(2)
+    for_shape = denoiser.for_shape(latents, context)
+    assert for_shape.latent_shape == latents
+    assert for_shape.shape.tokens == for_shape.text_tokens + for_shape.latent_tokens
+    assert (denoiser.shape, denoiser.latent_shape) == before
+    assert for_shape.shape.width == for_shape.width == 16
+
+
+@every_family
+def test_head_and_its_linear_map_agree(family: type[Family], make: Make) -> None:
+    """The bare map, its features placed patch by patch, is the module's own head."""
+    denoiser = as_denoiser(make().double())
+    latents, context = denoiser.probe_inputs(2)
+    denoiser = denoiser.for_shape(latents, context)
+    u = torch.randn(2, denoiser.latent_tokens, 16, dtype=torch.float64)
+    linear = denoiser.head_linear()
+    tokens = nn.functional.linear(u, linear.weight, linear.bias)
+    height = latents[1] * latents[2] if len(latents) == 4 else latents[1]  # frames below each other
+    out = u.new_empty(2, denoiser.out_channels, height, latents[-1])
+    with torch.no_grad():
+        reference.unpatchify(tokens, out)
+        torch.testing.assert_close(denoiser.head(u).reshape(out.shape), out, rtol=1e-12, atol=1e-12)
