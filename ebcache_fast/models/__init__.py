@@ -55,7 +55,8 @@ def as_denoiser(model: nn.Module) -> Denoiser:
 def _known_and_near(model: nn.Module) -> str:
     """The known families, and what a model lacks of the nearest if it is near at all."""
     layouts = [family.layout for family in FAMILIES]
-    nearest, known = max(layouts, key=lambda layout: layout.likeness(model)), ", ".join(one.name for one in layouts)
+    nearest = max(layouts, key=lambda layout: layout.likeness(model))
+    known = ", ".join(layout.name for layout in layouts)
     if nearest.likeness(model) < 1 / 2:
         return known
     first, *others = nearest.missing(model)

@@ -1,4 +1,4 @@
-"""What the engine asks of a model: a `Family` sees it as parts, and modulation, computed beforehand, drives them."""
+"""Models as the engine sees them: a `Family` is one as parts, which modulation, computed beforehand, drives."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ Conditioning = tuple[Tensor | None, ...]
 
 
 class Modulation(NamedTuple):
-    """All modulation vectors of S steps and U distinct conditions: of a site the shift and scale of its LayerNorm's
+    """Modulation vectors of S steps and U distinct conditions: of a site the shift and scale of its LayerNorm's
     output and the gate of its branch's.
     """
 
@@ -131,10 +131,10 @@ class Family(ABC):
         return "epsilon"
 
     def for_shape(self, latents: tuple[int, ...], context: Conditioning) -> Self:
-        """The same model for latents of this shape (of one row) and such a context; InputError where it takes none."""
+        """Return the family for latents of this shape (of one row) and such a context; InputError if it takes none."""
         if tuple(latents) != self.latent_shape:
-            given, wanted = (", ".join(map(str, shape)) for shape in (latents, self.latent_shape))
-            raise InputError(f"x of shape (rows, {given}) does not fit; this model takes (rows, {wanted})")
+            got, wanted = (", ".join(map(str, shape)) for shape in (latents, self.latent_shape))
+            raise InputError(f"x of shape (rows, {got}) does not fit; this model takes (rows, {wanted})")
         return self
 
     def probe_inputs(self, rows: int, *, small: bool = True) -> tuple[tuple[int, ...], Conditioning]:
@@ -244,7 +244,7 @@ class Family(ABC):
         return self._at(self.layout.embedding)
 
     def _resized(self, **sizes: Any) -> Self:
-        """The same model with these attributes."""
+        """Return a copy of the family with these attributes, over the same module."""
         other = copy.copy(self)
         vars(other).pop("shape", None)  # computed of the former ones
         vars(other).update(sizes)

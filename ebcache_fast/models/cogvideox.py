@@ -33,7 +33,7 @@ class CogVideoXConditioning(NamedTuple):
     ofs: Tensor | None = None  # (1,) or (), of models that take it
 
     def rows(self, indices: Tensor) -> "CogVideoXConditioning":
-        """These rows (M,), in this order."""
+        """Return the conditioning of these rows (M,), in this order."""
         return self._replace(text=self.text[indices])
 
 
@@ -108,9 +108,9 @@ class CogVideoXDenoiser(DiffusersFamily):
         conditioning = cast(CogVideoXConditioning, context)
         rows, length, _ = conditioning.text.shape
         rotates = conditioning.cos is not None
-        sized = self._resized(latent_shape=tuple(latents), text_tokens=length, _text_rows=rows, _rotates=rotates)
-        sized._check_positions(conditioning)
-        return sized
+        family = self._resized(latent_shape=tuple(latents), text_tokens=length, _text_rows=rows, _rotates=rotates)
+        family._check_positions(conditioning)
+        return family
 
     def _check_positions(self, conditioning: CogVideoXConditioning) -> None:
         embed, table = self._embedding, (self.latent_tokens, self._head_width)

@@ -1,4 +1,4 @@
-"""What diffusers' families share: refusals, text, positions, and the two usual branches."""
+"""Base of diffusers' families: refusals, text, positions, and the two usual branches."""
 
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ class DiffusersFamily(Family):
         refuse_other_ways(model)
 
     def _check_latents(self, latents: tuple[int, ...], channels: int) -> None:
-        """InputError for latents of other channels, or that no patches cover."""
+        """Raise InputError for latents of other channels, or that no patches cover."""
         patch, sides = self.patch, ("frames", "height", "width")[-len(self.patch) :]
         fits = len(latents) == 1 + len(patch) and latents[0] == channels
         if not fits or any(not size or size % part for size, part in zip(latents[1:], patch, strict=True)):
@@ -30,7 +30,7 @@ class DiffusersFamily(Family):
             )
 
     def _check_text(self, context: Conditioning, width: int) -> None:
-        """InputError where no text (rows, tokens, width) comes first in the context."""
+        """Raise InputError where no text (rows, tokens, width) comes first in the context."""
         if not context:
             raise InputError(f"{type(self._model).__name__} is given no text to follow here; use its pipeline instead")
         text = cast(Tensor, context[0])
@@ -41,7 +41,7 @@ class DiffusersFamily(Family):
 
 
 def refuse_other_ways(model: nn.Module) -> None:
-    """InputError where hooks of diffusers keep features, or weights in a dtype of their own or somewhere else."""
+    """Raise InputError where hooks of diffusers keep features, or weights in a dtype of their own or somewhere else."""
     for path, module in walk(model):
         registry = vars(module).get("_diffusers_hook")
         for name, hook in registry.hooks.items() if registry is not None else ():
@@ -79,7 +79,7 @@ def positions_of(embed: Any, latents: tuple[int, ...]) -> Tensor:
 
 
 def is_usual_attention(attention: Any, processor: str = "AttnProcessor2_0", also: tuple[str, ...] = ()) -> bool:
-    """Whether it is three projections, torch's attention and a projection; all else runs as the module it is.
+    """True if attention is three projections, torch's attention and a projection; all else runs as its module.
 
     also: additions that the caller takes care of.
     """
@@ -95,13 +95,13 @@ def is_usual_attention(attention: Any, processor: str = "AttnProcessor2_0", also
 
 
 def is_usual_feed_forward(feed_forward: Any) -> bool:
-    """Whether it is a linear map, a tanh-GELU and a linear map, and perhaps a dropout, which does nothing here."""
+    """True if it is a linear map, a tanh-GELU and a linear map, and perhaps a dropout, which does nothing here."""
     net = feed_forward.net
     return (
         len(net) in (3, 4)
         and type(net[0]).__name__ == "GELU"
         and net[0].approximate == "tanh"
-        and all(isinstance(each, nn.Dropout) for each in (net[1], *net[3:]))
+        and all(isinstance(layer, nn.Dropout) for layer in (net[1], *net[3:]))
         and not any(map(is_watched, (feed_forward, *net[:2], *net[3:])))
     )
 
@@ -126,7 +126,7 @@ def self_attention_into(attention: Any, u: Tensor, out: Tensor, res: BranchResou
 
 
 def refuse_window(attention: Any, res: BranchResources) -> None:
-    """InputError where a module of another kind, which runs as it is, is to attend within a window."""
+    """Raise InputError where a module of another kind, which runs as it is, is to attend within a window."""
     if res.window:
         raise InputError(
             f"a {type(attention).__name__} of another kind runs as it is, and takes no window of {res.window} "
@@ -150,11 +150,11 @@ def _attend(attention: Any, u: Tensor, res: BranchResources) -> Tensor:
     n, tokens, width = u.shape
     projections = attention.to_q, attention.to_k, attention.to_v
     if res.operations.attention is None or res.window:
-        q, k, v = (heads_of(attention, each(u)) for each in projections)
+        q, k, v = (heads_of(attention, project(u)) for project in projections)
         return res.attend(q, k, v).transpose(1, 2).flatten(2)
     packed = res.scratch.buffer("qkv", n, tokens, 3 * width)
-    for each, part in zip(projections, packed.chunk(3, dim=2), strict=True):
-        linear_into(each, u, part)
+    for projection, part in zip(projections, packed.chunk(3, dim=2), strict=True):
+        linear_into(projection, u, part)
     out = res.scratch.buffer("attention", n, tokens, width)
     res.operations.attention(packed, attention.heads, out)
     return out

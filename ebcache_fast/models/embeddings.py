@@ -1,4 +1,4 @@
-"""What a DiT embeds, with the original's parameter names: patches, positions, timesteps and labels."""
+"""Embeddings of a DiT, with the original's parameter names: patches, positions, timesteps and labels."""
 
 import math
 from typing import cast

@@ -19,7 +19,7 @@ ALIGNMENT = 16  # of a product's sizes on a GPU
 
 
 def check_float8(denoiser: Denoiser) -> None:
-    """InputError, with the remedy, where the model or its device has no float8 products."""
+    """Raise InputError, with the remedy, where the model or its device has no float8 products."""
     weight, sizes = denoiser.weight(), dict(denoiser.shape.sizes)
     if not isinstance(denoiser, DiTDenoiser):
         why: str | None = f"{type(denoiser).__name__} sees another layout"
@@ -56,7 +56,7 @@ class Float8Branches:
     """
 
     def __init__(self, model: nn.Module, per_run: BufferPool) -> None:
-        self._model, self._constants = cast(Any, model), per_run
+        self._model, self._per_run = cast(Any, model), per_run
         self._weights: dict[Site, Quantised] = {}
 
     def prepare(self) -> None:
@@ -70,31 +70,31 @@ class Float8Branches:
         return frozenset(i for i, site in enumerate(every) if site in self._weights)
 
     def takes(self, site: Site) -> bool:
-        """Whether `run` is for this branch: its weight was made, and its layer is as plain as it was."""
+        """True if `run` is for this branch: its weight was made, and its layer is as plain as it was."""
         return site in self._weights and _is_ready(self._first_layer(site))
 
     def run(self, site: Site, u: Quantised, out: Tensor, res: BranchResources) -> None:
         """Write a branch's ungated output for its input u (N, T, D) into ``out``, of the same shape."""
         (layer, branch), first, (rows, tokens, _) = site, self._first_layer(site), u.values.shape
         block, flat = self._model.blocks[layer], Quantised(u.values.flatten(0, 1), u.scales.flatten())
-        made = res.scratch.buffer("of float8", rows, tokens, first.out_features)
-        res.operations.scaled_linear(flat, self._weights[site], first.bias, made.flatten(0, 1))
+        hidden = res.scratch.buffer("of float8", rows, tokens, first.out_features)
+        res.operations.scaled_linear(flat, self._weights[site], first.bias, hidden.flatten(0, 1))
         if branch is Branch.SELF_ATTN:
-            linear_into(block.attn.proj, attend(block.attn, made, res), out)
+            linear_into(block.attn.proj, attend(block.attn, hidden, res), out)
         else:
-            linear_into(block.mlp.fc2, block.mlp.act(made), out)
+            linear_into(block.mlp.fc2, block.mlp.act(hidden), out)
 
     def _first_layer(self, site: Site) -> Any:
         return _first_layer(self._model.blocks[site.layer], site.branch)
 
     def _quantised(self, site: Site) -> Quantised:
         weight, name = self._first_layer(site).weight, f"float8 {site}"
-        made = Quantised(
-            self._constants.buffer(name, *weight.shape, dtype=FLOAT8),
-            self._constants.buffer(name, len(weight), dtype=torch.float32),
+        matrix = Quantised(
+            self._per_run.buffer(name, *weight.shape, dtype=FLOAT8),
+            self._per_run.buffer(name, len(weight), dtype=torch.float32),
         )
-        reference.quantise(weight, made)
-        return made
+        reference.quantise(weight, matrix)
+        return matrix
 
 
 def _first_layer(block: Any, branch: Branch) -> Any:

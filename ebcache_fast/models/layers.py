@@ -1,4 +1,4 @@
-"""What adapters ask of a model's layers: whether they are torch's own and bare, and how to run them."""
+"""Layers of a model as families ask for them: tests of whether they are torch's own and bare, and ways to run them."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -30,8 +30,10 @@ def first_foreign(named: Iterable[tuple[str, nn.Module]]) -> str | None:
 
 
 def has_plain_weights(module: Any) -> bool:
-    """Whether none of a module's own parameters is of another class of tensor than torch's own."""
-    return all(one is None or type(one) in PLAIN_TENSORS for one in getattr(module, "_parameters", {}).values())
+    """True if none of a module's own parameters is of another class of tensor than torch's own."""
+    return all(
+        weight is None or type(weight) in PLAIN_TENSORS for weight in getattr(module, "_parameters", {}).values()
+    )
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -46,16 +48,16 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
-    """All of the model and what is below it; one that has two places comes twice."""
+    """Yield the parameters of the model and what is below it; one that has two places comes twice."""
     for _, module in walk(model):
-        yield from (one for one in module._parameters.values() if one is not None)
+        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Its parameters and buffers."""
+    """Yield the parameters and buffers of the model and what is below it."""
     yield from parameters_of(model)
     for _, module in walk(model):
-        yield from (one for one in module._buffers.values() if one is not None)
+        yield from (buffer for buffer in module._buffers.values() if buffer is not None)
 
 
 def in_training(model: nn.Module) -> str | None:
@@ -66,7 +68,7 @@ def in_training(model: nn.Module) -> str | None:
 
 
 def has(model: nn.Module, path: str) -> bool:
-    """Whether there is an attribute at the end of a path such as "blocks.0.attn"."""
+    """True if there is an attribute at the end of a path such as "blocks.0.attn"."""
     try:
         attrgetter(path)(model)
     except AttributeError:
@@ -81,11 +83,14 @@ def weight_of(layer: nn.Module) -> Tensor:
     as they are); or another parameter's, or its ``compute_dtype``, as layers of bitsandbytes and GGUF have it.
     InputError where nothing says it.
     """
-    parameters = sorted(layer.parameters(), key=lambda one: type(one) not in PLAIN_TENSORS)
-    said = chain((one.dtype for one in parameters), (getattr(one, "compute_dtype", None) for one in layer.modules()))
-    found = next((one for one in said if one is not None and one.is_floating_point and one.itemsize > 1), None)
+    parameters = sorted(layer.parameters(), key=lambda parameter: type(parameter) not in PLAIN_TENSORS)
+    computing = (getattr(module, "compute_dtype", None) for module in layer.modules())
+    said = chain((parameter.dtype for parameter in parameters), computing)
+    found = next(
+        (dtype for dtype in said if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1), None
+    )
     if found is None or not parameters:
-        dtypes = ", ".join(sorted({str(one.dtype) for one in parameters})) or "no"
+        dtypes = ", ".join(sorted({str(parameter.dtype) for parameter in parameters})) or "no"
         raise InputError(
             f"a {type(layer).__name__} has {dtypes} parameters alone, which say no dtype to compute in; load its model "
             "in float16, bfloat16 or float32"
@@ -107,19 +112,19 @@ def linear_into(linear: Any, u: Tensor, out: Tensor) -> None:
 
 
 def is_plain(linear: Any) -> bool:
-    """Whether the layer is its dense weight and bias alone: no adapter, parametrization or hook."""
+    """True if the layer is its dense weight and bias alone: no adapter, parametrization or hook."""
     return type(linear) is nn.Linear and is_bare(linear)
 
 
 def are_plain_embed_head(embedder: Any, linear: Any, *others: Tensor) -> bool:
-    """Whether embedding and head are bare layers, and these others plain tensors of one dtype with them."""
+    """True if embedding and head are bare layers, and these others plain tensors of one dtype with them."""
     if not (is_plain(linear) and is_plain_patching(embedder) and PLAIN_TENSORS.issuperset(map(type, others))):
         return False
     return len({weight.dtype for weight in (embedder.proj.weight, linear.weight, *others)}) == 1
 
 
 def is_plain_patching(embedder: Any) -> bool:
-    """Whether the embedder is one bare convolution of patches side by side, and nothing after it but positions."""
+    """True if the embedder is one bare convolution of patches side by side, and nothing after it but positions."""
     proj = embedder.proj
     if is_watched(embedder) or type(proj) is not nn.Conv2d or not is_bare(proj):
         return False
@@ -130,16 +135,16 @@ def is_plain_patching(embedder: Any) -> bool:
 
 
 def is_bare(layer: Any) -> bool:
-    """Whether a layer's weight and bias are plain parameters of its own, and its forward its class's."""
+    """True if a layer's weight and bias are plain parameters of its own, and its forward its class's."""
     return type(layer.weight) is type(layer.bias) is nn.Parameter and not is_watched(layer)
 
 
 def is_watched(module: Any) -> bool:
-    """Whether hooks, or another forward than its class's, change what a module does."""
+    """True if hooks, or another forward than its class's, change what a module does."""
     return bool(module._forward_hooks or module._forward_pre_hooks or has_another_forward(module))
 
 
 def has_another_forward(module: Any) -> bool:
-    """Whether an instance has a forward that is not its class's; whoever took theirs away may have left that there."""
+    """True if an instance has a forward that is not its class's; whoever took theirs away may have left that there."""
     forward = vars(module).get("forward")
     return forward is not None and forward != type(module).forward.__get__(module)

@@ -38,7 +38,7 @@ class Layout:
         return 1 - len(self.missing(model)) / len(self._marks)
 
     def check(self, model: nn.Module) -> None:
-        """InputError, naming the attribute, for a model of another layout, with other norms, or no plain tensors."""
+        """Raise InputError, naming the attribute, for another layout, other norms, or tensors that are not plain."""
         if missing := self.missing(model):
             name = type(model).__name__
             raise InputError(
@@ -50,7 +50,7 @@ class Layout:
             _check_plain(model, path)
 
     def paths(self, model: nn.Module, paths: Iterable[str]) -> Iterator[str]:
-        """These paths from the model: its own first, then block by block."""
+        """Yield these paths from the model: its own first, then block by block."""
         of_blocks = [path for path in paths if path.startswith(".")]
         yield from (path for path in paths if not path.startswith("."))
         for i in range(len(at(model, self.blocks))):

@@ -169,7 +169,7 @@ class DiT(nn.Module):
         return unpatchify(self.final_layer(h, c), self.patch_size, self.out_channels)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """As ``forward`` for a batch whose first half is conditional and second unconditional, both guided.
+        """Run ``forward`` on a batch whose first half is conditional and second unconditional, both guided.
 
         Only the first half's latents are used, and only the first three eps channels are guided, as in the
         original.

@@ -34,7 +34,7 @@ class PixArtConditioning(NamedTuple):
     aspect_ratio: Tensor | None = None  # (N, 1), of models that were trained with sizes
 
     def rows(self, indices: Tensor) -> "PixArtConditioning":
-        """These rows (M,), in this order."""
+        """Return the conditioning of these rows (M,), in this order."""
         return PixArtConditioning(
             self.text[indices], *(None if tensor is None else tensor[indices] for tensor in self[1:])
         )

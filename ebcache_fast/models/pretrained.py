@@ -47,8 +47,8 @@ def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
 
 
 def _transformer_of(folder: str | os.PathLike[str]) -> Path | None:
-    """Where the transformer's files are: in the folder itself, or in that of a pipeline's part."""
-    return next((one for one in (Path(folder), Path(folder) / "transformer") if (one / _CONFIG).is_file()), None)
+    """Folder of the transformer's files: the folder itself, or that of a pipeline's part; None if neither has any."""
+    return next((path for path in (Path(folder), Path(folder) / "transformer") if (path / _CONFIG).is_file()), None)
 
 
 def load_scheduler(folder: str | os.PathLike[str]) -> Any:
@@ -57,7 +57,9 @@ def load_scheduler(folder: str | os.PathLike[str]) -> Any:
     Raises InputError where diffusers is not installed, or the pipeline's scheduler can't be read.
     """
     here = Path(folder).resolve()
-    pipe = next((one for one in (here, here.parent) if (one / _INDEX).is_file() or (one / _SCHEDULER).is_file()), None)
+    pipe = next(
+        (path for path in (here, here.parent) if (path / _INDEX).is_file() or (path / _SCHEDULER).is_file()), None
+    )
     if pipe is None:
         return None
     diffusers = _diffusers()

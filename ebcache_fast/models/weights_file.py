@@ -89,7 +89,7 @@ def _unwrapped(content: object, path: Path) -> StateDict:
 
 
 def _within_one_wrapper(weights: dict[Any, Any]) -> dict[Any, Any]:
-    """What the best wrapper holds, under a key of its own or in the names that begin with its; the same without one."""
+    """Weights in the best wrapper, under a key of its own or in names that begin with its; all of them without one."""
     for wrapper in WRAPPERS:
         if isinstance(within := weights.get(wrapper), dict):
             return within
@@ -101,7 +101,7 @@ def _within_one_wrapper(weights: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _is_weight(value: object) -> bool:
-    """Whether it is a dense floating tensor, with memory of its own for every element."""
+    """True if it is a dense floating tensor, with memory of its own for every element."""
     return (
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -112,7 +112,7 @@ def _is_weight(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    """What a thing is that should be a weight."""
+    """Name of what is there in the place of a weight, with its dtype and layout if it is a tensor."""
     name = type(value).__name__
     return f"a {name} ({value.dtype}, {value.layout})" if isinstance(value, Tensor) else f"a {name}"
 
