@@ -88,8 +88,6 @@ class Family(ABC):
         self._model = cast(Any, model)  # known by its attributes: there is no type to name
         self._blocks = list(at(model, self.layout.blocks))
 
-    # ---------------------------------------------------------------- sizes
-
     @property
     @abstractmethod
     def shape(self) -> ModelShape:
@@ -143,8 +141,6 @@ class Family(ABC):
         """
         return self.latent_shape, ()
 
-    # ---------------------------------------------------------------- conditions
-
     @property
     def num_classes(self) -> int:
         """The number of labels, from 0; it is itself the null label, if there is one. 1 where text alone differs."""
@@ -166,8 +162,6 @@ class Family(ABC):
     def precompute(self, context: Conditioning, per_run: BufferPool) -> None:
         """Write all that a step needs of the context into ``per_run``, in the same buffers for the same sizes."""
         return
-
-    # ---------------------------------------------------------------- parts
 
     def embed(self, x: Tensor, per_run: BufferPool) -> Tensor:
         """Latents (B, C, H, W) -> tokens (N or B, T, D), text included, through the model's own layers."""
@@ -213,8 +207,6 @@ class Family(ABC):
         linear = self._at(self.layout.head)
         return Linear(linear.weight, linear.bias)
 
-    # ---------------------------------------------------------------- what the layout says of the model as it is now
-
     def weight(self) -> Tensor:
         """An empty, plain tensor of the model's dtype, on its device, to make memory like; InputError without one."""
         return weight_of(at(self._blocks[0], self.layout.dtype_of[1:]))
@@ -222,9 +214,8 @@ class Family(ABC):
     @property
     def has_plain_embed_head(self) -> bool:
         """True if embedding and head are bare layers, so that their weights say all; else their modules must run."""
-        embedder, linear = self._embedding, self._at(self.layout.head)
-        positions = self.read_positions()
-        return are_plain_embed_head(embedder, linear, self.weight(), *(() if positions is None else (positions,)))
+        tensors = (tensor for tensor in (self.weight(), self.read_positions()) if tensor is not None)
+        return are_plain_embed_head(self._embedding, self._at(self.layout.head), *tensors)
 
     def passed_over_hooks(self) -> str | None:
         """A module that has hooks, or a forward of its own, and that the engine does not call; None without any."""
@@ -233,8 +224,6 @@ class Family(ABC):
     def foreign_layer(self) -> str | None:
         """A layer that the engine calls and whose Python may hold what a graph would keep; None without any."""
         return self.layout.foreign(self._model, embed_head=not self.has_plain_embed_head)
-
-    # ---------------------------------------------------------------- for the families
 
     def _at(self, path: str) -> Any:
         return at(self._model, path)

@@ -1,7 +1,7 @@
 """diffusers' CogVideoX (``CogVideoXTransformer3DModel``) as a `Family`."""
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -15,6 +15,7 @@ from ebcache_fast.models.diffusers_layers import (
     heads_of,
     is_usual_attention,
     refuse_window,
+    rotated,
 )
 from ebcache_fast.models.layers import linear_into
 from ebcache_fast.models.layout import Layout, mlp, self_attention
@@ -114,16 +115,15 @@ class CogVideoXDenoiser(DiffusersFamily):
 
     def _check_positions(self, conditioning: CogVideoXConditioning) -> None:
         embed, table = self._embedding, (self.latent_tokens, self._head_width)
-        if self._adds_positions and self.text_tokens != embed.max_text_seq_length:
+        if _adds_positions(embed) and self.text_tokens != embed.max_text_seq_length:
             raise InputError(
                 f"text of {self.text_tokens} tokens does not fit the model's positions; pad it to "
                 f"{embed.max_text_seq_length}"
             )
-        learned = embed.sample_height, embed.sample_width
-        if embed.use_learned_positional_embeddings and self.latent_shape[2:] != learned:
+        sides, learned = self.latent_shape[2:], (embed.sample_height, embed.sample_width)
+        if embed.use_learned_positional_embeddings and sides != learned:
             raise InputError(
-                f"height and width {self.latent_shape[2:]} do not fit the model's learned positions; they must be "
-                f"{learned}"
+                f"height and width {sides} do not fit the model's learned positions; they must be {learned}"
             )
         shapes = {None if angles is None else tuple(angles.shape) for angles in conditioning[1:3]}
         if shapes not in ({None}, {table}):
@@ -138,16 +138,12 @@ class CogVideoXDenoiser(DiffusersFamily):
         frames, height, width = self.patch
         is_own = embed.use_learned_positional_embeddings or not small
         video = own if is_own else (2 * frames, height, 2 * width)
-        generator = torch.Generator("cpu").manual_seed(1)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device="cpu").to(weight)
-
-        text = draw(rows, embed.max_text_seq_length, self._text_width)
+        draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+        text = draw(rows, embed.max_text_seq_length, self._text_width).to(weight)
         ofs = None if self._model.ofs_embedding is None else weight.new_full((1,), 2.0)
         context = CogVideoXConditioning(text, ofs=ofs)
         if not embed.use_positional_embeddings:
-            angles = draw(math.prod(video) // math.prod(self.patch), self._head_width).float()
+            angles = draw(math.prod(video) // math.prod(self.patch), self._head_width).to(weight).float()
             context = context._replace(cos=angles.cos(), sin=angles.sin())
         return (channels, *video), context
 
@@ -183,7 +179,7 @@ class CogVideoXDenoiser(DiffusersFamily):
     def _positions(self) -> Tensor:
         """Positions of all tokens (T, D), in whatever dtype; those that the attention rotates have none."""
         embed, (_, frames, *sides) = self._embedding, self.latent_shape
-        if not self._adds_positions:
+        if not _adds_positions(embed):
             return self.weight().new_zeros(self.shape.tokens, self.width)
         video_frames = (frames - 1) * embed.temporal_compression_ratio + 1
         if (*sides, video_frames) == (embed.sample_height, embed.sample_width, embed.sample_frames):
@@ -216,7 +212,7 @@ class CogVideoXDenoiser(DiffusersFamily):
         q = q if attention.norm_q is None else attention.norm_q(q)
         k = k if attention.norm_k is None else attention.norm_k(k)
         if (rotary := self._rotary(res.per_run)) is not None:
-            q, k = (_rotated(heads, rotary, self.text_tokens) for heads in (q, k))
+            q, k = (rotated(heads, rotary, self.text_tokens) for heads in (q, k))
         return res.attend(q, k, v).transpose(1, 2).flatten(2)
 
     def _rotary(self, per_run: BufferPool) -> tuple[Tensor, Tensor] | None:
@@ -251,18 +247,6 @@ class CogVideoXDenoiser(DiffusersFamily):
     def _head_width(self) -> int:
         return self.width // cast(int, self._blocks[0].attn1.heads)
 
-    @property
-    def _adds_positions(self) -> bool:
-        return bool(self._embedding.use_positional_embeddings or self._embedding.use_learned_positional_embeddings)
 
-
-def _rotated(heads: Tensor, rotary: tuple[Tensor, Tensor], text: int) -> Tensor:
-    """Heads (N, heads, T, d), of which those of the video are turned by their angles, two channels at a time.
-
-    Source: Su et al., arXiv 2104.09864, equation 34.
-    """
-    cos, sin = rotary
-    video = heads[:, :, text:].float()
-    even, odd = video.view(*video.shape[:3], -1, 2).unbind(4)
-    turned = video * cos + torch.stack((-odd, even), dim=4).flatten(3) * sin
-    return torch.cat((heads[:, :, :text], turned.to(heads.dtype)), dim=2)
+def _adds_positions(embed: Any) -> bool:
+    return bool(embed.use_positional_embeddings or embed.use_learned_positional_embeddings)

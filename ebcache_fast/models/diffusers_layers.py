@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,7 +82,7 @@ def positions_of(embed: Any, latents: tuple[int, ...]) -> Tensor:
 def is_usual_attention(attention: Any, processor: str = "AttnProcessor2_0", also: tuple[str, ...] = ()) -> bool:
     """True if attention is three projections, torch's attention and a projection; all else runs as its module.
 
-    also: additions that the caller takes care of.
+    also: names of additions that the caller takes care of.
     """
     additions = {"group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection"}
     additions |= {"fused_projections", "to_add_out"}
@@ -143,6 +144,19 @@ def heads_of(attention: Any, projected: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of heads (N, heads, T, D / heads) -> (N, T, D); bias (N, 1, 1, keys) is added to the scores."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def rotated(heads: Tensor, rotary: tuple[Tensor, Tensor], text: int) -> Tensor:
+    """Heads (N, heads, T, d), of which those after the text are turned by their angles (T - text, d), two channels
+    at a time.
+
+    Source: Su et al., arXiv 2104.09864, equation 34.
+    """
+    cos, sin = rotary
+    video = heads[:, :, text:].float()
+    even, odd = video.view(*video.shape[:3], -1, 2).unbind(4)
+    turned = video * cos + torch.stack((-odd, even), dim=4).flatten(3) * sin
+    return torch.cat((heads[:, :, :text], turned.to(heads.dtype)), dim=2)
 
 
 def _attend(attention: Any, u: Tensor, res: BranchResources) -> Tensor:

@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT) with the original's parameter names, so that its checkpoints load.
 
 Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), the adaLN-Zero
-variant. This module is the model as a user knows it and as it is trained; ``models.dit_denoiser`` is how the
+variant. This module is the model as a user knows it and as it is trained; ``models.facebook_dit`` is how the
 engine sees it.
 """
 
