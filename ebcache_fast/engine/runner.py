@@ -84,7 +84,7 @@ class Runner:
         def head(h: Tensor, pending: Pending, at: StepIndex) -> None:
             self._embed_head.predict(h, pending, self._head_norm(), at, self._guide, out)
 
-        self._launch_all(program, _Step(x, cache, 1, head, _never, self._buffer("h")))
+        self._launch_all(program, _Step(x, cache, program.steps, head, _never, self._buffer("h")))
 
     def update(self, program: Program, x: Tensor, cache: FeatureCache, update: Update) -> None:
         """Run all steps of a program, the sampler's included, on x (B, C, H, W) in place."""
