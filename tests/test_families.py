@@ -9,6 +9,8 @@ from diffusers_tiny import tiny_cogvideox, tiny_pixart, tiny_transformer
 from tiny import tiny_dit
 from torch import nn
 
+from ebcache_fast.dropin.diffusers_signatures import signature_of
+from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import FAMILIES, Denoiser, Family, as_denoiser
 from ebcache_fast.ops import reference
@@ -26,6 +28,16 @@ def test_a_model_is_of_one_family_alone(family: type[Family], make: Make) -> Non
     assert type(as_denoiser(model)) is family
     assert [other for other in FAMILIES if not other.layout.missing(model)] == [family]
     assert issubclass(Denoiser, Family)
+
+
+@every_family
+def test_a_family_is_called_in_a_known_way(family: type[Family], make: Make) -> None:
+    """Its signature's own call of the model returns as many channels as the family says."""
+    model = make().double()
+    latents, context = (denoiser := as_denoiser(model)).probe_inputs(2)
+    x, labels = torch.randn(2, *latents, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    out = signature_of(model).ask(model, ForwardCall(x, torch.tensor([500, 500]), labels, context=context))
+    assert out.shape == (2, denoiser.out_channels, *latents[1:])
 
 
 @every_family
