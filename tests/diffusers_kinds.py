@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from constants import ATTENTION, ATTN_MLP, MLP, NO
+from depth import deep
 from diffusers_tiny import (
     TEXT_LENGTH,
     tiny_cogvideox_2b,
@@ -127,6 +129,11 @@ COG_VIDEO = Kind("CogVideoX-video", tiny_video_to_video, by_video, dict(height=1
 PIXARTS = (SIGMA, ALPHA, ALPHA_1024)
 COGS = (COG_2B, COG_5B, COG_IMAGE, COG_VIDEO)
 THREE = (DIT, SIGMA, COG_2B)  # one of each
+
+
+def families(*slow: Kind) -> pytest.MarkDecorator:
+    """Parametrize ``kind`` by one of each family; what is alike in all of them need not be quick in every one."""
+    return pytest.mark.parametrize("kind", [deep(kind) if kind in slow else kind for kind in THREE], ids=str)
 
 
 def timesteps(pipe: Any, steps: int = STEPS) -> tuple[float, ...]:

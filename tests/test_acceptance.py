@@ -6,7 +6,20 @@ from typing import Any
 import pytest
 import torch
 from constants import NO
-from diffusers_kinds import COG_VIDEO, DIT, STEPS, THREE, TYPES, Call, Kind, ask, drive, table_of, timesteps
+from diffusers_kinds import (
+    COG_2B,
+    COG_VIDEO,
+    DIT,
+    STEPS,
+    TYPES,
+    Call,
+    Kind,
+    ask,
+    drive,
+    families,
+    table_of,
+    timesteps,
+)
 from diffusers_oracle import by_timestep, drive_replaying, replaying
 from tiny import assert_same, relative_error
 from torch import Tensor
@@ -17,7 +30,7 @@ from ebcache_fast.errors import TrajectoryError
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-three = pytest.mark.parametrize("kind", THREE, ids=str)
+three = families(COG_2B)
 in_either_order = pytest.mark.parametrize("in_order", [False, True])
 
 

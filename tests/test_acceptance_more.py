@@ -8,7 +8,19 @@ import pytest
 import torch
 from constants import MLP, NO
 from depth import deep
-from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, THREE, TYPES, Kind, drive, table_of, timesteps, uncached
+from diffusers_kinds import (
+    COG_2B,
+    DIT,
+    SIGMA,
+    STEPS,
+    TYPES,
+    Kind,
+    drive,
+    families,
+    table_of,
+    timesteps,
+    uncached,
+)
 from diffusers_oracle import drive_replaying, replaying
 from fake_graphs import FakeGraphs
 from fake_runs import enable_over, over
@@ -21,7 +33,7 @@ from ebcache_fast.models import as_denoiser
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-three = pytest.mark.parametrize("kind", THREE, ids=str)
+three = families(DIT)
 
 
 # ----------------------------------------------------------------------------------- compilers, graphs, off switch

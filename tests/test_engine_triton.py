@@ -172,7 +172,8 @@ def doubled(module: nn.Module, _: object, out: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "part", ["x_embedder", "x_embedder.proj", "final_layer.linear", "blocks.1.mlp.act", "blocks.0.attn.proj"]
+    "part",
+    ["x_embedder", deep("x_embedder.proj"), "final_layer.linear", deep("blocks.1.mlp.act"), "blocks.0.attn.proj"],
 )
 def test_a_layer_with_a_hook_runs_as_a_module(part: str) -> None:
     """At the ends it must leave the fused operations, in every step type; inside, the fused MLP."""

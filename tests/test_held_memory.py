@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from constants import CPU
-from diffusers_kinds import COG_2B, SIGMA, STEPS, THREE, Kind, ask, table_of, timesteps
+from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, Kind, ask, families, table_of, timesteps
 from diffusers_oracle import bare, replaying
 from dropin import LABELS, TIMESTEPS, call, drive, fresh_model, latents, plan_of
 from fake_graphs import FakeGraphs
@@ -66,7 +66,7 @@ def offload(pipe: Any) -> None:
 
 @pytest.mark.parametrize("enabled_first", [True, False], ids=["enabled first", "offloaded first"])
 @pytest.mark.parametrize("options", [{}, dict(in_order=True)], ids=str)
-@pytest.mark.parametrize("kind", THREE, ids=str)
+@families(DIT)
 def test_under_offload_nothing_is_held_while_others_run(
     kind: Kind, options: dict[str, bool], enabled_first: bool
 ) -> None:
@@ -105,7 +105,7 @@ def test_after_a_run_that_was_cancelled_the_next_ones_end_lets_go_of_all(change:
     assert stats(pipe).originals == stats(pipe).refreshed == {}
 
 
-@pytest.mark.parametrize("kind", THREE, ids=str)
+@families(DIT)
 def test_memory_is_kept_for_the_next_run_unless_it_is_to_be_released(kind: Kind) -> None:
     pipe, released = kind.pipeline(), kind.pipeline()
     enable(pipe, table_of(pipe))
@@ -181,7 +181,7 @@ def bytes_of(kind: Kind) -> int:
     return stats(pipe).cache_bytes
 
 
-@pytest.mark.parametrize("kind", THREE, ids=str)
+@families(DIT)
 def test_what_would_be_above_the_limit_is_left_to_the_model_or_an_error_if_strict(kind: Kind) -> None:
     plain, draw = bare(kind)
     needed = bytes_of(kind)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from constants import CPU
-from diffusers_kinds import SIGMA, STEPS, THREE, Kind, ask, table_of, timesteps, uncached
+from diffusers_kinds import DIT, SIGMA, STEPS, Kind, ask, families, table_of, timesteps, uncached
 from diffusers_oracle import bare, replaying
 from dropin import LABELS, assert_bitwise, at, drive, fresh_model, guided_rows, latents, plan_of
 from tiny import relative_error
@@ -21,7 +21,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 Change = Callable[[Any], object]
-of_three = pytest.mark.parametrize("kind", THREE, ids=str)
+of_three = families(DIT)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, Kind, table_of
+from diffusers_kinds import COG_2B, SIGMA, STEPS, Kind, families, table_of
 from diffusers_oracle import bare, replaying
 from dropin import LABELS, call, drive, fresh_model, latents, plan_of
 from tiny import relative_error
@@ -21,7 +21,7 @@ from ebcache_fast.models import DiT
 from ebcache_fast.models.layers import walk
 
 pytest.importorskip("diffusers")
-three = pytest.mark.parametrize("kind", [DIT, SIGMA, COG_2B], ids=str)
+three = families(COG_2B)
 
 
 # ------------------------------------------------------------------------------------------ any graph of modules

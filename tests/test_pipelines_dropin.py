@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from depth import crossed
+from depth import crossed, deep
 from diffusers_kinds import (
     ALPHA_1024,
     COG_2B,
@@ -38,7 +38,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 LAYOUTS = (DIT, SIGMA, ALPHA_1024, COG_2B, COG_IMAGE)
-every_layout = pytest.mark.parametrize("kind", LAYOUTS, ids=str)
+every_layout = pytest.mark.parametrize("kind", [kind if kind in THREE else deep(kind) for kind in LAYOUTS], ids=str)
 every_family = pytest.mark.parametrize("kind", [DIT, SIGMA, COG_5B], ids=str)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from constants import MLP, NO
+from depth import deep
 from diffusers_kinds import (
     ALPHA_1024,
     PIXARTS,
@@ -132,7 +133,7 @@ def test_captions_of_another_width_for_another_processor(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", PIXARTS, ids=str)
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("guidance_scale", [deep(1.0), 4.0])
 def test_noise_is_scaled_once(kind: Kind, guidance_scale: float) -> None:
     pipe = kind.pipeline()
     replayed = kind.draw(replaying(pipe, eps_scale=0.8), guidance_scale=guidance_scale)

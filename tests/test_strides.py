@@ -132,7 +132,7 @@ def to_channels_last(transformer: Any) -> None:
     transformer.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("lay", [by_turns, to_channels_last])
+@pytest.mark.parametrize("lay", [by_turns, deep(to_channels_last)])
 @OPERATIONS
 def test_pipelines_draw_the_same_however_their_weights_lie(
     kind: Kind, operations: ops.Operations, lay: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from constants import ATTN_MLP, NO
-from depth import crossed
+from depth import crossed, deep
 from diffusers_kinds import COG_2B, DIT, SIGMA, STEPS, Kind, ask, table_of, timesteps
 from diffusers_oracle import bare, replaying
 from dropin import TIMESTEPS, call, drive, fresh_model, latents, naive_drive, plan_of
@@ -93,7 +93,12 @@ def enabled_over_graphs(pipe: Any, **options: Any) -> tuple[Any, FakeGraphs]:
     return pipe, graphs
 
 
-SWAPPED = [(kind, name) for name in FUNCTIONS for kind in (DIT, SIGMA, COG_2B) if kind is SIGMA or "attention" in name]
+SWAPPED = [
+    (pytest.param if kind is SIGMA or name.startswith("F.") else deep)(kind, name)
+    for name in FUNCTIONS
+    for kind in (DIT, SIGMA, COG_2B)
+    if kind is SIGMA or "attention" in name
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), SWAPPED, ids=str)
