@@ -14,6 +14,7 @@ from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import FAMILIES, Denoiser, Family, as_denoiser
 from ebcache_fast.ops import reference
+from ebcache_fast.plan import Branch
 
 pytest.importorskip("diffusers")
 
@@ -127,3 +128,26 @@ def test_head_and_its_linear_map_agree(family: type[Family], make: Make) -> None
     with torch.no_grad():
         reference.unpatchify(tokens, out)
         torch.testing.assert_close(denoiser.head(u).reshape(out.shape), out, rtol=1e-12, atol=1e-12)
+
+
+MODULES = {Branch.SELF_ATTN: ("attn", "attn1"), Branch.CROSS_ATTN: ("attn2",), Branch.MLP: ("mlp", "ff")}
+
+
+@every_family
+def test_costs_of_a_layer_are_its_matrices(family: type[Family], make: Make) -> None:
+    """Each weight is multiplied once a token, and attention adds two products of all tokens and keys. Keys and values
+    of text are computed once for a run, and count for no step.
+    """
+    denoiser = as_denoiser(model := make())
+    latents, context = denoiser.probe_inputs(2)
+    shape, block = denoiser.for_shape(latents, context).shape, model.get_submodule(f"{family.layout.blocks}.0")
+    keys = {Branch.SELF_ATTN: shape.tokens, Branch.CROSS_ATTN: 3, Branch.MLP: 0}  # 3 of the probe's text
+    branches = [site for site in shape.site_shapes if site.layer == 0]
+    assert len(branches) * denoiser.shape.depth == len(shape.site_shapes)
+    for site in branches:
+        (module,) = (getattr(block, name) for name in MODULES[site.branch] if hasattr(block, name))
+        once_a_run = ("to_k", "to_v") if site.branch is Branch.CROSS_ATTN else ()
+        matrices = (p for name, p in module.named_parameters() if p.ndim == 2 and not name.startswith(once_a_run))
+        assert site.weights == sum(matrix.numel() for matrix in matrices)
+        assert site.macs == site.weights * shape.tokens + 2 * shape.tokens * keys[site.branch] * shape.width
+        assert site.is_normed is (site.branch in family.layout.norms)
