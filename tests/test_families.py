@@ -1,6 +1,7 @@
 """Families of models: recognition by layout, and what an author gets from a `Layout` without writing it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import nn
 
 from ebcache_fast.dropin.diffusers_signatures import signature_of
 from ebcache_fast.dropin.signatures import ForwardCall
+from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import FAMILIES, Denoiser, Family, as_denoiser
+from ebcache_fast.models.base import BranchResources
 from ebcache_fast.ops import reference
+from ebcache_fast.ops.operations import TORCH
 from ebcache_fast.plan import Branch
 
 pytest.importorskip("diffusers")
@@ -151,3 +155,20 @@ def test_costs_of_a_layer_are_its_matrices(family: type[Family], make: Make) -> 
         assert site.weights == sum(matrix.numel() for matrix in matrices)
         assert site.macs == site.weights * shape.tokens + 2 * shape.tokens * keys[site.branch] * shape.width
         assert site.is_normed is (site.branch in family.layout.norms)
+
+
+def test_linear_and_gelu_are_one_operation_for_a_plain_layer_alone() -> None:
+    memory, linear, u = (
+        Workspace(torch.float64, torch.device("cpu")),
+        nn.Linear(16, 24).double(),
+        torch.ones(2, 3, 16).double(),
+    )
+    res = BranchResources(replace(TORCH, linear_gelu=reference.linear_gelu), scratch=memory, per_run=memory)
+    with torch.no_grad():
+        fused, apart = res.linear_gelu(linear, u), nn.functional.gelu(linear(u), approximate="tanh")
+    assert fused is not None
+    torch.testing.assert_close(fused, apart, rtol=1e-12, atol=1e-12)
+    assert res._replace(operations=TORCH).linear_gelu(linear, u) is None
+    assert res.linear_gelu(linear, u.float()) is None  # as under autocast
+    linear.register_forward_hook(lambda *_: None)
+    assert res.linear_gelu(linear, u) is None
