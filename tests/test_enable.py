@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[Callable[[DiT], object], Any, dict[str, Any], type[EBCa
     "another output": (become(Several), TABLE, {}, InputError, "Several.*computes something else"),
     "another signature": (become(Demanding), TABLE, {}, InputError, "Demanding can.t be tried.*TypeError: .*'mask'"),
     "no weights": (lambda model: model.to("meta"), TABLE, {}, InputError, "meta device"),
-    "another layout": (lambda model: delattr(model, "pos_embed"), TABLE, {}, InputError, "no 'pos_embed'"),
+    "another layout": (lambda model: delattr(model, "pos_embed"), TABLE, {}, InputError, "it lacks 'pos_embed'"),
     "another depth": (nothing, plan_of(depth=3), {}, TableError, "expected 3 layers.*got 2 layers"),
     "another model": (nothing, CacheTable(TIMESTEPS, TYPES, model=SIZES_OF_ANOTHER), {}, TableError, "num_heads 4"),
     **{
