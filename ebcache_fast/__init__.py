@@ -1,5 +1,7 @@
 """EB-Cache for diffusion transformers: a precomputed Cache Table, fused operations, one graph per type of step."""
 
+from typing import Any
+
 from ebcache_fast._version import __version__
 from ebcache_fast.calibration.pipeline import calibrate
 from ebcache_fast.dropin.dry_run import DryCheck, dry_check
@@ -46,3 +48,10 @@ __all__ = [
     "sample",
     "stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Former modules, with a DeprecationWarning."""
+    from ebcache_fast.former import former_module
+
+    return former_module(name)

@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 from test_imports import sources
 
+import ebcache_fast
 from ebcache_fast import EngineOptions, calibration, models, ops
 from ebcache_fast.calibration.search import calibrate
 from ebcache_fast.former import MODULES, former_name, install
@@ -40,6 +41,15 @@ assert CacheTable is ebcache_fast.CacheTable
 assert At.__name__ == "StepIndex"
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_a_former_module_is_an_attribute_of_the_package() -> None:
+    vars(ebcache_fast).pop("presets", None)
+    with pytest.warns(DeprecationWarning, match=r"ebcache_fast\.presets will go .*apps\.bundled") as caught:
+        assert ebcache_fast.presets is import_module("ebcache_fast.apps.bundled")
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="'ebcache_fast' has no attribute 'nothing'"):
+        _ = ebcache_fast.nothing
 
 
 def test_the_warning_names_the_line_that_imports() -> None:

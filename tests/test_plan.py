@@ -200,7 +200,7 @@ def test_all_steps_are_for_one_model(depth: int, branches: tuple[Branch, ...]) -
 
 @pytest.mark.parametrize("step_type", [ATTENTION, ATTN_MLP, MLP])
 def test_first_step_may_not_reuse(step_type: StepType) -> None:
-    with pytest.raises(TableError, match=r"^steps\[0\]: \w+ of layer 0 reads an output .* NO_CACHE$"):
+    with pytest.raises(TableError, match=r"^steps\[0\]: \w+ of layer 0 reads its output, .* NO_CACHE$"):
         plan_of(step_type, NO_CACHE)
 
 

@@ -206,7 +206,7 @@ def test_neighbours_of_slots_that_nobody_reads_are_none() -> None:
 
 def test_what_nobody_reads_shares_scratch_but_for_what_waits_at_the_same_time() -> None:
     shapes = [SiteShape(i, Branch.MLP, 1, 1, is_parallel=i in (1, 2, 5)) for i in range(6)]
-    outputs, rest = [Slot.of(i) for i in range(6)], Slot.of(3, meaning=names.REST)
+    outputs, rest = [Slot.of(i) for i in range(6)], Slot.of(3, meaning=f"{names.REST} 5")
     found = Memory(live=(outputs[1],), unread=(*outputs[:1], *outputs[2:], rest)).scratches(shapes)
     assert found == {outputs[0]: 0, outputs[2]: 2, outputs[3]: 0, outputs[4]: 0, outputs[5]: 1, rest: 3}
 
@@ -289,7 +289,7 @@ def test_every_kind_of_launch_can_be_read() -> None:
         "embed_norm          0.self_attn",
         "branch              0.self_attn",
         "branch              0.self_attn  window 7  -> 0.self_attn window",
-        "subtract            of 0.self_attn less 0.self_attn window  -> 0.self_attn rest",
+        "subtract            of 0.self_attn less 0.self_attn window  -> 0.self_attn rest 7",
         "residual_norm       0.mlp  + 0.self_attn",
         "branch              0.mlp",
         "residual_norm       1.self_attn  + 0.mlp",
@@ -309,7 +309,7 @@ def test_every_kind_of_launch_can_be_read() -> None:
     assert second == [
         "embed_norm          0.self_attn",
         "branch              0.self_attn  window 7  -> 0.self_attn window",
-        "residual_norm       0.mlp  + 0.self_attn window + 0.self_attn rest",
+        "residual_norm       0.mlp  + 0.self_attn window + 0.self_attn rest 7",
         "select              0.mlp  of 0.mlp  tokens 3",
         "gather              0.mlp  tokens 3",
         "branch              0.mlp  tokens 3",
@@ -335,7 +335,7 @@ def test_what_no_step_stored_is_named() -> None:
     shapes = [SiteShape(site.layer, site.branch, 1, 1) for site in sites]
     rows = (COMPUTE, COMPUTE, COMPUTE, REUSE), (REUSE, REUSE, REUSE, REUSE)
     programs = [lower(StepPlan(sites, row), shapes, Memory(), samples=False) for row in rows]
-    with pytest.raises(TableError, match=r"^steps\[0\]: MLP of layer 1 reads an output that .*NO_CACHE$"):
+    with pytest.raises(TableError, match=r"^steps\[0\]: MLP of layer 1 reads its output, which .*NO_CACHE$"):
         verify(programs)
 
 

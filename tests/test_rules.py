@@ -270,9 +270,35 @@ def test_a_forecast_is_exact_where_it_must_be(steps: list[int], ahead: int) -> N
         (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(4, 6),)), r"span 4 to 6: expected sites from 0 to 5"),
         (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(0, 2), KeepSpan(2, 3))), r"span 2 to 3: .* from 3 to 5"),
         (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(3, 2),)), r"span 3 to 2: "),
-        (lambda: plan_of(FULL, each(Forecast(1), REUSE)), r"steps\[1\]: SELF_ATTN of layer 0 reads an output"),
-        (lambda: plan_of(FULL, each(Window(3), REUSE)), r"steps\[1\]: SELF_ATTN of layer 0 reads an? rest"),
-        (lambda: plan_of(FULL, StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(0, 1),))), r"steps\[1\]: .* reads an? change"),
+        (
+            lambda: plan_of(FULL, each(Forecast(1), REUSE)),
+            r"steps\[1\]: SELF_ATTN of layer 0 reads its output of age 1, .* Compute\(1\)$",
+        ),
+        (
+            lambda: plan_of(FULL, each(Window(3), REUSE)),
+            r"steps\[1\]: SELF_ATTN of layer 0 reads its rest 3, .* FullAndWindow\(3\)$",
+        ),
+        (
+            lambda: plan_of(FULL, StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(0, 1),))),
+            r"steps\[1\]: .* reads its change, .* KeepSpan\(0, 1\)$",
+        ),
+        (
+            lambda: plan_of(each(FullAndWindow(5), COMPUTE), each(Window(1), COMPUTE)),
+            r"its rest 1, .* FullAndWindow\(1\)$",
+        ),
+        (lambda: each(Window("a"), COMPUTE), r"0\.self_attn: window: expected 1 token or more, got 'a'"),
+        (lambda: each(Window(2.5), COMPUTE), r"0\.self_attn: window: expected 1 token or more, got 2\.5"),
+        (lambda: each(COMPUTE, Tokens(True)), r"0\.mlp: tokens: expected 1 or more, got True"),
+        (lambda: each(Compute(None), COMPUTE), r"0\.self_attn: age: expected 0 or more, got None"),
+        (lambda: each(Forecast(1.5), COMPUTE), r"0\.self_attn: order: expected 0 to 4, got 1\.5"),
+        (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan("a", 2),)), r"span 'a' to 2: expected sites from 0 to 5"),
+        (lambda: each(KeepSpan(0, 1), COMPUTE), r"0\.self_attn: expected a rule of sites, such as Compute\(\), got "),
+        (lambda: each(Compute, COMPUTE), r"0\.self_attn: expected a rule of sites, such as Compute\(\), got "),
+        (lambda: StepPlan(SITES, (COMPUTE,) * 6, (COMPUTE,)), r"^spans: expected rules of spans, such as KeepSpan"),
+        (lambda: plan_of("NO_CACHE"), r"^steps: expected a StepPlan for each timestep, got 'NO_CACHE'"),
+        (lambda: Plan((FULL,), (1,), "1"), r"^eps_scale: expected a finite number above 0, got '1'"),
+        (lambda: plan_of(FULL, each(REUSE, Tokens(17))).macs(as_denoiser(MODEL).shape), r"0\.mlp: tokens: .* got 17"),
+        (lambda: enable(MODEL, plan_of(FULL, each(REUSE, Tokens(17)))), r"0\.mlp: tokens: .* model's 16, got 17"),
         (lambda: ours(plan_of(FULL, each(REUSE, Tokens(17))), latents(2)), r"0\.mlp: tokens: .* model's 16, got 17"),
         (lambda: ours(plan_of(each(SharedByGuidance(), COMPUTE)), latents(1)), r"a share needs classifier-free"),
     ],
@@ -319,6 +345,28 @@ def test_a_forward_follows_no_plan_of_which_the_first_step_can_not_stand_in_for_
 def test_a_run_begins_with_no_step_that_goes_on_with_what_it_fills() -> None:
     """Chosen tokens are put into the output that the step before kept, and that is all that later steps read."""
     assert plan_of(FULL, each(COMPUTE, Tokens(5)), each(REUSE, REUSE)).refreshing == (True, False, False)
+
+
+def test_a_call_without_guidance_under_a_plan_of_shares_is_the_models_own() -> None:
+    """Somebody else's loop is not ended by it, unless strict."""
+    latent, plan = torch.zeros(ROWS, 4, 16, 16, dtype=torch.float64), plan_of(FULL, each(SharedByGuidance(), REUSE))
+    t = torch.full((ROWS,), TIMESTEPS[0])
+    with torch.no_grad():
+        own = MODEL(latent, t, LABELS)
+        with enabled(MODEL, plan):
+            assert torch.equal(MODEL(latent, t, LABELS), own)
+            ((why, times),) = stats(MODEL).originals.items()
+            assert ("a share needs classifier-free guidance" in why, times) == (True, 1)
+        with (
+            enabled(MODEL, plan, strict=True),
+            pytest.raises(TableError, match="a share needs classifier-free guidance"),
+        ):
+            MODEL(latent, t, LABELS)
+
+
+def test_rules_may_come_in_a_list() -> None:
+    assert StepPlan(SITES, [COMPUTE] * 6) == FULL  # type: ignore[arg-type]
+    assert hash(plan_of(StepPlan(SITES, [COMPUTE] * 6))) == hash(plan_of(FULL))  # type: ignore[arg-type]
 
 
 def test_a_share_of_cross_attention_is_refused() -> None:

@@ -178,7 +178,7 @@ FIVE = ["c", "r", "r", "r", "(r c)*3 c"]
         ({"steps": [*FIVE[:-1], "r c r c r c c"]}, "steps[4]: expected the spelling '(r c)*3 c', got "),
         (
             {"steps": ["r c*6", "c", "c", "c", "c"]},
-            "steps[0]: SELF_ATTN of layer 0 reads an output that no step st",
+            "steps[0]: SELF_ATTN of layer 0 reads its output, which no step st",
         ),
         ({"steps": "crrrr"}, "steps: "),
         ({"timesteps": [50, 40, 30, 20]}, "step_types: expected 4, one per timestep, got 5"),

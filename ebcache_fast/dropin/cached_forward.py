@@ -26,7 +26,7 @@ from ebcache_fast.engine.options import EngineOptions
 from ebcache_fast.engine.stats import Counts, Stats
 from ebcache_fast.engine.step_scheduler import StepScheduler
 from ebcache_fast.engine.trajectory import ForwardTrajectory
-from ebcache_fast.errors import CacheLimitError, InputError, TrajectoryError
+from ebcache_fast.errors import CacheLimitError, InputError, TableError, TrajectoryError
 from ebcache_fast.models.layers import parameters_of
 from ebcache_fast.plan import Plan
 
@@ -235,6 +235,10 @@ class CachedForward:
     def _trajectory_for(self, call: ForwardCall) -> ForwardTrajectory:
         try:
             return self.engine.forward_run(self.plan, call.batch.with_own_context(), self._tail)
+        except TableError as error:  # of a rule that such a batch can't take, as a share without guidance
+            if self.options.strict:
+                raise
+            raise DeclinedError(str(error)) from error
         except InputError as error:  # too little memory: all else was checked
             is_limit = isinstance(error, CacheLimitError)
             if is_limit and self._runs.give_way():

@@ -129,6 +129,14 @@ def moved(name: str) -> str | None:
     return None
 
 
+def former_module(name: str) -> ModuleType:
+    """The module that a former one of the package is now, with a warning; AttributeError for what was none."""
+    if (where := moved(f"{PACKAGE}.{name}")) is None:
+        raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+    warn(f"{PACKAGE}.{name}", where, stacklevel=4)
+    return import_module(where)
+
+
 def former_name(module: str, name: str) -> Any:
     """The object that a module calls otherwise by now, with a warning; AttributeError for a name that it never had."""
     if name not in NAMES:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.emitter import Emitter
 from ebcache_fast.plan.memory import Memory
-from ebcache_fast.plan.program import Program, Slot
+from ebcache_fast.plan.program import CHANGE, REST, Program, Slot
 from ebcache_fast.plan.sites import Site, SiteShape
 from ebcache_fast.plan.step_plan import StepPlan
 
@@ -59,7 +59,21 @@ def verify(programs: Iterable[Program]) -> None:
         if missing := next((slot for slot in program.reads if slot not in stored), None):
             site = program.sites[missing.first]
             raise TableError(
-                f"steps[{i}]: {site.branch.name} of layer {site.layer} reads an {missing.meaning} that no step stored; "
-                "let it be computed before, as in a first step that is NO_CACHE"
+                f"steps[{i}]: {site.branch.name} of layer {site.layer} reads its {described(missing)}, which no step "
+                f"stored; let an earlier step keep it, by {keeper_of(missing)}"
             )
         stored |= program.writes
+
+
+def described(slot: Slot) -> str:
+    """A slot's meaning in words, with its age where there are several."""
+    return slot.meaning + f" of age {slot.age}" * (slot.age > 0)
+
+
+def keeper_of(slot: Slot) -> str:
+    """The rule that keeps such a slot, as people write it."""
+    if slot.meaning == CHANGE:
+        return f"KeepSpan({slot.first}, {slot.last})"
+    if slot.meaning.startswith(REST):
+        return f"FullAndWindow({slot.meaning.removeprefix(REST).strip()})"
+    return f"Compute({slot.age})" if slot.age else "COMPUTE, as in a first step that is NO_CACHE"

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
-from typing import Self
+from itertools import accumulate, chain, groupby
+from typing import Any, Self
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.costs import branch_macs, branch_weights
@@ -18,7 +18,7 @@ from ebcache_fast.plan.model_shape import ModelShape
 from ebcache_fast.plan.program import RUN, Program
 from ebcache_fast.plan.sites import Site, described
 from ebcache_fast.plan.step_plan import StepPlan, StepType
-from ebcache_fast.plan.timesteps import exact_timesteps
+from ebcache_fast.plan.timesteps import exact_timesteps, shown
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", exact_timesteps(self.timesteps))
+        if strange := next((step for step in self.steps if type(step) is not StepPlan), None):
+            raise TableError(f"steps: expected a StepPlan for each timestep, got {shown(strange)}")
         if len(self.steps) != len(self.timesteps):
             raise TableError(f"steps: expected one per timestep, {len(self.timesteps)}, got {len(self.steps)}")
-        if not 0 < self.eps_scale < math.inf:
-            raise TableError(f"eps_scale: expected a finite number above 0, got {self.eps_scale}; 1 is neutral")
+        b: Any = self.eps_scale
+        if not isinstance(b, int | float) or not 0 < b < math.inf:
+            raise TableError(f"eps_scale: expected a finite number above 0, got {b!r}; 1 is neutral")
         for i, step in enumerate(self.steps):
             if step.sites != self.sites:
                 raise TableError(
@@ -167,3 +170,9 @@ class Plan:
                 f"shape: expected {described(self.sites)} as in the plan, got {described(shape.sites)}; make the plan "
                 "for this model"
             )
+        for launch in chain.from_iterable(self._drafts.values()):
+            if launch.tokens > shape.tokens:
+                raise TableError(
+                    f"{self.sites[launch.site]}: tokens: expected at most the model's {shape.tokens}, got "
+                    f"{launch.tokens}; use fewer"
+                )

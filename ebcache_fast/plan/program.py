@@ -12,7 +12,7 @@ _Group = tuple[int, tuple[str, ...]]  # a layer, and the lines that name it as {
 
 # What slots hold.
 OUTPUT = "output"  # of one site: the branch's ungated output
-REST = "rest"  # of one site: what full attention adds to attention within a window
+REST = "rest"  # of one site, and the width after it: what full attention adds to attention within a window
 CHANGE = "change"  # of several sites: what they add to the stream, gated
 MARK = "mark"  # the stream as it was before several sites
 WINDOW = "window"  # an output of attention within a window

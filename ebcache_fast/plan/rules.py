@@ -34,8 +34,8 @@ class Compute:
     runs_branch = True
 
     def check(self, site: Site) -> None:
-        if self.age < 0:
-            raise TableError(f"{site}: age: expected 0 or more, got {self.age}")
+        if type(self.age) is not int or self.age < 0:
+            raise TableError(f"{site}: age: expected 0 or more, got {self.age!r}")
 
     def emit(self, site: int, emitter: Emitter) -> None:
         emitter.input(site)
@@ -54,8 +54,8 @@ class Reuse:
     runs_branch = False
 
     def check(self, site: Site) -> None:
-        if self.age < 0:
-            raise TableError(f"{site}: age: expected 0 or more, got {self.age}")
+        if type(self.age) is not int or self.age < 0:
+            raise TableError(f"{site}: age: expected 0 or more, got {self.age!r}")
 
     def emit(self, site: int, emitter: Emitter) -> None:
         emitter.add(Slot.of(site, self.age), site)
@@ -76,8 +76,8 @@ class Forecast:
     runs_branch = False
 
     def check(self, site: Site) -> None:
-        if not 0 <= self.order <= 4:
-            raise TableError(f"{site}: order: expected 0 to 4, got {self.order}; differences of more are noise")
+        if type(self.order) is not int or not 0 <= self.order <= 4:
+            raise TableError(f"{site}: order: expected 0 to 4, got {self.order!r}; differences of more are noise")
 
     def emit(self, site: int, emitter: Emitter) -> None:
         for age in range(self.order + 1):
@@ -97,8 +97,8 @@ class Tokens:
     def check(self, site: Site) -> None:
         if site.branch is not Branch.MLP:
             raise TableError(f"{site}: tokens: expected MLP, which mixes none, got {site.branch.name}; use REUSE there")
-        if self.count < 1:
-            raise TableError(f"{site}: tokens: expected 1 or more, got {self.count}; use REUSE for none")
+        if type(self.count) is not int or self.count < 1:
+            raise TableError(f"{site}: tokens: expected 1 or more, got {self.count!r}; use REUSE for none")
 
     def emit(self, site: int, emitter: Emitter) -> None:
         emitter.check_tokens(site, self.count)
@@ -121,14 +121,18 @@ class Window:
     def check(self, site: Site) -> None:
         if site.branch is not Branch.SELF_ATTN:
             raise TableError(f"{site}: window: expected SELF_ATTN, got {site.branch.name}; use COMPUTE or REUSE there")
-        if self.width < 1:
-            raise TableError(f"{site}: window: expected 1 token or more, got {self.width}")
+        if type(self.width) is not int or self.width < 1:
+            raise TableError(f"{site}: window: expected 1 token or more, got {self.width!r}")
 
     def emit(self, site: int, emitter: Emitter) -> None:
         emitter.input(site)
         emitter.branch(site, Slot.of(site, meaning=WINDOW), window=self.width)
         emitter.add(Slot.of(site, meaning=WINDOW), site)
-        emitter.add(Slot.of(site, meaning=REST), site)
+        emitter.add(self.rest(site), site)
+
+    def rest(self, site: int) -> Slot:
+        """The slot of what full attention adds to attention within a window of this width, and no other."""
+        return Slot.of(site, meaning=f"{REST} {self.width}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class FullAndWindow(Window):
         emitter.input(site)
         emitter.branch(site, output)
         emitter.branch(site, window, window=self.width)
-        emitter.subtract(output, window, Slot.of(site, meaning=REST))
+        emitter.subtract(output, window, self.rest(site))
         emitter.add(output, site)
 
 

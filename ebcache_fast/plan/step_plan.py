@@ -11,6 +11,7 @@ from ebcache_fast.former import warn
 from ebcache_fast.plan.rules import COMPUTE, REUSE, Rule
 from ebcache_fast.plan.sites import Branch, Site, branch_names, layered
 from ebcache_fast.plan.spans import SpanRule
+from ebcache_fast.plan.timesteps import shown
 
 
 class StepType(IntEnum):
@@ -64,18 +65,25 @@ class StepPlan:
     spans: tuple[SpanRule, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("sites", "rules", "spans"):  # hashed
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise TableError(f"sites: expected one or more, each once, got {list(map(str, self.sites))}")
         if len(self.rules) != len(self.sites):
             raise TableError(f"rules: expected one per site, {len(self.sites)}, got {len(self.rules)}")
         for site, rule in zip(self.sites, self.rules, strict=True):
+            if isinstance(rule, type) or not all(hasattr(rule, name) for name in ("check", "emit", "runs_branch")):
+                raise TableError(f"{site}: expected a rule of sites, such as Compute(), got {shown(rule)}")
             rule.check(site)
         end = 0
         for span in self.spans:
-            if not end <= span.first <= span.last < len(self.sites):
+            if isinstance(span, type) or not all(hasattr(span, name) for name in ("enter", "leave", "skips")):
+                raise TableError(f"spans: expected rules of spans, such as KeepSpan(0, 1), got {shown(span)}")
+            whole = {type(span.first), type(span.last)} == {int}
+            if not whole or not end <= span.first <= span.last < len(self.sites):
                 raise TableError(
-                    f"span {span.first} to {span.last}: expected sites from {end} to {len(self.sites) - 1}, in order; "
-                    "let spans follow each other within the model"
+                    f"span {span.first!r} to {span.last!r}: expected sites from {end} to {len(self.sites) - 1}, in "
+                    "order; let spans follow each other within the model"
                 )
             end = span.last + 1
 
