@@ -327,8 +327,8 @@ REFUSED: dict[str, tuple[Callable[[DiT], object], Any, dict[str, Any], type[EBCa
     },
     "b=inf, allowed": (nothing, TABLE, {"eps_scale": math.inf, "allow_amplify": True}, InputError, "eps_scale=inf"),
     "a table's path": (nothing, "table.json", {}, InputError, "table='table.json' is no table but a str"),
-    "no graphs": (nothing, TABLE, {"max_graphs": 0}, InputError, "max_graphs=0 is below 1"),
-    "no runs": (nothing, TABLE, {"max_trajectories": 0}, InputError, "max_trajectories=0 is below 1"),
+    "no graphs": (nothing, TABLE, {"max_graphs": 0}, InputError, "max_graphs=0 is no whole number of 1 or more"),
+    "no runs": (nothing, TABLE, {"max_trajectories": 0}, InputError, "max_trajectories=0 is no whole number of 1"),
 }
 
 
@@ -352,6 +352,11 @@ def test_what_is_refused_changes_nothing(
     assert "\n" not in str(caught.value)
     assert attributes(model) == before
     assert (stats(model) if was_enabled else None) == counted
+
+
+def test_a_model_that_is_not_known_is_told_so_before_its_mode() -> None:
+    with pytest.raises(InputError, match=r"^Linear is of no known family"):
+        enable(nn.Linear(2, 2).train(), TABLE)
 
 
 def test_stats_before_the_first_call(model: DiT) -> None:

@@ -11,6 +11,7 @@ from test_imports import sources
 import ebcache_fast
 from ebcache_fast import EngineOptions, calibration, models, ops
 from ebcache_fast.calibration.search import calibrate
+from ebcache_fast.errors import InputError
 from ebcache_fast.former import MODULES, former_name, install
 
 
@@ -81,6 +82,16 @@ def test_former_options() -> None:
     with pytest.warns(DeprecationWarning, match="pdl") as caught:
         assert EngineOptions(dependent_launch=True) == EngineOptions(pdl=True)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_former_options_do_not_contradict_those_of_now() -> None:
+    for value in (True, False):
+        assert EngineOptions(pdl=value, dependent_launch=value).pdl is value
+    with pytest.raises(InputError, match=r"^pdl=True contradicts dependent_launch=False.*pass pdl alone"):
+        EngineOptions(pdl=True, dependent_launch=False)
+    with pytest.raises(InputError, match=r"^dependent_launch='no' is neither True nor False"):
+        EngineOptions(dependent_launch="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -232,7 +233,19 @@ def test_our_own_loop_keeps_to_the_limit() -> None:
     sample(model, [3, 4], table=table, engine=limited)
 
 
-@pytest.mark.parametrize("limit", [0, -1, True, 1.0, 1e9, "1", float("nan")], ids=repr)
-def test_a_limit_that_is_none_is_named(limit: Any) -> None:
-    with pytest.raises(InputError, match=r"^max_cache_bytes=.* is no whole number of 1 or more; leave it out"):
-        enable(fresh_model(), plan_of(), max_cache_bytes=limit)
+@pytest.mark.parametrize("name", ["max_cache_bytes", "max_graphs", "max_trajectories"])
+@pytest.mark.parametrize("limit", [0, -1, True, 1.0, 2.5, 1e9, "1", [], float("nan")], ids=repr)
+def test_a_limit_that_is_none_is_named(name: str, limit: Any) -> None:
+    with pytest.raises(
+        InputError, match=rf"^{name}={re.escape(repr(limit))} is no whole number of 1 or more; leave it"
+    ):
+        EngineOptions(**{name: limit})
+    with pytest.raises(InputError, match=rf"^{name}=.* is no whole number"):
+        enable(fresh_model(), plan_of(), **{name: limit})
+
+
+@pytest.mark.parametrize("name", ["strict", "whole_trajectory", "pdl", "fp8", "release"])
+@pytest.mark.parametrize("value", [0, 1, None, "yes", 1.0], ids=repr)
+def test_a_switch_is_on_or_off(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^{name}={value!r} is neither True nor False; pass one of them"):
+        EngineOptions(**{name: value})

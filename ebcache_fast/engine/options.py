@@ -1,11 +1,13 @@
 """Options of an engine."""
 
 from dataclasses import InitVar, dataclass
+from numbers import Integral
 
 from ebcache_fast.errors import InputError
 from ebcache_fast.former import warn
 from ebcache_fast.models import Denoiser
 from ebcache_fast.models.float8 import check_float8
+from ebcache_fast.plan import shown
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class EngineOptions:
     that would take more raises InputError before it takes any.
     max_graphs: beyond so many, steps run eagerly. max_trajectories: so many at a time, each in memory of its own.
     dependent_launch: former name of pdl.
-    Raises InputError for a limit below 1, or that is no whole number.
+    Raises InputError for a limit below 1 or that is no whole number, and for a switch that is neither True nor False.
     """
 
     strict: bool = False
@@ -39,15 +41,28 @@ class EngineOptions:
     def __post_init__(self, dependent_launch: bool | None) -> None:
         if dependent_launch is not None:
             warn("EngineOptions(dependent_launch=...)", "pdl=...", stacklevel=4)
+            _check_switch("dependent_launch", dependent_launch)
+            if self.pdl is True and not dependent_launch:
+                raise InputError("pdl=True contradicts dependent_launch=False, its former name; pass pdl alone")
             object.__setattr__(self, "pdl", dependent_launch)
-        for name in ("max_graphs", "max_trajectories"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} is below 1; leave it out for the default")
-        limit = self.max_cache_bytes
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise InputError(f"max_cache_bytes={limit!r} is no whole number of 1 or more; leave it out for no limit")
+        for name in ("strict", "whole_trajectory", "pdl", "fp8", "release"):
+            _check_switch(name, getattr(self, name))
+        _check_limit("max_graphs", self.max_graphs, "the default")
+        _check_limit("max_trajectories", self.max_trajectories, "the default")
+        if self.max_cache_bytes is not None:
+            _check_limit("max_cache_bytes", self.max_cache_bytes, "no limit")
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise InputError where a model, or the device that it lies on, can't be run so."""
         if self.fp8:
             check_float8(denoiser)
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={shown(value)} is neither True nor False; pass one of them, or leave it out")
+
+
+def _check_limit(name: str, value: object, without: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name}={shown(value)} is no whole number of 1 or more; leave it out for {without}")
