@@ -10,11 +10,13 @@ from diffusers_tiny import tiny_cogvideox, tiny_pixart, tiny_transformer
 from tiny import tiny_dit
 from torch import nn
 
+from ebcache_fast import CacheTable, enable
+from ebcache_fast.dropin import diffusers_signatures
 from ebcache_fast.dropin.diffusers_signatures import signature_of
 from ebcache_fast.dropin.signatures import ForwardCall
 from ebcache_fast.engine.workspace import Workspace
 from ebcache_fast.errors import InputError
-from ebcache_fast.models import FAMILIES, Denoiser, Family, as_denoiser
+from ebcache_fast.models import FAMILIES, Denoiser, Family, PixArtDenoiser, as_denoiser
 from ebcache_fast.models.base import BranchResources
 from ebcache_fast.ops import reference
 from ebcache_fast.ops.operations import TORCH
@@ -43,6 +45,21 @@ def test_a_family_is_called_in_a_known_way(family: type[Family], make: Make) -> 
     x, labels = torch.randn(2, *latents, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     out = signature_of(model).ask(model, ForwardCall(x, torch.tensor([500, 500]), labels, context=context))
     assert out.shape == (2, denoiser.out_channels, *latents[1:])
+
+
+def test_a_family_in_a_way_of_its_own_is_called_as_the_one_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nearby(PixArtDenoiser):
+        """A family of its own."""
+
+    monkeypatch.setattr(diffusers_signatures, "as_denoiser", Nearby)
+    assert signature_of(tiny_pixart()) is diffusers_signatures.PixArtSignature
+
+
+def test_a_family_without_a_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusers_signatures, "_SIGNATURES", {PixArtDenoiser: diffusers_signatures.PixArtSignature})
+    told = r"^DiTDenoiser, the family of a DiT, has no signature, .* PixArtDenoiser; add .* ebcache_fast\.dropin\.diff"
+    with pytest.raises(InputError, match=told):
+        enable(tiny_dit(), CacheTable((999, 0), (0, 0)))
 
 
 @every_family

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ebcache_fast.dropin.patching import Method
 from ebcache_fast.dropin.signatures import Answering, FacebookDiTSignature, ForwardCall, Signature
+from ebcache_fast.errors import InputError
 from ebcache_fast.models import (
     CogVideoXConditioning,
     CogVideoXDenoiser,
@@ -202,5 +203,12 @@ _SIGNATURES: Final[Mapping[type, type[Signature]]] = MappingProxyType(
 
 
 def signature_of(model: nn.Module) -> type[Signature]:
-    """The signature of models of this layout, by their adapter."""
-    return _SIGNATURES[type(as_denoiser(model))]
+    """The signature of models of this layout, by their family or the nearest above it; InputError without any."""
+    family = type(as_denoiser(model))
+    found = next((_SIGNATURES[base] for base in family.__mro__ if base in _SIGNATURES), None)
+    if found is None:
+        raise InputError(
+            f"{family.__name__}, the family of a {type(model).__name__}, has no signature, expected one of the "
+            f"families {', '.join(base.__name__ for base in _SIGNATURES)}; add its line to the table in {__name__}"
+        )
+    return found

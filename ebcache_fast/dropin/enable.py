@@ -82,10 +82,10 @@ def enable(
     if trust_order is not None:
         in_order = _renamed(trust_order, in_order, stacklevel=3)
     module = module_of(model)
-    if module.training:
-        raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     refuse_other_caches(model, module)
     denoiser = as_denoiser(module)
+    if module.training:
+        raise InputError(f"{type(module).__name__} is in training mode, where labels are dropped; call model.eval()")
     plans = [with_eps_scale(plan_for(denoiser, single), eps_scale, allow_amplify) for single in tables_of(table)]
     options = EngineOptions(
         strict=strict,

@@ -126,8 +126,9 @@ class _Probe:
         None where both compute the same; the very error where the model's own raises one.
         """
         call = self._call._replace(guided_channels=guided_channels)
+        signature = signature_of(self._model)
         try:
-            own = signature_of(self._model).ask(self._model, call)
+            own = signature.ask(self._model, call)
         except Exception as error:  # whatever a model, its hooks, or a method of another meaning may raise
             return error
         try:
