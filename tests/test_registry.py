@@ -14,6 +14,7 @@ from ebcache_fast.plan.rules import Compute, Tokens
 from ebcache_fast.plan.sites import Site
 from ebcache_fast.plan.table_schema import Layers
 from ebcache_fast.plan.table_steps import spelt, steps_of
+from ebcache_fast.policies.registry import PolicyRegistry
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,23 @@ def test_names_that_are_taken_or_no_names_are_refused() -> None:
             rules.register(name)(Mine)
 
 
+@pytest.mark.parametrize("name", [Mine, Compute, None, 3, b"mine"], ids=repr)
+def test_what_has_no_name_is_not_taken_for_one(name: Any) -> None:
+    """As a decorator that is written without its name hands it over."""
+    with pytest.raises(TableError, match=r'^rule .*: expected its name, a string; write register_rule\("name"\)$'):
+        RuleRegistry().register(name)
+    with pytest.raises(TableError, match=r'; write register_policy\("name"\)$'):
+        PolicyRegistry().register(name)
+
+
+def test_of_many_names_a_dozen_is_listed() -> None:
+    rules = known()
+    for i in range(100):
+        rules._things[f"x{i}"] = Mine
+    with pytest.raises(TableError, match=r"'their' is unknown: expected one of compute, .* and 98 more; install"):
+        rules.make("their", {})
+
+
 def test_a_module_that_is_run_again_keeps_its_names() -> None:
     rules, code = RuleRegistry(), compile(SOURCE, "their.py", "exec")
     for _ in range(2):
@@ -176,6 +194,32 @@ def test_a_table_holds_rules_of_others() -> None:
     assert steps_of(layers, keys["kinds"], keys["steps"], rules) == steps
     with pytest.raises(TableError, match=r"^kinds\.m: rule 'mine' is unknown"):
         steps_of(layers, keys["kinds"], keys["steps"], RuleRegistry())
+
+
+def test_many_kinds_are_not_each_compared_with_all_others() -> None:
+    compared = 0
+
+    @dataclass(frozen=True, eq=False)
+    class Counted(Mine):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return isinstance(other, Counted) and self.name == other.name
+
+        def __hash__(self) -> int:
+            return hash(self.name)
+
+    rules, sites = known(), layered(300, (Branch.MLP,))
+    rules.register("counted")(Counted)
+    keys = spelt((StepPlan(sites, tuple(Counted(f"{i}") for i in range(300))),), rules)
+    assert [*keys["kinds"]] == ["c", *(f"c{i}" for i in range(2, 301))]
+    layers, compared = [Layers(**each) for each in keys["sites"]], 0
+    steps_of(layers, keys["kinds"], keys["steps"], rules)
+    assert compared < 10 * 300
+    with pytest.raises(TableError, match=r"kind q is unknown: expected one of c, c2, .*, c12 and 288 more; name it"):
+        steps_of(layers, keys["kinds"], ["q"], rules)
+    with pytest.raises(TableError, match=r"^kinds\.z: expected another rule than c7 is; name each rule once"):
+        steps_of(layers, {**keys["kinds"], "z": keys["kinds"]["c7"]}, keys["steps"], rules)
 
 
 # Entry points

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, Rule, SharedByGuidance, Tokens, Window
 from ebcache_fast.plan.spans import KeepSpan, SkipSpan, SpanRule
-from ebcache_fast.plan.timesteps import MAX_INT, shown
+from ebcache_fast.plan.timesteps import MAX_INT, shown, some_of
 
 GROUP = "ebcache_fast.policies"  # of entry points; loading one registers what it has
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
@@ -56,6 +56,10 @@ class Registry(Generic[_Thing]):
 
         Raises TableError for a name that is taken or malformed, and for what is no such thing.
         """
+        if not isinstance(name, str):  # the thing itself, where the decorator was written without a name
+            raise TableError(
+                f'{self.kind} {shown(name)}: expected its name, a string; write register_{self.kind}("name")'
+            )
 
         def registered(thing: _Given) -> _Given:
             if NAME.fullmatch(name) is None:
@@ -83,7 +87,7 @@ class Registry(Generic[_Thing]):
         if name not in self._things:
             problems = self.plugin_problems
         if name not in self._things:
-            known = f"expected one of {', '.join(sorted(self._things))}" if self._things else "none is registered"
+            known = f"expected one of {some_of(sorted(self._things))}" if self._things else "none is registered"
             raise TableError(
                 f"{self.kind} {shown(name)} is unknown: {known}; install the package that registers it"
                 + "".join(f"; {problem}" for problem in problems)
@@ -144,7 +148,7 @@ class RuleRegistry(Registry[type[Any]]):
             kind = type(rule)
             raise TableError(
                 f"rule {kind.__module__}.{kind.__qualname__} has no name, expected one of "
-                f"{', '.join(sorted(self._things))}; register it with register_rule(name)"
+                f"{some_of(sorted(self._things))}; register it with register_rule(name)"
             )
         arguments = {argument: getattr(rule, argument) for argument in argument_types(type(rule))}
         _check_arguments(name, arguments, type(rule))

@@ -13,6 +13,7 @@ shortest of those, else a single kind; then the rules over spans, in order. Any 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any, cast
@@ -23,6 +24,7 @@ from ebcache_fast.plan.registry import RULES, AnyRule, RuleRegistry
 from ebcache_fast.plan.spans import SpanRule
 from ebcache_fast.plan.table_file import Rows, key_shown, naming
 from ebcache_fast.plan.table_schema import AnyTableFile, Layers, SitedTableFile, TableFile
+from ebcache_fast.plan.timesteps import some_of
 
 LONGEST = 12  # kinds of a pattern: four layers of three branches
 MAX_RULES = 2**22  # of a table, each row counted once: a wrong file must not fill the memory
@@ -36,10 +38,13 @@ _ROW = re.compile(rf"((?:{_ITEM})(?: (?:{_ITEM}))*)(?: \+ (?P<spans>{_KIND}(?: {
 def spelt(steps: Sequence[StepPlan], registry: RuleRegistry = RULES) -> dict[str, Any]:
     """The keys ``sites``, ``kinds`` and ``steps`` of the file; TableError for a rule or sites that it can't hold."""
     kinds: dict[AnyRule, str] = {}
+    count = Counter[str]()
     distinct = dict.fromkeys(steps)
     rules: Iterable[AnyRule] = chain.from_iterable((*step.rules, *step.spans) for step in distinct)
     for rule in dict.fromkeys(rules):
-        kinds[rule] = _free(registry.describe(rule)[0][0], kinds.values())
+        letter = registry.describe(rule)[0][0]
+        count[letter] += 1
+        kinds[rule] = letter if count[letter] == 1 else f"{letter}{count[letter]}"
     rows = {
         step: " + ".join(filter(None, (_row([kinds[rule] for rule in step.rules]), _spans(step, kinds))))
         for step in distinct
@@ -128,6 +133,7 @@ def _sites(layers: tuple[Layers, ...]) -> tuple[Site, ...]:
 
 def _rules(kinds: Mapping[str, Mapping[str, object]], registry: RuleRegistry) -> dict[str, AnyRule]:
     rules: dict[str, AnyRule] = {}
+    names: dict[AnyRule, str] = {}
     for name, spelling in kinds.items():
         with naming(f"kinds.{key_shown(name)}"):
             if re.fullmatch(_KIND, name) is None:
@@ -136,7 +142,7 @@ def _rules(kinds: Mapping[str, Mapping[str, object]], registry: RuleRegistry) ->
                 raise TableError(f"rule: expected the name of a rule, got {shown(spelling.get('rule'))}")
             arguments = {argument: value for argument, value in spelling.items() if argument != "rule"}
             rules[name] = registry.make(str(spelling["rule"]), arguments)
-            if same := next((other for other in rules if other != name and rules[other] == rules[name]), None):
+            if (same := names.setdefault(rules[name], name)) != name:
                 raise TableError(f"expected another rule than {same} is; name each rule once")
     return rules
 
@@ -150,7 +156,7 @@ def _names(row: str, rules: Mapping[str, AnyRule], sites: int) -> tuple[list[str
     patterns = [(names.split(" "), times) for names, times in parts]
     for name in chain(chain.from_iterable(names for names, _ in patterns), spans):
         if name not in rules:
-            raise TableError(f"kind {name} is unknown: expected one of {', '.join(rules)}; name it in kinds")
+            raise TableError(f"kind {name} is unknown: expected one of {some_of(rules)}; name it in kinds")
     if row in rules:
         return [row] * sites, spans
     if (count := sum(len(names) * times for names, times in patterns)) != sites:
@@ -199,11 +205,3 @@ def _times(names: Sequence[str], start: int, length: int) -> int:
     while names[start + times * length : start + (times + 1) * length] == pattern:
         times += 1
     return times
-
-
-def _free(letter: str, taken: Iterable[str]) -> str:
-    """A name that begins with this letter: the letter alone where it is free."""
-    taken = set(taken)
-    return next(
-        name for name in chain([letter], (f"{letter}{i}" for i in range(2, len(taken) + 3))) if name not in taken
-    )

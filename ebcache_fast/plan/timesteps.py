@@ -1,8 +1,8 @@
 """Timesteps as a sampler gives them to its model, by which steps are known: each compared exactly."""
 
 import reprlib
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Collection, Iterable
+from itertools import islice, pairwise
 from typing import Any
 
 from ebcache_fast.errors import TableError
@@ -37,6 +37,12 @@ _REPEATED = (
 def shown(value: object) -> str:
     """A value as it may stand in a message; str() itself refuses the longest integers."""
     return "an integer beyond 64 bits" if isinstance(value, int) and abs(value) > MAX_INT else reprlib.repr(value)
+
+
+def some_of(names: Collection[str]) -> str:
+    """Names as they may stand in a message: a dozen at most, and how many there are besides."""
+    listed, more = ", ".join(islice(names, 12)), len(names) - 12
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def exact_timestep(name: str, value: Any) -> float:
