@@ -145,8 +145,8 @@ class Runner:
         if step.quantised is not None and self._float8 is not None:
             self._float8.run(site, step.quantised, out, res)
         elif launch.is_shared:
-            (conditional, unconditional), u = out.chunk(2), step.u.view(out.shape).chunk(2)[0]
-            self._denoiser.branch(site, u, conditional, res)
+            conditional, unconditional = torch.unflatten(out, 0, (2, -1)).unbind()
+            self._denoiser.branch(site, step.u.view(out.shape)[: len(conditional)], conditional, res)
             self._operations.copy(conditional, unconditional)
         else:
             u = step.u if self._normed[launch.site] else self._buffer("h")
