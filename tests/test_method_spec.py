@@ -84,6 +84,7 @@ def test_a_table_for_another_sampler_is_refused(spec: tuple[str, int], tmp_path:
 
 OWN = """
 from ebcache_fast import CacheTable, StepType
+from ebcache_fast.plan import Plan
 from ebcache_fast.policies import fora
 
 def every_third(timesteps, shape):
@@ -100,6 +101,12 @@ def too_late(timesteps, shape):
 
 def fails(timesteps, shape):
     return 1 / 0
+
+def leaves(timesteps, shape):
+    raise SystemExit("enough\\nof it")
+
+def of_another(timesteps, shape):
+    return Plan.uncached(timesteps, shape.sites[:2])
 """
 
 
@@ -117,12 +124,14 @@ def test_a_function_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for function, problem in (
             ("stranger", "it returns 'list'; return a Plan or a CacheTable"),
             ("fails", r"ZeroDivisionError: division by zero; name a function \(timesteps, shape\)"),
+            ("leaves", "SystemExit: enough; name a function"),
             ("missing", "AttributeError: .* 'missing'; name a function"),
         ):
             with pytest.raises(InputError, match=f"^method '{re.escape(where)}:{function}': {problem}"):
                 parse_method(f"{where}:{function}", SETTING)
-        with pytest.raises(EBCacheError, match="2000"):
-            parse_method(f"{where}:too_late", SETTING)
+        for function, problem in (("too_late", "2000"), ("of_another", "make the plan for this model")):
+            with pytest.raises(EBCacheError, match=f"^method '{re.escape(where)}:{function}': (?!method).*({problem})"):
+                parse_method(f"{where}:{function}", SETTING)
     assert sys.path == before
     with pytest.raises(InputError, match="ModuleNotFoundError: No module named 'nobody_s'; name a function"):
         parse_method("nobody_s:policy", SETTING)
@@ -156,11 +165,12 @@ def test_an_unknown_method_lists_the_known_ones(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("fora", "could not convert"),
+        ("fora", "it takes an argument, as fora:N"),
         ("fora:x", "could not convert"),
-        ("steps", "invalid literal"),
+        ("fora:", "it takes an argument, as fora:N"),
+        ("steps", "it takes an argument, as steps:N"),
         ("steps:2.5", "invalid literal"),
-        ("eps-scale:", "could not convert"),
+        ("eps-scale:", "it takes an argument, as eps-scale:B"),
         ("eps-scale:1.001", r"b is outside \(0, 1\]"),
         ("eps-scale:0", r"b is outside \(0, 1\]"),
         ("eps-scale:-1", r"b is outside \(0, 1\]"),
@@ -188,5 +198,5 @@ def test_a_bad_argument_shows_how_to_write_it(text: str, problem: str) -> None:
     ],
 )
 def test_errors_of_what_is_called_come_through(text: str, kind: type[EBCacheError], problem: str) -> None:
-    with pytest.raises(kind, match=problem):
+    with pytest.raises(kind, match=f"^method {re.escape(repr(text))}: (?!method).*{problem}"):
         parse_method(text, SETTING)

@@ -45,6 +45,7 @@ class Setting:
 def parse_method(text: str, setting: Setting) -> Method:
     """The method that ``text`` names; InputError, listing the known ones, for an unknown one or a bad argument.
 
+    What can't be made of a good one raises its own EBCacheError, which names the method too.
     ``MODULE:FUNCTION`` and ``FILE.py:FUNCTION`` are methods of the user's own: the function is called with the
     timesteps, in execution order, and the model's ModelShape, and returns a Plan or a CacheTable. Its code is run.
     So is that of ``NAME`` or ``NAME:ARGUMENT`` where a package registered a policy of this name; it gets the argument
@@ -52,6 +53,8 @@ def parse_method(text: str, setting: Setting) -> Method:
     """
     name, _, argument = text.rpartition(":") if ".py:" in text else text.partition(":")
     try:
+        if not argument and name in _WITH_ARGUMENT:
+            raise ValueError(f"it takes an argument, as {_WITH_ARGUMENT[name]}")
         if name in METHODS:
             return METHODS[name](argument, setting)
         if name in BUILT_IN:
@@ -59,7 +62,9 @@ def parse_method(text: str, setting: Setting) -> Method:
         if (policy := _policy(text, name, argument)) is not None:
             return _called(text, text, _with(policy, argument), setting)
         return _called(text, f"{argument} of {name}", partial(_own, name, argument), setting)
-    except EBCacheError:
+    except EBCacheError as error:
+        if not str(error).startswith(f"method {text!r}"):
+            error.args = (f"method {text!r}: {error}",)
         raise
     except ValueError as error:
         raise InputError(f"method {text!r}: {error}; write it as one of {', '.join(USAGES)}") from None
@@ -158,7 +163,7 @@ def _called(text: str, title: str, policy: Policy, setting: Setting) -> Method:
     """The method that other people's code makes."""
     try:
         plan = policy(setting.timesteps, setting.shape)
-    except Exception as error:  # whatever it raises
+    except (Exception, SystemExit) as error:  # whatever it raises
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"method {text!r}: {type(error).__name__}: {first:.300}; name a function (timesteps, shape) -> Plan of a "
@@ -201,8 +206,11 @@ def _plan_of(table: CacheTable | Plan, name: str, setting: Setting) -> Plan:
 METHODS: Final[Mapping[str, Callable[[str, Setting], Method]]] = MappingProxyType(
     {"no-cache": _no_cache, "table": _table, "steps": _steps, "eps-scale": _eps_scale}
 )
-USAGES: Final = (
-    *("no-cache", "table:FILE_OR_NAME", "steps:N", "eps-scale:B"),
-    *(f"{name}:{[*inspect.signature(policy).parameters][-1].upper()}" for name, policy in BUILT_IN.items()),
-    *("MODULE:FUNCTION", "FILE.py:FUNCTION"),
+_WITH_ARGUMENT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "steps": "steps:N",
+        "eps-scale": "eps-scale:B",
+        **{name: f"{name}:{[*inspect.signature(policy).parameters][-1].upper()}" for name, policy in BUILT_IN.items()},
+    }
 )
+USAGES: Final = ("no-cache", "table:FILE_OR_NAME", *_WITH_ARGUMENT.values(), "MODULE:FUNCTION", "FILE.py:FUNCTION")
