@@ -90,6 +90,8 @@ def test_former_options_do_not_contradict_those_of_now() -> None:
         assert EngineOptions(pdl=value, dependent_launch=value).pdl is value
     with pytest.raises(InputError, match=r"^pdl=True contradicts dependent_launch=False.*pass pdl alone"):
         EngineOptions(pdl=True, dependent_launch=False)
+    with pytest.raises(InputError, match=r"^pdl='no' is neither True nor False"):
+        EngineOptions(pdl="no", dependent_launch=True)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"^dependent_launch='no' is neither True nor False"):
         EngineOptions(dependent_launch="no")  # type: ignore[arg-type]
 

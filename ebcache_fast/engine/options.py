@@ -39,14 +39,14 @@ class EngineOptions:
     dependent_launch: InitVar[bool | None] = None
 
     def __post_init__(self, dependent_launch: bool | None) -> None:
+        for name in ("strict", "whole_trajectory", "pdl", "fp8", "release"):
+            _check_switch(name, getattr(self, name))
         if dependent_launch is not None:
             warn("EngineOptions(dependent_launch=...)", "pdl=...", stacklevel=4)
             _check_switch("dependent_launch", dependent_launch)
-            if self.pdl is True and not dependent_launch:
+            if self.pdl and not dependent_launch:
                 raise InputError("pdl=True contradicts dependent_launch=False, its former name; pass pdl alone")
             object.__setattr__(self, "pdl", dependent_launch)
-        for name in ("strict", "whole_trajectory", "pdl", "fp8", "release"):
-            _check_switch(name, getattr(self, name))
         _check_limit("max_graphs", self.max_graphs, "the default")
         _check_limit("max_trajectories", self.max_trajectories, "the default")
         if self.max_cache_bytes is not None:
