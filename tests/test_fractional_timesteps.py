@@ -154,7 +154,7 @@ def test_samplers_by_name_have_no_noise_level_between_two_timesteps() -> None:
 def test_a_comparison_by_command_refuses_such_a_table(tmp_path: Path) -> None:
     CacheTable([999, 499.5], [0, 2]).save(tmp_path / "t.json")
     setting = Setting(as_denoiser(fresh_model()).shape, 2, "ddim")
-    with pytest.raises(InputError, match=r"^timestep 499\.5"):
+    with pytest.raises(InputError, match=r"^method .table:.*t\.json.: timestep 499\.5 is not a whole number"):
         parse_method(f"table:{tmp_path / 't.json'}", setting)
 
 
