@@ -27,9 +27,15 @@ from ebcache_fast.plan.program import (
     Slot,
     Term,
 )
-from ebcache_fast.plan.sites import SiteShape
+from ebcache_fast.plan.sites import Site, SiteShape
 
 FUSED_TERMS = 2  # that one fused launch adds
+
+
+def check_tokens(site: Site, count: int, tokens: int) -> None:
+    """Raise TableError if ``count`` tokens are to be chosen of fewer."""
+    if count > tokens:
+        raise TableError(f"{site}: tokens: expected at most the model's {tokens}, got {count}; use fewer")
 
 
 class Emitter:
@@ -57,10 +63,8 @@ class Emitter:
 
     def check_tokens(self, site: int, count: int) -> None:
         """Raise TableError if the model is known to have fewer than ``count`` tokens."""
-        if self._tokens is not None and count > self._tokens:
-            raise TableError(
-                f"{self._sites[site].site}: tokens: expected at most the model's {self._tokens}, got {count}; use fewer"
-            )
+        if self._tokens is not None:
+            check_tokens(self._sites[site].site, count, self._tokens)
 
     def check_guided(self, site: int) -> None:
         """Raise TableError if the batch is known to be without guidance."""

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.costs import branch_macs, branch_weights
+from ebcache_fast.plan.emitter import check_tokens
 from ebcache_fast.plan.factors import factors_of
 from ebcache_fast.plan.former import sites_of
 from ebcache_fast.plan.lowering import bare, draft, lower, verify
@@ -171,8 +172,4 @@ class Plan:
                 "for this model"
             )
         for launch in chain.from_iterable(self._drafts.values()):
-            if launch.tokens > shape.tokens:
-                raise TableError(
-                    f"{self.sites[launch.site]}: tokens: expected at most the model's {shape.tokens}, got "
-                    f"{launch.tokens}; use fewer"
-                )
+            check_tokens(self.sites[launch.site], launch.tokens, shape.tokens)
