@@ -258,7 +258,7 @@ class CachedForward:
     def _run(self, run: RunState, turn: Turn, t: float, call: ForwardCall) -> Tensor:
         trajectory, step, follows = run.trajectory, turn.step, turn.verdict.why is None
         plan, velocity, _ = self.course
-        if call.guided_channels:
+        if call.guided_channels and call.cfg_scale is not trajectory.scale:
             trajectory.guide(call.cfg_scale)
         if run.weights.watched and run.expected > 0:  # hooks may say other things at this step than when the run began
             trajectory.buffer_set.recompute(len(plan.steps) if step is None else step, t)

@@ -153,10 +153,12 @@ class Runner:
             self._denoiser.branch(site, u.view(out.shape), out, res)
 
     def _select(self, launch: Launch, step: _Step, at: StepIndex) -> None:
-        values = self._value(launch.sources[0], step)
-        scores = self._workspace.buffer("scores", *values.shape[:2])
+        (source,) = launch.sources
+        values = self._value(source, step)
+        rows, tokens, _ = values.shape
+        scores = self._workspace.buffer("scores", rows, tokens)
         torch.linalg.vector_norm(values, dim=2, out=scores)
-        self._operations.select_tokens(scores, launch.tokens, self._indices(launch, len(values)))
+        self._operations.select_tokens(scores, launch.tokens, self._indices(launch, rows))
 
     def _gather(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         u, _ = self._of_tokens(launch)
@@ -167,7 +169,8 @@ class Runner:
         self._operations.scatter_tokens(out, self._indices(launch, len(out)), self._value(launch.out, step))
 
     def _copy(self, launch: Launch, step: _Step, at: StepIndex) -> None:
-        self._operations.copy(self._value(launch.sources[0], step), self._value(launch.out, step))
+        (source,) = launch.sources
+        self._operations.copy(self._value(source, step), self._value(launch.out, step))
 
     def _subtract(self, launch: Launch, step: _Step, at: StepIndex) -> None:
         minuend, subtrahend = (self._value(source, step) for source in launch.sources)
@@ -186,7 +189,8 @@ class Runner:
 
     def _of_tokens(self, launch: Launch) -> tuple[Tensor, Tensor]:
         """Input and output of a branch over the selected tokens, (R, k, D) each."""
-        shape = self._rows, launch.tokens, self._stream_shape[2]
+        *_, width = self._stream_shape
+        shape = self._rows, launch.tokens, width
         return self._workspace.buffer("u of tokens", *shape), self._workspace.buffer("output of tokens", *shape)
 
     def _sum(self, launch: Launch, step: _Step, at: StepIndex) -> None:

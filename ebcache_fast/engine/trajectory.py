@@ -65,7 +65,7 @@ class ForwardTrajectory:
 
     def __init__(self, buffer_set: BufferSet, executable: Sequence[Executable]) -> None:
         self.buffer_set, self._executable = buffer_set, executable
-        self._scale: float | None = None  # that it guides by, if the host knows
+        self.scale: float | None = None  # that it guides by, if the host knows
         with torch.inference_mode(mode=False):  # else only that mode could write to it
             self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=buffer_set.buffers.x.is_cuda)
 
@@ -95,11 +95,11 @@ class ForwardTrajectory:
     def guide(self, scale: float | Tensor) -> None:
         """Set the guidance scale from now on."""
         known = None if isinstance(scale, Tensor) else scale
-        if known is None or known != self._scale:
+        if known is None or known != self.scale:
             with torch.no_grad():
                 number = scale.reshape(()) if isinstance(scale, Tensor) else scale
                 self._joined().guide.settings[:1].fill_(number)
-            self._scale = known
+        self.scale = known
 
     def give(self, t: Tensor, y: Tensor) -> None:
         """Timesteps and labels (R,) of the call that comes next, for the device to check; of a guarded run."""
