@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from fake_graphs import FakeGraphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.polynomial.hermite import hermval
 from tiny import relative_error, tiny_dit
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from ebcache_fast.plan import (
     Branch,
     Compute,
     Forecast,
+    ForecastSpan,
     FullAndWindow,
     KeepSpan,
     Plan,
@@ -37,7 +41,9 @@ from ebcache_fast.plan import (
     Window,
     layered,
 )
-from ebcache_fast.plan.factors import taylor
+from ebcache_fast.plan.factors import LAWS
+from ebcache_fast.plan.rules import Refill
+from ebcache_fast.plan.spans import SpanRule
 
 DEPTH, ROWS = 3, 4
 SITES = layered(DEPTH, (Branch.SELF_ATTN, Branch.MLP))
@@ -52,6 +58,11 @@ def each(attention: Rule, mlp: Rule) -> StepPlan:
     return StepPlan(SITES, (attention, mlp) * DEPTH)
 
 
+def stack(*spans: SpanRule) -> StepPlan:
+    """Everything computed but for what spans say."""
+    return StepPlan(SITES, (COMPUTE,) * 6, spans)
+
+
 def plan_of(*steps: StepPlan) -> Plan:
     return Plan(steps, TIMESTEPS[: len(steps)])
 
@@ -64,7 +75,7 @@ class Kept(NamedTuple):
 
     outputs: dict[tuple[int, int], tuple[int, Tensor]]
     rests: dict[int, Tensor]
-    changes: dict[tuple[int, int], Tensor]
+    changes: dict[tuple[int, int, int], tuple[int, Tensor]]
 
 
 def windowed(model: DiT, layer: int, u: Tensor, width: int) -> Tensor:
@@ -80,17 +91,32 @@ def windowed(model: DiT, layer: int, u: Tensor, width: int) -> Tensor:
     return attention.proj(out.flatten(2))
 
 
-def forecast(values: Sequence[tuple[int, Tensor]], now: int) -> Tensor:
-    """TaylorSeer's recurrence on the tensors themselves."""
-    recent = sorted(values, key=lambda one: -one[0])
+def forecast(values: Sequence[tuple[int, Tensor]], now: int, law: str) -> Tensor:
+    """Each law by its own recurrence, on the tensors themselves."""
+    recent = sorted(dict(values).items(), key=lambda one: -one[0])
+    if law == "newton":
+        return neville(recent, now)
+    if law == "adams-bashforth" and len(recent) > 2:
+        slopes = [(b - a) / (j - i) for (i, a), (j, b) in pairwise(recent[:3])]
+        return recent[0][1] + (now - recent[0][0]) * (1.5 * slopes[0] - 0.5 * slopes[1])
     differences, total = [value for _, value in recent], torch.zeros_like(recent[0][1])
     for order in range(len(recent)):
-        total = total + differences[0] * (now - recent[0][0]) ** order / math.factorial(order)
+        distance = now - recent[0][0]
+        power = distance**order if law != "hermite" else hermval(distance / 2, [0] * order + [1]) / 2**order
+        total = total + differences[0] * power / math.factorial(order)
         differences = [
             (differences[i] - differences[i + 1]) / (recent[i][0] - recent[i + 1][0])
             for i in range(len(differences) - 1)
         ]
     return total
+
+
+def neville(points: Sequence[tuple[int, Tensor]], now: int) -> Tensor:
+    """The polynomial through all points, by Neville's recurrence."""
+    if len(points) == 1:
+        return points[0][1]
+    (first, _), (last, _) = points[0], points[-1]
+    return ((now - last) * neville(points[:-1], now) - (now - first) * neville(points[1:], now)) / (first - last)
 
 
 @torch.no_grad()
@@ -106,12 +132,16 @@ def naive(plan: Plan, xs: Tensor, y: Tensor) -> list[Tensor]:
                 if span.first == site:
                     before = h
                     if isinstance(span, SkipSpan):
-                        h, skipped_to = h + kept.changes[span.first, span.last], span.last
+                        h, skipped_to = h + kept.changes[span.first, span.last, 0][1], span.last
+                    if isinstance(span, ForecastSpan):
+                        changes = [kept.changes[span.first, span.last, age] for age in range(span.order + 1)]
+                        h, skipped_to = h + forecast(changes, now, span.law), span.last
             if site > skipped_to:
                 h = naive_site(kept, site, rule, h, c, now)
             for span in step.spans:
                 if span.last == site and isinstance(span, KeepSpan):
-                    kept.changes[span.first, span.last] = h - before
+                    for age in range(span.age, span.age + span.ages):
+                        kept.changes[span.first, span.last, age] = now, h - before
         side, patch = xs.shape[-1] // MODEL.patch_size, MODEL.patch_size
         grid = MODEL.final_layer(h, c).view(len(y), side, side, patch, patch, -1)
         found.append(torch.einsum("nhwpqc->nchpwq", grid).reshape(len(y), -1, *xs.shape[3:]))
@@ -129,10 +159,13 @@ def naive_site(kept: Kept, site: int, rule: Rule, h: Tensor, c: Tensor, now: int
         case Compute(age):
             out = run(u)
             kept.outputs[site, age] = now, out
+        case Refill(ages):
+            out = run(u)
+            kept.outputs.update(((site, age), (now, out)) for age in range(ages))
         case Reuse(age):
             out = kept.outputs[site, age][1]
-        case Forecast(order):
-            out = forecast([kept.outputs[site, age] for age in range(order + 1)], now)
+        case Forecast(order, law):
+            out = forecast([kept.outputs[site, age] for age in range(order + 1)], now, law)
         case Tokens(count):
             out = kept.outputs[site, 0][1].clone()
             for row in range(len(out)):
@@ -180,6 +213,16 @@ CASES: dict[str, tuple[StepPlan, ...]] = {
         each(Compute(0), REUSE),
         each(Forecast(2), Forecast(2)),
     ),
+    **{
+        f"forecast by {law}": (
+            FULL,
+            *(each(Compute(age), Compute(age)) for age in (1, 2, 0)),
+            *[each(Forecast(2, law), Forecast(2, law))] * 2,
+            each(Compute(1), Compute(1)),
+            each(Forecast(2, law), Forecast(1, law)),
+        )
+        for law in LAWS
+    },
     "tokens": (FULL, each(REUSE, Tokens(K)), each(REUSE, Tokens(1)), each(REUSE, REUSE)),
     "all tokens": (FULL, each(REUSE, Tokens(16))),
     "window": (each(FullAndWindow(W), COMPUTE), *[each(Window(W), COMPUTE)] * 2, each(REUSE, REUSE)),
@@ -194,6 +237,23 @@ CASES: dict[str, tuple[StepPlan, ...]] = {
         StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(0, 1), SkipSpan(4, 5))),
         StepPlan(SITES, (COMPUTE,) * 6, (SkipSpan(2, 2),)),
         StepPlan(SITES, (REUSE,) * 6, (SkipSpan(0, 1), SkipSpan(2, 2), SkipSpan(4, 5))),
+    ),
+    **{
+        f"the whole model by {law}": (
+            stack(KeepSpan(0, 5)),
+            stack(ForecastSpan(0, 5, 0, law)),
+            stack(KeepSpan(0, 5, 1)),
+            stack(ForecastSpan(0, 5, 1, law)),
+            stack(KeepSpan(0, 5, 2)),
+            *[stack(ForecastSpan(0, 5, 2, law))] * 2,
+        )
+        for law in LAWS
+    },
+    "forecasts of two spans": (
+        stack(KeepSpan(0, 2), KeepSpan(3, 5)),
+        stack(KeepSpan(0, 2, 1), KeepSpan(3, 5, 1)),
+        stack(ForecastSpan(0, 2, 1), ForecastSpan(3, 5, 1)),
+        stack(ForecastSpan(3, 5, 1)),
     ),
     "the whole model": (
         StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(0, 5),)),
@@ -224,7 +284,7 @@ def test_as_graphs(steps: tuple[StepPlan, ...], guided: bool) -> None:
     xs = latents(len(plan))
     captured = ours(plan, xs, guided=guided, graphs=graphs)
     assert all(map(torch.equal, captured, ours(plan, xs, guided=guided)))
-    assert graphs.captures == len(set(plan.steps))
+    assert graphs.captures == len({*plan.steps, plan.refresh} - {None})
 
 
 @settings(max_examples=50)
@@ -242,15 +302,20 @@ def test_any_mixture(data: st.DataObject) -> None:
 # ------------------------------------------------------------------------------------------------ factors
 
 
-@given(steps=st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True), ahead=st.integers(1, 9))
-def test_a_forecast_is_exact_where_it_must_be(steps: list[int], ahead: int) -> None:
-    """Factors add up to one; of two values or fewer the forecast is the line through them."""
-    recent = sorted(steps, reverse=True)
-    factors = taylor(recent, recent[0] + ahead)
-    assert sum(factors) == 1
+@pytest.mark.parametrize("law", LAWS)
+@given(steps=st.lists(st.integers(0, 60), min_size=1, max_size=5, unique=True), ahead=st.integers(1, 9))
+def test_a_forecast_is_exact_where_it_must_be(law: str, steps: list[int], ahead: int) -> None:
+    """Factors add up to one; a line is carried on by all laws but Hermite's, which takes half of the slope."""
+    recent, factors_of = sorted(steps, reverse=True), LAWS[law]
+    now = recent[0] + ahead
+    factors = factors_of(recent, now)
+    assert (len(factors), sum(factors)) == (len(recent), 1)
     if len(recent) > 1:
-        line = taylor(recent[:2], recent[0] + ahead)
-        assert sum(f * s for f, s in zip(line, recent, strict=False)) == recent[0] + ahead
+        carried_on = Fraction(ahead, 2 if law == "hermite" else 1)
+        assert sum(f * s for f, s in zip(factors, recent, strict=True)) == recent[0] + carried_on
+    if law == "newton":
+        power = len(recent) - 1
+        assert sum(f * s**power for f, s in zip(factors, recent, strict=True)) == now**power
 
 
 # ----------------------------------------------------------------------------------------------- bad input
@@ -265,6 +330,17 @@ def test_a_forecast_is_exact_where_it_must_be(steps: list[int], ahead: int) -> N
         (lambda: each(COMPUTE, Tokens(0)), r"0\.mlp: tokens: expected 1 or more, got 0"),
         (lambda: each(Forecast(-1), COMPUTE), r"0\.self_attn: order: expected 0 to 4, got -1"),
         (lambda: each(Forecast(5), COMPUTE), r"0\.self_attn: order: expected 0 to 4, got 5"),
+        (lambda: each(Forecast(1, "euler"), COMPUTE), r"self_attn: law: expected one of taylor, .*, got 'euler'$"),
+        (lambda: each(Forecast(1, []), COMPUTE), r"self_attn: law: expected one of taylor, .*, got \[\]$"),
+        (lambda: stack(ForecastSpan(0, 5, 5)), r"^span 0 to 5: order: expected 0 to 4, got 5"),
+        (lambda: stack(ForecastSpan(0, 5, 1, "euler")), r"^span 0 to 5: law: expected one of taylor, .* 'euler'$"),
+        (lambda: stack(KeepSpan(0, 5, -1)), r"^span 0 to 5: age: expected 0 or more, got -1$"),
+        (lambda: stack(KeepSpan(0, 5, 0, 0)), r"^span 0 to 5: ages: expected 1 or more, got 0$"),
+        (lambda: each(Refill(0), COMPUTE), r"^0\.self_attn: ages: expected 1 or more, got 0$"),
+        (
+            lambda: plan_of(stack(KeepSpan(0, 5)), stack(ForecastSpan(0, 5, 1))),
+            r"steps\[1\]: .* reads its change of age 1, .* KeepSpan\(0, 5, 1\)$",
+        ),
         (lambda: each(Reuse(-1), COMPUTE), r"0\.self_attn: age: expected 0 or more, got -1"),
         (lambda: each(Compute(-1), COMPUTE), r"0\.self_attn: age: expected 0 or more, got -1"),
         (lambda: StepPlan(SITES, (COMPUTE,) * 6, (KeepSpan(4, 6),)), r"span 4 to 6: expected sites from 0 to 5"),
@@ -329,7 +405,10 @@ def test_a_window_of_one_token_fits() -> None:
 def test_a_forward_follows_no_plan_of_which_the_first_step_can_not_stand_in_for_another() -> None:
     """Whoever comes out of order would read what another run kept."""
     latent = torch.zeros(ROWS, 4, 16, 16, dtype=torch.float64)
-    for steps in (CASES["forecast of order 1"], (FULL, each(FullAndWindow(W), COMPUTE), each(Window(W), COMPUTE))):
+    for steps in (
+        (stack(KeepSpan(0, 3)), stack(KeepSpan(2, 5)), stack(SkipSpan(0, 3)), stack(SkipSpan(2, 5))),
+        (FULL, each(FullAndWindow(W), COMPUTE), each(Window(W), COMPUTE)),
+    ):
         with pytest.raises(TableError, match=r"^steps\[0\]: expected a step that keeps all that later ones read"):
             enable(MODEL, plan_of(*steps))
     plan = plan_of(*CASES["window"])
@@ -340,6 +419,26 @@ def test_a_forward_follows_no_plan_of_which_the_first_step_can_not_stand_in_for_
         assert stats(MODEL).hits == DEPTH
         assert relative_error(call(TIMESTEPS[3]), naive(plan_of(FULL), latent[None], LABELS)[0]) > 1e-3
     assert relative_error(full, naive(plan_of(FULL), latent[None], LABELS)[0]) < 1e-12
+
+
+REFILLED = ["forecast of order 1", "forecast by newton", "the whole model by newton", "forecasts of two spans"]
+
+
+@pytest.mark.parametrize("name", REFILLED)
+def test_a_step_out_of_order_refills_all_that_forecasts_read(name: str) -> None:
+    """After it a forecast is the new value, whatever was kept before."""
+    plan = plan_of(*CASES[name])
+    assert plan.refresh is not None
+    between = plan.timesteps[-1] + 1, plan.timesteps[-1]  # the first of them is not in the plan
+    alone, xs = Plan((plan.refresh, plan.steps[-1]), between), latents(len(plan) + 1)
+    expected = naive(alone, xs[-2:], LABELS)
+    with enabled(MODEL, plan), torch.no_grad():
+        outs = [
+            MODEL(x, torch.full((ROWS,), t), LABELS) for x, t in zip(xs, (*plan.timesteps[:-1], *between), strict=True)
+        ]
+        assert sum(stats(MODEL).refreshed.values()) == 1
+    for found in (outs[-2:], ours(alone, xs[-2:])):
+        assert max(map(relative_error, found, expected)) < 1e-12
 
 
 def test_a_run_begins_with_no_step_that_goes_on_with_what_it_fills() -> None:

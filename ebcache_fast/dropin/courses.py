@@ -27,7 +27,7 @@ class Course(NamedTuple):
 
         TableError for a plan whose first step can't stand in for any other: calls may come in another order.
         """
-        if not plan.refreshing[0]:
+        if plan.refresh is None:
             raise TableError(
                 "steps[0]: expected a step that keeps all that later ones read, which here stands in for any step that "
                 "comes out of order; keep it there, or run such a plan with ebcache_fast.sample"

@@ -131,12 +131,13 @@ class Engine:
         buffer_set = self._lease(plan, batch, tail)
         try:
             buffer_set.set_conditioning(batch.context)
-            executable = self._prepare(buffer_set, [(Dispatch(step, 1),) for step in plan.steps])
+            steps = plan.steps if plan.refresh is None else (*plan.steps, plan.refresh)
+            executable = self._prepare(buffer_set, [(Dispatch(step, 1),) for step in steps])
             buffer_set.load(plan, batch.row_labels, batch.context, scale=1.0)
         except BaseException:
             self.release(buffer_set)
             raise
-        return ForwardTrajectory(buffer_set, executable)
+        return ForwardTrajectory(buffer_set, executable[: len(plan)], executable[-1])
 
     def release(self, buffer_set: BufferSet) -> None:
         """Take a buffer set back; the next trajectory that fits gets it, with its graphs."""

@@ -24,7 +24,7 @@ from ebcache_fast.plan.rules import (
     Window,
 )
 from ebcache_fast.plan.sites import Branch, Site, SiteShape, branch_names, layered
-from ebcache_fast.plan.spans import KeepSpan, SkipSpan
+from ebcache_fast.plan.spans import ForecastSpan, KeepSpan, SkipSpan
 from ebcache_fast.plan.step_plan import StepPlan, StepType
 from ebcache_fast.plan.timesteps import MAX_INT, exact_timestep, exact_timesteps, shown
 
@@ -36,6 +36,7 @@ __all__ = [
     "Branch",
     "Compute",
     "Forecast",
+    "ForecastSpan",
     "FullAndWindow",
     "KeepSpan",
     "Launch",

@@ -114,10 +114,11 @@ class Emitter:
             Launch(SCATTER, (), site, slot, sources=(slot,), tokens=tokens),
         ]
 
-    def copy(self, out: Slot) -> None:
-        """Keep the stream as it is now."""
-        self.stream()
-        self._launches.append(Launch(COPY, (), out=out, sources=(None,)))
+    def copy(self, out: Slot, source: Slot | None = None) -> None:
+        """Keep what a slot holds, or the stream as it is now."""
+        if source is None:
+            self.stream()
+        self._launches.append(Launch(COPY, (), out=out, sources=(source,)))
 
     def subtract(self, minuend: Slot | None, subtrahend: Slot, out: Slot) -> None:
         """Keep the difference of two slots, or of the stream, None, and a slot."""

@@ -73,7 +73,7 @@ def described(slot: Slot) -> str:
 def keeper_of(slot: Slot) -> str:
     """The rule that keeps such a slot, as people write it."""
     if slot.meaning == CHANGE:
-        return f"KeepSpan({slot.first}, {slot.last})"
+        return f"KeepSpan({slot.first}, {slot.last}{f', {slot.age}' * (slot.age > 0)})"
     if slot.meaning.startswith(REST):
         return f"FullAndWindow({slot.meaning.removeprefix(REST).strip()})"
     return f"Compute({slot.age})" if slot.age else "COMPUTE, as in a first step that is NO_CACHE"

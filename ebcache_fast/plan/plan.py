@@ -16,8 +16,10 @@ from ebcache_fast.plan.former import sites_of
 from ebcache_fast.plan.lowering import bare, draft, lower, verify
 from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.model_shape import ModelShape
-from ebcache_fast.plan.program import RUN, Program
+from ebcache_fast.plan.program import CHANGE, OUTPUT, RUN, Program
+from ebcache_fast.plan.rules import COMPUTE, Refill
 from ebcache_fast.plan.sites import Site, described
+from ebcache_fast.plan.spans import KeepSpan
 from ebcache_fast.plan.step_plan import StepPlan, StepType
 from ebcache_fast.plan.timesteps import exact_timesteps, shown
 
@@ -104,6 +106,30 @@ class Plan:
         """True for each step that a run can begin with: it reads nothing kept, and fills all that others read."""
         programs, live = map(self._drafts.__getitem__, self.steps), self.memory.live
         return tuple(not program.reads and program.writes.issuperset(live) for program in programs)
+
+    @cached_property
+    def refresh(self) -> StepPlan | None:
+        """The step that computes everything, and fills all that others read: in a run that begins with any step.
+
+        The first step where it does so. Of several ages each gets the new value, so that a forecast whose factors add
+        up to one is that value. None where something else is kept.
+        """
+        if self.refreshing[0]:
+            return self.steps[0]
+        live = self.memory.live
+        if any(slot.meaning not in (OUTPUT, CHANGE) for slot in live):
+            return None
+        ages = Counter((slot.meaning, slot.first, slot.last) for slot in live)
+        outputs = (ages[OUTPUT, site, site] for site in range(len(self.sites)))
+        spans = sorted((first, last, ages[CHANGE, first, last]) for meaning, first, last in ages if meaning == CHANGE)
+        try:
+            return StepPlan(
+                self.sites,
+                tuple(Refill(count) if count > 1 else COMPUTE for count in outputs),
+                tuple(KeepSpan(first, last, ages=count) for first, last, count in spans),
+            )
+        except TableError:  # spans that overlap
+            return None
 
     @cached_property
     def reading(self) -> tuple[bool, ...]:

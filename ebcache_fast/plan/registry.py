@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.rules import Compute, Forecast, FullAndWindow, Reuse, Rule, SharedByGuidance, Tokens, Window
-from ebcache_fast.plan.spans import KeepSpan, SkipSpan, SpanRule
+from ebcache_fast.plan.spans import ForecastSpan, KeepSpan, SkipSpan, SpanRule
 from ebcache_fast.plan.timesteps import MAX_INT, shown, some_of
 
 GROUP = "ebcache_fast.policies"  # of entry points; loading one registers what it has
@@ -27,10 +27,11 @@ BUILT_IN: Mapping[str, type[Any]] = MappingProxyType(
         "shared_by_guidance": SharedByGuidance,
         "keep_span": KeepSpan,
         "skip_span": SkipSpan,
+        "forecast_span": ForecastSpan,
     }
 )
 _OF_SITES = ("check", "emit", "runs_branch")
-_OF_SPANS = ("enter", "leave", "skips")
+_OF_SPANS = ("check", "enter", "leave", "skips")
 
 _Thing = TypeVar("_Thing")
 _Given = TypeVar("_Given")

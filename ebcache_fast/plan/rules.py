@@ -5,8 +5,11 @@ from typing import Protocol
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan.emitter import Emitter
+from ebcache_fast.plan.factors import LAWS
 from ebcache_fast.plan.program import REST, WINDOW, Slot
 from ebcache_fast.plan.sites import Branch, Site
+
+MAX_ORDER = 4  # of a forecast
 
 
 class Rule(Protocol):
@@ -47,6 +50,23 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Refill:
+    """Run the branch, and keep its output as each of ``ages`` kept ones: all that `Forecast` reads of a new run."""
+
+    ages: int
+    runs_branch = True
+
+    def check(self, site: Site) -> None:
+        if type(self.ages) is not int or self.ages < 1:
+            raise TableError(f"{site}: ages: expected 1 or more, got {self.ages!r}")
+
+    def emit(self, site: int, emitter: Emitter) -> None:
+        COMPUTE.emit(site, emitter)
+        for age in range(1, self.ages):
+            emitter.copy(Slot.of(site, age), Slot.of(site))
+
+
+@dataclass(frozen=True)
 class Reuse:
     """Add the output that is kept, with this step's gate."""
 
@@ -66,22 +86,22 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Add what the last ``order`` + 1 outputs that were computed forecast, with this step's gate.
+    """Add what the last ``order`` + 1 outputs that were computed forecast by a law, with this step's gate.
 
-    They are kept by `Compute` of ages 0 to ``order``, in turn.
+    They are kept by `Compute` of ages 0 to ``order``, in turn. law: one of `factors.LAWS`.
     Source: TaylorSeer, Liu et al., arXiv 2503.06923.
     """
 
     order: int
+    law: str = "taylor"
     runs_branch = False
 
     def check(self, site: Site) -> None:
-        if type(self.order) is not int or not 0 <= self.order <= 4:
-            raise TableError(f"{site}: order: expected 0 to 4, got {self.order!r}; differences of more are noise")
+        check_forecast(f"{site}", self.order, self.law)
 
     def emit(self, site: int, emitter: Emitter) -> None:
         for age in range(self.order + 1):
-            emitter.add(Slot.of(site, age), site, law="taylor")
+            emitter.add(Slot.of(site, age), site, law=self.law)
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,14 @@ class SharedByGuidance:
         emitter.input(site)
         emitter.branch(site, Slot.of(site), is_shared=True)
         emitter.add(Slot.of(site), site)
+
+
+def check_forecast(where: str, order: object, law: object) -> None:
+    """Raise TableError for an order or a law of a forecast that there is not."""
+    if type(order) is not int or not 0 <= order <= MAX_ORDER:
+        raise TableError(f"{where}: order: expected 0 to {MAX_ORDER}, got {order!r}; differences of more are noise")
+    if not isinstance(law, str) or law not in LAWS:
+        raise TableError(f"{where}: law: expected one of {', '.join(LAWS)}, got {law!r}")
 
 
 COMPUTE, REUSE = Compute(), Reuse()

@@ -77,7 +77,7 @@ class StepPlan:
             rule.check(site)
         end = 0
         for span in self.spans:
-            if isinstance(span, type) or not all(hasattr(span, name) for name in ("enter", "leave", "skips")):
+            if isinstance(span, type) or not all(hasattr(span, name) for name in ("check", "enter", "leave", "skips")):
                 raise TableError(f"spans: expected rules of spans, such as KeepSpan(0, 1), got {shown(span)}")
             whole = {type(span.first), type(span.last)} == {int}
             if not whole or not end <= span.first <= span.last < len(self.sites):
@@ -85,6 +85,7 @@ class StepPlan:
                     f"span {span.first!r} to {span.last!r}: expected sites from {end} to {len(self.sites) - 1}, in "
                     "order; let spans follow each other within the model"
                 )
+            span.check()
             end = span.last + 1
 
     def __hash__(self) -> int:
@@ -130,8 +131,12 @@ class StepPlan:
 
     @property
     def type_name(self) -> str:
-        """Name of the plan's step type, "MIXED" where it has none."""
-        return "MIXED" if self.step_type is None else self.step_type.name
+        """Name of the plan's step type, else of what it does: "KEEP" everything it runs, "FORECAST", "MIXED"."""
+        if self.step_type is not None:
+            return self.step_type.name
+        if not self.reused:
+            return "KEEP"
+        return "FORECAST" if self.computes_nothing else "MIXED"
 
     @cached_property
     def computed(self) -> tuple[Site, ...]:
