@@ -76,8 +76,8 @@ def sample(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is below 1; 64 suits a CPU")
     plan, stepper = resolve_run(denoiser, table, steps, sampler, eps_scale, allow_amplify)
-    stepper, factor = stepper.scaling_eps(plan.eps_scale)
-    plan = dataclasses.replace(plan, eps_scale=factor)
+    stepper, factor = stepper.scaling_eps(plan.eps_scale, plan.corrections)
+    plan = dataclasses.replace(plan, eps_scale=factor, corrections=())
     guidance = Guidance(float(cfg_scale), guided_channels)
     batches = [
         _sample_batch(

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -36,14 +36,18 @@ def _step(scheduler: Any, out: Tensor, timesteps: Sequence[Tensor], i: int, x: T
     return x
 
 
-def with_scaled_eps(scheduler: Any, predict: Predict, b: float) -> Predict:
-    """The same model, its eps scaled by b outside of any sampler: the contract's formula."""
+def with_scaled_eps(
+    scheduler: Any, predict: Predict, b: float, corrections: Mapping[int, tuple[float, float]] | None = None
+) -> Predict:
+    """The same model, its eps scaled by b, and corrected, outside of any sampler: the contract's formula."""
 
     def scaled(x: Tensor, t: int) -> Tensor:
         out, alpha_bar = predict(x, t), float(scheduler.alphas_cumprod[t])
+        on_eps, on_x = (corrections or {}).get(t, (1.0, 0.0))
         if scheduler.config.prediction_type == "epsilon":
-            return b * out
+            return on_eps * b * out + on_x * x
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-        return out if alpha < 0.05 else out + (b - 1) * (alpha * out + sigma * x) / alpha
+        eps = alpha * out + sigma * x
+        return out if alpha < 0.05 else (on_eps * b * eps + on_x * x - sigma * x) / alpha
 
     return scaled

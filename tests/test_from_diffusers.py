@@ -1,5 +1,6 @@
 """Samplers read off diffusers' schedulers against those schedulers, over whole trajectories of a toy model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -98,9 +99,16 @@ def draw(steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return drawn[0], drawn[1:]
 
 
-def ours(sampler: Sampler, x: Tensor, noise: Tensor, predict: Predict, b: float = 1.0) -> Tensor:
+def ours(
+    sampler: Sampler,
+    x: Tensor,
+    noise: Tensor,
+    predict: Predict,
+    b: float = 1.0,
+    corrections: Sequence[tuple[float, float]] = (),
+) -> Tensor:
     """The latents at the end of our own loop, whose steps are `reference.step_on`'s."""
-    scaled, factor = sampler.scaling_eps(b)
+    scaled, factor = sampler.scaling_eps(b, corrections)
     x, rows = x.clone(), torch.tensor(scaled.rows, dtype=x.dtype)
     memory = torch.zeros_like(x) if sampler.has_memory else None
     update = Update(rows, noise if sampler.draws_noise else None, memory)
@@ -143,12 +151,12 @@ def test_a_trajectory_in_float64(name: str, steps: int, monkeypatch: pytest.Monk
     assert error(ours(sampler, x, noise, predict), scheduler_loop(scheduler, x, noise, predict, monkeypatch)) < 1e-10
 
 
-@pytest.mark.parametrize("b", [0.9, 1.05])
+@pytest.mark.parametrize(("b", "is_corrected"), [(0.9, False), (1.05, False), (1.0, True), (0.9, True)])
 @pytest.mark.parametrize(
     "name", ["ddpm, v", "ddim", "PixArt-Sigma's", "trailing, v", "sde, heun, v", "cogvideox ddim", "cogvideox dpm"]
 )
 def test_eps_scaling_equals_the_formula_around_the_scheduler(
-    name: str, b: float, monkeypatch: pytest.MonkeyPatch
+    name: str, b: float, is_corrected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, steps = CASES[name], 20
     exact = name in IN_FLOAT64
@@ -156,8 +164,10 @@ def test_eps_scaling_equals_the_formula_around_the_scheduler(
     scheduler = case.scheduler(dtype)
     x, noise = draw(steps, dtype)
     sampler = sampler_of(scheduler, steps)
-    scaled = ours(sampler, x, noise, predict_for(case), b)
-    around = scheduler_loop(scheduler, x, noise, with_scaled_eps(scheduler, predict_for(case), b), monkeypatch)
+    pairs = [(1 + 0.1 / (i + 1), 0.01 * (i % 3 - 1)) for i in range(steps)] if is_corrected else []
+    scaled = ours(sampler, x, noise, predict_for(case), b, pairs)
+    at = dict(zip(sampler.timesteps, pairs, strict=False))
+    around = scheduler_loop(scheduler, x, noise, with_scaled_eps(scheduler, predict_for(case), b, at), monkeypatch)
     assert error(scaled, around) < (1e-10 if exact else 1e-5)
     assert error(ours(sampler, x, noise, predict_for(case)), around) > 1e-3
 

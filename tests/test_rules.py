@@ -284,7 +284,7 @@ def test_as_graphs(steps: tuple[StepPlan, ...], guided: bool) -> None:
     xs = latents(len(plan))
     captured = ours(plan, xs, guided=guided, graphs=graphs)
     assert all(map(torch.equal, captured, ours(plan, xs, guided=guided)))
-    assert graphs.captures == len({*plan.steps, plan.refresh} - {None})
+    assert graphs.captures == len({*plan.steps, plan.refill} - {None})
 
 
 @settings(max_examples=50)
@@ -428,9 +428,9 @@ REFILLED = ["forecast of order 1", "forecast by newton", "the whole model by new
 def test_a_step_out_of_order_refills_all_that_forecasts_read(name: str) -> None:
     """After it a forecast is the new value, whatever was kept before."""
     plan = plan_of(*CASES[name])
-    assert plan.refresh is not None
+    assert plan.refill is not None
     between = plan.timesteps[-1] + 1, plan.timesteps[-1]  # the first of them is not in the plan
-    alone, xs = Plan((plan.refresh, plan.steps[-1]), between), latents(len(plan) + 1)
+    alone, xs = Plan((plan.refill, plan.steps[-1]), between), latents(len(plan) + 1)
     expected = naive(alone, xs[-2:], LABELS)
     with enabled(MODEL, plan), torch.no_grad():
         outs = [

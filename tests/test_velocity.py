@@ -21,7 +21,7 @@ from diffusers_tiny import cogvideox_scheduler
 from tiny import relative_error
 
 from ebcache_fast import disable, enable, stats
-from ebcache_fast.dropin.velocity import VelocityScaling
+from ebcache_fast.dropin.output_change import OutputChange
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
 
@@ -69,15 +69,15 @@ def test_a_timestep_that_is_not_in_the_table_is_scaled_too(kind: Kind, pipe: Any
 @only_2b
 def test_the_timesteps_that_can_be_scaled_are_the_schedules(kind: Kind, pipe: Any) -> None:
     plan = table_of(pipe, eps_scale=0.9).plan(as_denoiser(pipe.transformer).shape)
-    scaling = VelocityScaling.of(pipe, pipe.transformer, plan)
+    scaling = OutputChange.of(pipe, pipe.transformer, plan)
     assert scaling is not None
     v, x = torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0))
     for t in (0, 499, 999):
-        scaling.apply(out := v.clone(), x, t)
+        scaling.apply(out := v.clone(), x, t, is_planned=True)
         assert relative_error(out, scaled_v(v, x, alpha_bar(pipe, torch.tensor([t])), 0.9)) < 1e-5
     for t in (-1, 1000, 0.5):
         with pytest.raises(InputError, match=rf"^t={t} is none of the scheduler's 1000 .* eps_scale=0\.9 .*; use .*"):
-            scaling.apply(v, x, t)
+            scaling.apply(v, x, t, is_planned=False)
 
 
 @only_2b

@@ -257,7 +257,7 @@ class CachedForward:
 
     def _run(self, run: RunState, turn: Turn, t: float, call: ForwardCall) -> Tensor:
         trajectory, step, follows = run.trajectory, turn.step, turn.verdict.why is None
-        plan, velocity, _ = self.course
+        plan, change, _ = self.course
         if call.guided_channels and call.cfg_scale is not trajectory.scale:
             trajectory.guide(call.cfg_scale)
         if run.weights.watched and run.expected > 0:  # hooks may say other things at this step than when the run began
@@ -268,8 +268,8 @@ class CachedForward:
         else:
             run.hits += follows and plan.reading[step]
             out = trajectory.predict(step, call.x, is_full=not follows)
-        if velocity is not None:  # which the engine can't scale, as it knows no schedule
-            velocity.apply(out, call.x, t)
+        if change is not None:
+            change.apply(out, call.x, t, is_planned=follows)
         return out
 
 

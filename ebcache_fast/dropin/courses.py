@@ -9,16 +9,16 @@ from weakref import ref
 
 from torch import nn
 
-from ebcache_fast.dropin.velocity import VelocityScaling
+from ebcache_fast.dropin.output_change import OutputChange
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.plan import Plan
 
 
 class Course(NamedTuple):
-    """A plan to go by, and how to scale noise within velocity, which the engine can't."""
+    """A plan to go by, and what to do to outputs, which the engine can't."""
 
     plan: Plan
-    velocity: VelocityScaling | None = None
+    change: OutputChange | None = None
     is_followed: bool = True  # else every step computes everything
 
     @classmethod
@@ -27,13 +27,16 @@ class Course(NamedTuple):
 
         TableError for a plan whose first step can't stand in for any other: calls may come in another order.
         """
-        if plan.refresh is None:
+        if plan.refill is None:
             raise TableError(
                 "steps[0]: expected a step that keeps all that later ones read, which here stands in for any step that "
                 "comes out of order; keep it there, or run such a plan with ebcache_fast.sample"
             )
-        velocity = VelocityScaling.of(target, module, plan)
-        return cls(plan if velocity is None else replace(plan, eps_scale=1.0), velocity)
+        change = OutputChange.of(target, module, plan)
+        if change is None:
+            return cls(plan)
+        eps_scale = plan.eps_scale if change.alpha_bar is None else 1.0
+        return cls(replace(plan, eps_scale=eps_scale, corrections=()), change)
 
 
 class Choice(Protocol):

@@ -63,8 +63,8 @@ class Trajectory:
 class ForwardTrajectory:
     """A run of somebody else's loop, who calls the model once a step."""
 
-    def __init__(self, buffer_set: BufferSet, executable: Sequence[Executable], refresh: Executable) -> None:
-        self.buffer_set, self._executable, self._refresh = buffer_set, executable, refresh
+    def __init__(self, buffer_set: BufferSet, executable: Sequence[Executable], refill: Executable) -> None:
+        self.buffer_set, self._executable, self._refill = buffer_set, executable, refill
         self.scale: float | None = None  # that it guides by, if the host knows
         with torch.inference_mode(mode=False):  # else only that mode could write to it
             self._broken = torch.zeros(1, dtype=torch.bool, device="cpu", pin_memory=buffer_set.buffers.x.is_cuda)
@@ -77,7 +77,7 @@ class ForwardTrajectory:
         self.buffer_set.streams.join()
         buffers = self.buffer_set.buffers
         buffers.x.copy_(x[: len(buffers.x)])
-        self.buffer_set.run(self._refresh if is_full else self._executable[step], step)
+        self.buffer_set.run(self._refill if is_full else self._executable[step], step)
         out = buffers.out
         return out.clone() if out.dtype == x.dtype else out.to(x.dtype)
 

@@ -28,6 +28,7 @@ MODULES: Final[Mapping[str, str]] = MappingProxyType(
         "demo": "apps.demo",
         "dropin.advice": "dropin.departures",
         "dropin.capture_call": "calibration.capture_call",
+        "dropin.velocity": "dropin.output_change",
         "dry_run": "dropin.dry_run",
         "engine.ends": "engine.embed_head",
         "engine.feature_cache": "engine.cache",

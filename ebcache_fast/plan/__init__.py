@@ -6,6 +6,7 @@ which is what costs are counted over, what a CUDA graph is known by, and what a 
 model.
 """
 
+from ebcache_fast.plan.correction import Correction
 from ebcache_fast.plan.lowering import lower, verify
 from ebcache_fast.plan.memory import Memory
 from ebcache_fast.plan.model_shape import ModelShape, repeated
@@ -35,6 +36,7 @@ __all__ = [
     "REUSE",
     "Branch",
     "Compute",
+    "Correction",
     "Forecast",
     "ForecastSpan",
     "FullAndWindow",

@@ -9,6 +9,7 @@ from itertools import accumulate, chain, groupby
 from typing import Any, Self
 
 from ebcache_fast.errors import TableError
+from ebcache_fast.plan.correction import Correction, as_corrections
 from ebcache_fast.plan.costs import branch_macs, branch_weights
 from ebcache_fast.plan.emitter import check_tokens
 from ebcache_fast.plan.factors import factors_of
@@ -26,16 +27,17 @@ from ebcache_fast.plan.timesteps import exact_timesteps, shown
 
 @dataclass(frozen=True)
 class Plan:
-    """The StepPlans of a whole run in execution order, their timesteps, and the factor b on eps.
+    """The StepPlans of a whole run in execution order, their timesteps, the factor b on eps, and corrections of it.
 
     Raises TableError, naming step and field, unless there is one timestep per step, timesteps are >= 0 and
-    strictly decreasing, all steps are for the same sites, none reads what no step stored before, and ``eps_scale``
-    is finite and above 0.
+    strictly decreasing, all steps are for the same sites, none reads what no step stored before, ``eps_scale``
+    is finite and above 0, and there is a correction for each step, or none.
     """
 
     steps: tuple[StepPlan, ...]
     timesteps: tuple[float, ...]  # whole ones are ints
     eps_scale: float = 1.0
+    corrections: tuple[Correction, ...] = ()  # of each step; none is neutral
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", exact_timesteps(self.timesteps))
@@ -46,6 +48,7 @@ class Plan:
         b: Any = self.eps_scale
         if not isinstance(b, int | float) or not 0 < b < math.inf:
             raise TableError(f"eps_scale: expected a finite number above 0, got {b!r}; 1 is neutral")
+        object.__setattr__(self, "corrections", as_corrections(self.corrections, len(self.steps)))
         for i, step in enumerate(self.steps):
             if step.sites != self.sites:
                 raise TableError(
@@ -108,7 +111,7 @@ class Plan:
         return tuple(not program.reads and program.writes.issuperset(live) for program in programs)
 
     @cached_property
-    def refresh(self) -> StepPlan | None:
+    def refill(self) -> StepPlan | None:
         """The step that computes everything, and fills all that others read: in a run that begins with any step.
 
         The first step where it does so. Of several ages each gets the new value, so that a forecast whose factors add

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import ModelShape, Plan, StepPlan, StepType, exact_timesteps
+from ebcache_fast.plan.correction import Correction, as_corrections
 from ebcache_fast.plan.retiming import steps_as_far
 from ebcache_fast.plan.table_checks import as_eps_scale, as_sizes, as_step_types, check_first, check_lengths
-from ebcache_fast.plan.table_file import naming, read_json, write_json
+from ebcache_fast.plan.table_file import Rows, naming, read_json, write_json
 from ebcache_fast.plan.table_fit import check_origin, check_sites, check_sizes
 from ebcache_fast.plan.table_schema import (
     SET_FORMAT,
@@ -43,6 +44,8 @@ class CacheTable:
         allow_amplify: lets ``eps_scale`` exceed 1. The file keeps it, so that amplifying stays deliberate.
         step_plans: what each step does at each site, for a model of exactly these sites; None where the types say it
             all, for any model. `from_plan` gives them.
+        corrections: of the predicted noise, `Correction` or a pair for each step; none is neutral. Only with
+            ``step_plans``.
 
     Raises:
         TableError: one of these does not hold; the message names the field.
@@ -56,6 +59,7 @@ class CacheTable:
     made: Provenance | None = field(hash=False)
     allow_amplify: bool
     step_plans: tuple[StepPlan, ...] | None
+    corrections: tuple[Correction, ...]
 
     def __init__(
         self,
@@ -67,10 +71,12 @@ class CacheTable:
         made: Provenance | None = None,
         allow_amplify: bool = False,
         step_plans: Iterable[StepPlan] | None = None,
+        corrections: Iterable[tuple[float, float]] = (),
     ) -> None:
         steps = None if step_plans is None else tuple(step_plans)
+        exact = exact_timesteps(timesteps)
         values = {
-            "timesteps": exact_timesteps(timesteps),
+            "timesteps": exact,
             "step_types": as_step_types(step_types, steps),
             "eps_scale": as_eps_scale(eps_scale, allow_amplify),
             "sampler": sampler,
@@ -78,12 +84,15 @@ class CacheTable:
             "made": made,
             "allow_amplify": bool(allow_amplify),
             "step_plans": steps,
+            "corrections": as_corrections(corrections, len(exact)),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
         check_lengths(self.timesteps, self.step_types, sampler, made)
         if steps is None:
             check_first(self.step_types)
+            if self.corrections:
+                raise TableError("corrections: expected step_plans with them; CacheTable.from_plan(plan) gives both")
         else:
             Plan(steps, self.timesteps, self.eps_scale)  # or steps that read what none stored
             spelt(steps)  # or rules that no file can name
@@ -112,7 +121,8 @@ class CacheTable:
             model=model,
             made=made,
             allow_amplify=allow_amplify,
-            step_plans=plan.steps if None in types else None,
+            step_plans=plan.steps if None in types or plan.corrections else None,
+            corrections=plan.corrections,
         )
 
     @classmethod
@@ -141,6 +151,7 @@ class CacheTable:
             "sampler": None if self.sampler is None else self.sampler.model_dump(),
             "timesteps": self.timesteps,
             **({"step_types": self.type_names} if steps is None else spelt(steps)),
+            **({"corrections": Rows(self.corrections)} if self.corrections else {}),
             "eps_scale": self.eps_scale,
             "allow_amplify": self.allow_amplify,
             "made": None if self.made is None else self.made.model_dump(),
@@ -184,12 +195,18 @@ class CacheTable:
         """Move the table to another sampler's ``timesteps``: the same steps, one by one where they are as many.
 
         Where they are not, each step does what the one does that is as far into the run; the first stays the first.
-        What a calibration saw at each step is left out then. See docs/bundled_model.md for how near that comes to a
-        table that is calibrated for so many steps.
+        What a calibration saw at each step is left out then, and corrections wherever the timesteps are others, as they
+        were fitted for one sampler's. See docs/bundled_model.md for how near that comes to a table that is calibrated
+        for so many steps.
         """
         exact = exact_timesteps(timesteps)
         if len(exact) == len(self):
-            return replace(self, timesteps=exact, sampler=sampler)
+            return replace(
+                self,
+                timesteps=exact,
+                sampler=sampler,
+                corrections=self.corrections if exact == self.timesteps else (),
+            )
         sources = steps_as_far(len(self), len(exact))
         return replace(
             self,
@@ -198,6 +215,7 @@ class CacheTable:
             sampler=sampler,
             made=self.made and self.made.moved_from(len(self)),
             step_plans=None if self.step_plans is None else tuple(self.step_plans[i] for i in sources),
+            corrections=(),
         )
 
     def check(self, shape: ModelShape, timesteps: Iterable[float]) -> None:
@@ -220,7 +238,7 @@ class CacheTable:
         """The plan of a run on a model of this ``shape``; TableError where the table is for another one."""
         self._check_model(shape)
         if self.step_plans is not None:
-            return Plan(self.step_plans, self.timesteps, self.eps_scale)
+            return Plan(self.step_plans, self.timesteps, self.eps_scale, self.corrections)
         types = [step_type for step_type in self.step_types if step_type is not None]
         return Plan.from_types(types, self.timesteps, shape.sites, self.eps_scale)
 

@@ -17,8 +17,8 @@ NPY = b"\x93NUMPY"
 MAX_BYTES = 4 * 2**20  # far above any real table: a wrong path must not fill the memory
 
 
-class Rows(list[str]):
-    """Strings that are laid out one a line."""
+class Rows(list[Any]):
+    """Strings or short lists that are laid out one a line."""
 
 
 @contextmanager

@@ -115,12 +115,16 @@ class Layers(_Record):
 
 
 class SitedTableFile(AnyTableFile):
-    """The file of a table whose sites differ (version 2); `table_steps` reads its last three keys."""
+    """The file of a table whose sites differ (version 2); `table_steps` reads sites, kinds and steps.
+
+    Corrections may be left out.
+    """
 
     version: int = Field(alias="schema", ge=2, le=2)
     sites: PerStep[Layers]
     kinds: dict[str, dict[str, Scalar]]
     steps: PerStep[str]
+    corrections: PerStep[Annotated[tuple[float, float], Field(strict=False)]] = ()
 
 
 class TableSetFile(_Record):

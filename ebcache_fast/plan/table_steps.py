@@ -63,10 +63,15 @@ def arguments_of(document: dict[str, Any]) -> dict[str, Any]:
     if type(schema) is int and schema > 2:
         raise TableError(f"schema: expected 1 or 2, got {shown(schema)}; install the ebcache_fast that wrote the file")
     file: AnyTableFile
+    does: dict[str, Any]
     if type(schema) is int and schema == 2:
         file = sited = SitedTableFile(**document)
         steps = steps_of(sited.sites, sited.kinds, sited.steps)
-        does = {"step_types": [step.step_type for step in steps], "step_plans": steps}
+        does = {
+            "step_types": [step.step_type for step in steps],
+            "step_plans": steps,
+            "corrections": sited.corrections,
+        }
     else:
         file = typed = TableFile(**document)
         does = {"step_types": [StepType[name] for name in typed.step_types]}

@@ -1,6 +1,7 @@
 """Samplers as data: timesteps, and for each one row of the coefficients of `ebcache_fast.ops.update.sampler_update`."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -87,31 +88,38 @@ class Sampler:
         """True if any step needs what the step before kept."""
         return any(row.cp != 0.0 for row in self.step_rows)
 
-    def scaling_eps(self, b: float) -> tuple[Self, float]:
-        """The sampler for eps scaled by b, and the factor that is left for the model's output.
+    def scaling_eps(self, b: float, corrections: Sequence[tuple[float, float]] = ()) -> tuple[Self, float]:
+        """The sampler for eps scaled by b and then corrected, and the factor that is left for the model's output.
 
-        An output that is eps takes b itself, so that the sampler stays as it is. Of one that is v,
-        eps = alpha * v + sigma * x becomes b times itself with v' = v + (b - 1) * eps / alpha, which is linear in x
-        and v: the coefficients take it all, and the factor is 1. Where alpha < 0.05 such a v stays unscaled.
+        corrections: the factors of eps and of x at each step, see `ebcache_fast.plan.Correction`; none is neutral. They
+        are linear, so that the coefficients take them, and a step does nothing more. An output that is eps takes b
+        itself. Of one that is v, eps = alpha * v + sigma * x becomes b times itself with v' = v + (b - 1) * eps /
+        alpha: the coefficients take that too, and the factor is 1. Where alpha < 0.05 such a v stays as it is.
         """
-        if self.v_alpha_bar is None:
+        if self.v_alpha_bar is None and not corrections:
             return self, b
-        rows = tuple(
-            _with_scaled_v(row, b, alpha_bar) for row, alpha_bar in zip(self.step_rows, self.v_alpha_bar, strict=True)
-        )
-        return replace(self, step_rows=rows), 1.0
+        pairs = corrections or [(1.0, 0.0)] * self.steps
+        if self.v_alpha_bar is None:
+            changes: Iterable[tuple[float, float]] = pairs
+        else:
+            both = zip(pairs, self.v_alpha_bar, strict=True)
+            changes = (scaled_v(b * on_eps, alpha_bar, on_x) for (on_eps, on_x), alpha_bar in both)
+        rows = tuple(_with(row, *change) for row, change in zip(self.step_rows, changes, strict=True))
+        return replace(self, step_rows=rows), b if self.v_alpha_bar is None else 1.0
 
 
-def scaled_v(b: float, alpha_bar: float) -> tuple[float, float]:
-    """The factors of v and of x in a v whose noise is b times what it was: ``b`` and ``(b - 1) * sigma / alpha``.
+def scaled_v(on_eps: float, alpha_bar: float, on_x: float = 0.0) -> tuple[float, float]:
+    """The factors of v and of x in a v whose noise is ``on_eps * eps + on_x * x`` in the place of eps.
 
-    1 and 0 where alpha < 0.05. Source of v: Salimans and Ho, arXiv 2202.00512, appendix D.
+    They are ``on_eps`` and ``((on_eps - 1) * sigma + on_x) / alpha``; 1 and 0 where alpha < 0.05.
+    Source of v: Salimans and Ho, arXiv 2202.00512, appendix D.
     """
     alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
-    return (1.0, 0.0) if alpha < LEAST_ALPHA else (b, (b - 1.0) * sigma / alpha)
+    return (1.0, 0.0) if alpha < LEAST_ALPHA else (on_eps, ((on_eps - 1.0) * sigma + on_x) / alpha)
 
 
-def _with_scaled_v(row: StepRow, b: float, alpha_bar: float) -> StepRow:
-    """The row for a scaled v in place of v."""
-    of_v, of_x = scaled_v(b, alpha_bar)
-    return row._replace(cx=row.cx + row.ce * of_x, ce=row.ce * of_v, px=row.px + row.pe * of_x, pe=row.pe * of_v)
+def _with(row: StepRow, of_output: float, of_x: float) -> StepRow:
+    """The row for ``of_output * output + of_x * x`` in place of the model's output."""
+    return row._replace(
+        cx=row.cx + row.ce * of_x, ce=row.ce * of_output, px=row.px + row.pe * of_x, pe=row.pe * of_output
+    )
