@@ -112,7 +112,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for target in TARGETS:
         tables = {
-            run: calibrate(judge.model, samples=args.votes, sampler=sampler, target_speedup=target)
+            run: calibrate(judge.model, method="algorithm1", samples=args.votes, sampler=sampler, target_speedup=target)
             for run, sampler in runs.items()
         }
         for old, new in product(runs, runs):

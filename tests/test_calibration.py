@@ -100,14 +100,14 @@ def test_labels_are_taken_in_turn() -> None:
 
 def test_a_model_whose_branches_do_nothing_has_errors_of_zero() -> None:
     fresh = DiT(input_size=8, patch_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=CLASSES)
-    made = calibrate(fresh, samples=2, steps=5).made
+    made = calibrate(fresh, method="algorithm1", samples=2, steps=5).made
     assert made is not None
     assert made.errors["ATTENTION"] == (None, None, 0.0, 0.0, None)
 
 
 @pytest.mark.parametrize("b", [0.95, 1.05])
 def test_the_table_carries_the_scale(b: float) -> None:
-    made = calibrate(model(), samples=2, steps=5, eps_scale=b, allow_amplify=b > 1)
+    made = calibrate(model(), method="algorithm1", samples=2, steps=5, eps_scale=b, allow_amplify=b > 1)
     assert (made.eps_scale, made.allow_amplify) == (b, b > 1)
 
 
@@ -281,7 +281,9 @@ def test_votes_in_float8_are_of_float8_and_say_so(tmp_path: Path) -> None:
     """Errors of another precision, near those without; and the one's votes are not counted on for the other's."""
     model, progress = tiny_dit(dtype=torch.float32), tmp_path / "progress.json"
     made = {
-        fp8: calibrate(model, samples=2, steps=6, fp8=fp8, progress_file=progress if fp8 else None).made
+        fp8: calibrate(
+            model, method="algorithm1", samples=2, steps=6, fp8=fp8, progress_file=progress if fp8 else None
+        ).made
         for fp8 in (False, True)
     }
     plain, rounded = (torch.tensor(made[fp8].errors["ATTN_MLP"][2:5]) for fp8 in (False, True))
@@ -290,4 +292,4 @@ def test_votes_in_float8_are_of_float8_and_say_so(tmp_path: Path) -> None:
     assert made[True].options["fp8"] is True
     assert "fp8" not in made[False].options
     with pytest.raises(JobError, match="belongs to a calibration with"):
-        calibrate(model, samples=2, steps=6, progress_file=progress)
+        calibrate(model, method="algorithm1", samples=2, steps=6, progress_file=progress)

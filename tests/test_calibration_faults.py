@@ -58,6 +58,7 @@ def test_a_text_that_is_not_finite_is_named_and_the_same_call_goes_on(
 ) -> None:
     file, ran, rest = tmp_path / "progress.json", [], []
     options = dict(prompts=PROMPTS, steps=STEPS, call=call, progress_file=file, target_speedup=1.2)
+    options |= {"method": "algorithm1"}
     bad = encoding(make(), lambda out: out[0][:, 1].fill_(value))
     with pytest.raises(InputError, match=r"sample 2, prompt 'the dog': its text, .*not finite; encode in") as caught:
         calibrate(bad, **options, on_step=ran.append)

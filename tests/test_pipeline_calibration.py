@@ -20,7 +20,7 @@ from tiny import relative_error
 from torch import Tensor
 
 from ebcache_fast import calibrate, enable, stats
-from ebcache_fast.calibration import algorithm1
+from ebcache_fast.calibration import algorithm1, guided_run
 from ebcache_fast.calibration import pipeline as pipeline_calibration
 from ebcache_fast.calibration.capture_call import capture_call
 from ebcache_fast.errors import InputError
@@ -54,18 +54,21 @@ def advanced(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(update(*args))
         return seen[-1]
 
-    monkeypatch.setattr(algorithm1, "sampler_update", watched)
+    for module in (algorithm1, guided_run):
+        monkeypatch.setattr(module, "sampler_update", watched)
     return seen
 
 
+@pytest.mark.parametrize("method", ["path", "algorithm1"])
 @pytest.mark.parametrize("scale", [1.0, 4.5])
 @pytest.mark.parametrize(("make", "call"), CASES.values(), ids=CASES)
 def test_it_goes_the_way_of_the_pipeline(
-    make: Callable[[], Any], call: dict[str, Any], scale: float, advanced: list[Tensor]
+    make: Callable[[], Any], call: dict[str, Any], scale: float, method: str, advanced: list[Tensor]
 ) -> None:
     pipe = make()
-    calibrate(pipe, prompts=PROMPTS, call=call, steps=STEPS, cfg_scale=scale, seed=3, batch_size=2)
-    shape = advanced[-1].shape
+    calibrate(pipe, method=method, prompts=PROMPTS, call=call, steps=STEPS, cfg_scale=scale, seed=3, batch_size=2)
+    last = advanced[STEPS - 1]
+    shape = last.shape
     noise = trajectory_noise(3, range(shape[0]), 0, tuple(shape[1:]))[0]
     is_video = len(shape) == 5
     latents = noise.transpose(1, 2) if is_video else noise
@@ -73,7 +76,7 @@ def test_it_goes_the_way_of_the_pipeline(
     run |= {"negative_prompt": [call["negative_prompt"]] * 2} if "negative_prompt" in call else {}
     drawn = pipe(prompt=PROMPTS, **run)
     drawn = drawn.frames.transpose(1, 2) if is_video else drawn.images
-    assert relative_error(advanced[-1], drawn) < 1e-5
+    assert relative_error(last, drawn) < 1e-5
 
 
 @pytest.mark.parametrize(("make", "call"), [*CASES.values(), (tiny_cogvideox_5b, VIDEO)], ids=[*CASES, "CogVideoX-5b"])

@@ -28,6 +28,8 @@ STYLES = {
     "CROSS_ATTENTION": "red",
     "SELF_ATTN_MLP": "bright_green",
     "CROSS_ATTN_MLP": "cyan",
+    "KEEP": "blue",
+    "FORECAST": "bright_cyan",
     "MIXED": "white",
 }
 SIGNS = {
@@ -39,6 +41,8 @@ SIGNS = {
     "CROSS_ATTENTION": "c",
     "SELF_ATTN_MLP": "S",
     "CROSS_ATTN_MLP": "C",
+    "KEEP": "K",
+    "FORECAST": "f",
     "MIXED": "x",
 }
 SHORT = {
@@ -50,6 +54,8 @@ SHORT = {
     "CROSS_ATTENTION": "CROSS",
     "SELF_ATTN_MLP": "S+M",
     "CROSS_ATTN_MLP": "C+M",
+    "KEEP": "KEEP",
+    "FORECAST": "FORE",
     "MIXED": "mixed",
 }
 
@@ -163,7 +169,7 @@ def count_steps(step_types: Sequence[str]) -> str:
 
 def print_costs(plan: Plan, shape: ModelShape) -> None:
     """Print a plan's costs on a model: multiply-accumulates, allowed speed-up, cache memory."""
-    counts = " + ".join(f"{n} {SHORT['MIXED' if t is None else t.name]}" for t, n in plan.counts().items())
+    counts = count_steps([step.type_name for step in plan.steps])
     gibibytes = plan.cache_bytes(shape, rows=2, itemsize=2) / 2**30
     print(f"fits: {len(plan)} steps, {counts}")
     print(f"{plan.macs(shape) / 1e12:.3f} T multiply-accumulates a sample (one guidance branch; FLOPs are twice that)")

@@ -25,6 +25,8 @@ STEP_COLOURS = {
     "CROSS_ATTENTION": "#c8553d",
     "SELF_ATTN_MLP": "#5fa777",
     "CROSS_ATTN_MLP": "#d58fb5",
+    "KEEP": "#2b6ca3",
+    "FORECAST": "#b5e2fa",
     "MIXED": "#999999",
 }
 STEP_MEANINGS = {
@@ -36,6 +38,8 @@ STEP_MEANINGS = {
     "CROSS_ATTENTION": "reuses cross-attention",
     "SELF_ATTN_MLP": "reuses self-attention and MLP",
     "CROSS_ATTN_MLP": "reuses cross-attention and MLP",
+    "KEEP": "computes everything, for forecasts",
+    "FORECAST": "forecasts all layers",
     "MIXED": "differs by layer",
 }
 MARGIN, STRIP_HEIGHT, GAP = 28, 14, 3

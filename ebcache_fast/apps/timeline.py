@@ -16,7 +16,7 @@ from ebcache_fast.errors import InputError
 from ebcache_fast.plan import ModelShape, Plan, StepType
 from ebcache_fast.plan.files import replacing
 
-STEP_NAMES = (*(step_type.name for step_type in StepType), "MIXED")  # of the last one the layers differ
+STEP_NAMES = (*(step_type.name for step_type in StepType), "KEEP", "FORECAST", "MIXED")  # as `StepPlan.type_name`
 
 
 @dataclass(frozen=True)

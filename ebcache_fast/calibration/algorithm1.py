@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.calibration.samples import SampleError
 from ebcache_fast.calibration.tally import CANDIDATES, Tally, may_cache
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.cache import FeatureCache, every_output
@@ -78,14 +79,6 @@ class Algorithm1:
         flat = eps.flatten(1)
         norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
         return norm / math.sqrt(flat.shape[1]) if self.norm == "rms" else norm
-
-
-class SampleError(Exception):
-    """Failure of one sample of a batch, or of none in particular; the message says how it stopped the batch."""
-
-    def __init__(self, message: str, row: int | None = None) -> None:
-        super().__init__(message)
-        self.row = row
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch import nn
 
 from ebcache_fast.calibration import search
 from ebcache_fast.calibration.capture_call import capture_call
-from ebcache_fast.calibration.voting import SEARCH_SAMPLES, Prompted, shown
+from ebcache_fast.calibration.samples import Prompted, shown
+from ebcache_fast.calibration.voting import SEARCH_SAMPLES
 from ebcache_fast.dropin.diffusers_signatures import signature_of
 from ebcache_fast.dropin.enable import module_of
 from ebcache_fast.dropin.signatures import ForwardCall

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ebcache_fast.calibration.tally import Tally
 from ebcache_fast.errors import JobError
 from ebcache_fast.plan.files import replacing
 
+Array = NDArray[np.float64]
 SHOWN = 4  # differences from another call that are named
 
 
 class CalibrationProgress:
-    """Tallies by the threshold they were counted with: JSON, replaced whole after every batch.
+    """Tallies by the threshold they were counted with, or a path's sums: JSON, replaced whole after every batch.
 
     Without a path nothing is read or written.
     """
@@ -43,7 +45,7 @@ class CalibrationProgress:
 
     def read(self, key: str, steps: int) -> Tally:
         """The tally counted so far under ``key``; JobError unless it is a whole one of ``steps`` steps."""
-        entry = self._content["tallies"].get(key)
+        entry = self.entry(key)
         if entry is None:
             return Tally.empty(steps)
         try:
@@ -58,15 +60,39 @@ class CalibrationProgress:
         return tally
 
     def write(self, key: str, tally: Tally) -> None:
-        """Record ``tally`` under ``key``: the old file stays until the new one is whole.
+        """Record ``tally`` under ``key``, as `record` does."""
+        self.record(key, {"samples": tally.samples, "votes": tally.votes.tolist(), "errors": tally.errors.tolist()})
+
+    def entry(self, key: str) -> Any:
+        """Value recorded under ``key``; None where nothing was."""
+        return self._content["tallies"].get(key)
+
+    def read_array(self, key: str, *shapes: tuple[int, ...]) -> tuple[int, list[Array]]:
+        """The samples and the arrays recorded under ``key``; zeros of no samples where nothing was.
+
+        Raises JobError unless they are finite, and of these shapes.
+        """
+        entry = self.entry(key)
+        if entry is None:
+            return 0, [np.zeros(shape) for shape in shapes]
+        try:
+            samples, arrays = int(entry["samples"]), [np.array(values, np.float64) for values in entry["arrays"]]
+            if [array.shape for array in arrays] != list(shapes) or not all(np.isfinite(a).all() for a in arrays):
+                raise ValueError(f"it has not the finite numbers of {' and '.join(map(str, shapes))}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise JobError(f"{self._path}: entry {key!r} is damaged ({error}); delete the file") from None
+        return samples, arrays
+
+    def write_array(self, key: str, samples: int, *arrays: Array) -> None:
+        """Record arrays of so many samples, as `write` does."""
+        self.record(key, {"samples": samples, "arrays": [array.tolist() for array in arrays]})
+
+    def record(self, key: str, value: object) -> None:
+        """Record what JSON can hold under ``key``: the old file stays until the new one is whole.
 
         Raises JobError where it can't be written.
         """
-        self._content["tallies"][key] = {
-            "samples": tally.samples,
-            "votes": tally.votes.tolist(),
-            "errors": tally.errors.tolist(),
-        }
+        self._content["tallies"][key] = value
         if self._path is not None:
             with replacing(self._path) as partial:
                 partial.write_text(json.dumps(self._content))

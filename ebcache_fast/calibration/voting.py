@@ -1,7 +1,6 @@
 """Votes of Algorithm 1 over many samples, counted batch by batch, and the table that they make."""
 
 import logging
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,31 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from ebcache_fast.calibration import target as targets
-from ebcache_fast.calibration.algorithm1 import Algorithm1, SampleError, tally_batch
+from ebcache_fast.calibration.algorithm1 import Algorithm1, tally_batch
+from ebcache_fast.calibration.identity import Options, identity_of, options_of
 from ebcache_fast.calibration.progress import CalibrationProgress
+from ebcache_fast.calibration.samples import Prompted, SampleError, error_of
 from ebcache_fast.calibration.tally import KEEP_FIRST, KEEP_LAST, Tally
 from ebcache_fast.engine.buffers import latent_dtype
 from ebcache_fast.engine.guidance import Guidance
-from ebcache_fast.errors import InputError, JobError
-from ebcache_fast.models import Conditioning, Denoiser
+from ebcache_fast.models import Denoiser
 from ebcache_fast.plan import StepType
 from ebcache_fast.plan.table import CacheTable, Provenance, SamplerSpec
 from ebcache_fast.samplers import Sampler, trajectory_noise
 
 SEARCH_SAMPLES = 64  # a target cost is searched with so many; the table is then made with all
-SHOWN_LETTERS = 80  # of a prompt in a message
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """Stand-in for labels in a model that has none: the conditioning of prompts, and the shape of their latents."""
-
-    latents: tuple[int, ...]  # the shape of one
-    context_of: Callable[
-        [range], Conditioning
-    ]  # of these samples; under guidance of as many unconditional rows after them
-    checksum: int  # of the call that it comes from
-    prompts: tuple[str, ...] = ()  # which the samples take in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +137,7 @@ class Voting:
                     self.float8_of,
                 )
             except SampleError as fault:
-                raise self._error(indices, fault) from fault.__cause__
+                raise error_of(indices, fault, self.labels, self.prompted.prompts) from fault.__cause__
             tally.add(batch)
             self.progress.write(_key(algorithm, samples), tally)
         return tally
@@ -162,19 +149,6 @@ class Voting:
             tally = self.progress.read(_key(algorithm, self.few), self.sampler.steps)
         return tally
 
-    def _error(self, indices: range, fault: SampleError) -> InputError | JobError:
-        """The error to raise where one sample, or the batch as a whole, could not vote."""
-        if fault.row is None:
-            samples = f"sample {indices[0]}" if len(indices) == 1 else f"samples {indices[0]} to {indices[-1]}"
-            return JobError(
-                f"{samples}: {fault}; votes before are kept where there is a progress_file: repeat the call"
-            )
-        k = indices[fault.row]
-        who = f"prompt {shown(self.prompted.prompts, k)}" if self.prompted.prompts else f"label {int(self.labels[k])}"
-        return InputError(
-            f"sample {k}, {who}: {fault}; use bfloat16 or float32, whose range is wider than float16's, or leave it out"
-        )
-
     def cost(self) -> float:
         """Cost of one sample's vote in uncached samplings, by MACs; the paper says about 1.5."""
         steps, costs = self.sampler.steps, self.costs
@@ -182,39 +156,26 @@ class Voting:
         original = costs[StepType.NO_CACHE]
         return 1 + tried * (sum(costs.values()) - original) / (steps * original)
 
-    def options(self) -> dict[str, bool | int | float | str | None]:
+    def options(self) -> Options:
         """The choices that the votes depend on and a table does not state elsewhere, thresholds apart."""
         choices = asdict(self.algorithm)
         del choices["a"], choices["k"]
-        in_float8: dict[str, bool] = {} if self.float8_of is None else {"fp8": True}
-        return choices | {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "labels_crc32": zlib.crc32(self.labels.cpu().numpy().tobytes(), self.prompted.checksum),
-            "cfg_scale": self.guidance.scale,
-            "guided_channels": self.guidance.channels,
-            "eps_scale": self.eps_scale,
-            **in_float8,
-        }
+        return choices | options_of(
+            labels=self.labels,
+            prompted=self.prompted,
+            guidance=self.guidance,
+            eps_scale=self.eps_scale,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            fp8=self.float8_of is not None,
+        )
 
     def identity(self) -> dict[str, Any]:
         """Fields that tell this call from another: the model's sizes, the sampler, how many samples vote, prompts."""
-        return {
-            "samples": len(self.labels),
-            **{f"prompt {k}": prompt for k, prompt in enumerate(self.prompted.prompts)},
-            **dict(self.denoiser.shape.sizes),
-            "sampler": self.spec.name,
-            "steps": self.spec.steps,
-        }
+        return identity_of(len(self.labels), self.prompted, self.denoiser.shape, self.spec)
 
     def _times(self, factor: float) -> Algorithm1:
         return replace(self.algorithm, a=self.algorithm.a * factor, k=self.algorithm.k * factor)
-
-
-def shown(prompts: tuple[str, ...], sample: int) -> str:
-    """The prompt of a sample, quoted; a long one by its beginning."""
-    prompt = prompts[sample % len(prompts)]
-    return repr(prompt if len(prompt) <= SHOWN_LETTERS else f"{prompt[:SHOWN_LETTERS]}…")
 
 
 def _key(algorithm: Algorithm1, samples: int) -> str:

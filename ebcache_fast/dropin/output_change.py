@@ -1,4 +1,4 @@
-"""What a model's output needs that the engine can't do, which knows no schedule: scaled velocity, corrected noise."""
+"""Changes of outputs that the engine can't make, as it knows no schedule: scaled velocity, corrected noise."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

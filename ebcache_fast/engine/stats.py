@@ -13,7 +13,7 @@ class Stats:
     Plain numbers, texts and dicts: `dataclasses.asdict`, json and pickle take it.
     """
 
-    steps: dict[str, int]  # by the name of their step type; "MIXED" are those whose layers differ
+    steps: dict[str, int]  # by the name of their step type; see `StepPlan.type_name`
     replays: int  # launches of a CUDA graph
     eager: dict[str, int]  # steps that ran operation by operation, by reason
     hits: int  # branches that were read from the cache

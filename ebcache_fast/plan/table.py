@@ -182,8 +182,10 @@ class CacheTable:
 
     @property
     def type_names(self) -> list[str]:
-        """The name of each step's type, "MIXED" where it fits none."""
-        return ["MIXED" if step_type is None else step_type.name for step_type in self.step_types]
+        """The name of each step's type, or of what it does where it fits none; see `StepPlan.type_name`."""
+        if self.step_plans is not None:
+            return [step.type_name for step in self.step_plans]
+        return [step_type.name for step_type in self.step_types if step_type is not None]
 
     def step_type_at(self, timestep: float) -> StepType | None:
         """The type of the step that runs at ``timestep``, None where it fits none; TableError where none does."""

@@ -79,7 +79,7 @@ class Provenance(_Record):
     by: str
     source: str
     options: dict[str, Scalar] = {}
-    errors: dict[StepName, PerStep[Mismatch | None]] = {}
+    errors: dict[StepName | Literal["FORECAST"], PerStep[Mismatch | None]] = {}
     votes: dict[StepName, PerStep[Count]] = {}
 
     def moved_from(self, steps: int) -> Self:
