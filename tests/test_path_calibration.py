@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ebcache_fast import enable, sample, stats
 from ebcache_fast.calibration import path_fit, path_measure
+from ebcache_fast.calibration.aim import at_milliseconds, reachable
 from ebcache_fast.calibration.guided_run import Setting
-from ebcache_fast.calibration.path import reachable
 from ebcache_fast.calibration.samples import Prompted
 from ebcache_fast.calibration.search import calibrate
 from ebcache_fast.engine.engine import Engine
@@ -218,6 +218,17 @@ def test_the_target_is_met_as_near_as_steps_allow(tmp_path: Path) -> None:
     assert usual == calibrate(model(), **CALL, method="path")
 
 
+def test_a_target_in_milliseconds_goes_by_the_times_of_its_steps() -> None:
+    times = {"KEEP": 10.0, "FORECAST": 1.0}
+    found = calibrate(model(), **CALL, target_ms=42.0, step_ms=times)
+    assert found.type_names.count("KEEP") == 4  # 43 ms; 34 with one less
+    assert found.made is not None
+    assert (found.made.options["target_ms"], found.made.options["ms"]) == (42.0, 43.0)
+    timesteps = tuple(range(STEPS))[::-1]
+    for computed in range(1, STEPS + 1):
+        assert at_milliseconds(10.0 * computed + (STEPS - computed), times, timesteps).computed == computed
+
+
 def test_where_all_is_computed_nothing_is_left_to_correct() -> None:
     whole = calibrate(model(), **CALL, target_speedup=1.0)
     assert whole.made is not None
@@ -316,6 +327,16 @@ def test_another_calls_file_and_a_damaged_one_are_refused(tmp_path: Path) -> Non
         ({"target_speedup": 50}, r"^target_speedup=50 is outside \[1, \d\.\d+\], all that 7 steps allow by MACs; "),
         ({"target_speedup": "fast"}, r"^target_speedup='fast' is no number"),
         ({"target_speedup": float("nan")}, r"^target_speedup=nan is outside"),
+        ({"target_speedup": True}, r"^target_speedup=True is no number"),
+        (
+            {"target_ms": 30},
+            r"^step_ms=\{\} has to say how many milliseconds a step of KEEP and of FORECAST takes, each",
+        ),
+        ({"target_ms": 30, "step_ms": {"KEEP": 1}}, r"^step_ms=\{'KEEP': 1\} has to say"),
+        ({"target_ms": 30, "step_ms": {"KEEP": 1, "FORECAST": -1}}, r"^step_ms=.* has to say"),
+        ({"target_ms": 80, "step_ms": {"KEEP": 10, "FORECAST": 1}}, r"^target_ms=80 is outside \[16, 70\], what 7 st"),
+        ({"target_ms": 30, "target_speedup": 2.0}, r"^target_ms is for method='path', and in the place of"),
+        ({"target_ms": 30, "method": "algorithm1"}, r"^target_ms is for method='path', and in the place of"),
         ({"method": "guess"}, r"^method='guess' is unknown; choose path or algorithm1$"),
         ({"samples": 0}, r"^samples=0 and batch_size=4 must be 1 or more"),
     ],

@@ -118,6 +118,12 @@ class Timeline:
             if name in costs
         )
 
+    def step_ms(self) -> dict[str, float]:
+        """Median milliseconds of a step, by the name of its type; InputError for a timeline of MACs."""
+        if self.unit != "ms":
+            raise InputError(f"unit: expected 'ms', got {self.unit!r}; profile a run, which measures time")
+        return {cost.step_type: cost.median for cost in self.by_type()}
+
 
 def _each_step(spans: Iterable[Span]) -> Iterable[tuple[str, float]]:
     return ((name, span.cost / len(span.step_types)) for span in spans for name in span.step_types)

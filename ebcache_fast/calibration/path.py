@@ -3,28 +3,23 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from ebcache_fast.calibration import path_fit, path_measure
+from ebcache_fast.calibration.aim import Aim, window_of
 from ebcache_fast.calibration.guided_run import Setting
-from ebcache_fast.calibration.path_search import MAX_AGE, Measurement, Path, best_path
+from ebcache_fast.calibration.path_search import Measurement, Path, best_path
 from ebcache_fast.calibration.progress import CalibrationProgress
-from ebcache_fast.errors import InputError
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.plan.table import CacheTable, Provenance, SamplerSpec
-from ebcache_fast.plan.timesteps import some_of
 from ebcache_fast.policies.forecast import forecast
 
 ORDERS, EXPONENTS = (1, 2), (1.0, 0.5)  # of candidates: one plan each, with corrections and without
 LAW = "newton"
-USUAL = 2.0  # target
-NEAR = 0.01  # of the furthest reachable speed-up, by which a target may lie beyond it
 TOGETHER = 4  # batches that are run in lockstep, at most; an engine has memory for so many
 PROBES = 16  # steps at which growth is measured, at most
-SHORT, SHORT_AGE = 100, 12  # runs of more steps look back less far, or the search would fill the memory
 
 
 @dataclass(frozen=True)
@@ -41,41 +36,6 @@ class Candidate:
     def is_corrected(self) -> bool:
         """True if it corrects the noise."""
         return bool(self.plan.corrections)
-
-
-def reachable(shape: ModelShape, timesteps: tuple[float, ...]) -> dict[int, float]:
-    """The speed-up over no caching that the MAC count allows, by each number of computed steps of such a run."""
-    steps, fewest = len(timesteps), -(-len(timesteps) // (window_of(len(timesteps)) + 1))
-    counts = range(steps, fewest - 1, -1)
-    full = Plan.uncached(timesteps, shape.sites).macs(shape)
-    both = forecast(timesteps, shape, range(steps)), forecast(timesteps, shape, [0])
-    (most, least) = (plan.macs(shape) for plan in both)
-    a_step = (most - least) / max(1, steps - 1)
-    return {count: full / (least + (count - 1) * a_step) for count in counts}
-
-
-def target_of(target: float | None, shape: ModelShape, timesteps: tuple[float, ...]) -> float:
-    """The speed-up to aim at, `USUAL` or as much as there is where none is given.
-
-    Raises InputError, naming what is reachable, for one that no path of such a run comes near.
-    """
-    if target is None:
-        return min(USUAL, max(reachable(shape, timesteps).values()))
-    if not isinstance(target, Real):
-        raise InputError(f"target_speedup={target!r} is no number; pass one of at least 1, or leave it out")
-    speedups = reachable(shape, timesteps)
-    if not 1 <= target <= max(speedups.values()) * (1 + NEAR):
-        shown = some_of([f"{speedup:.2f} ({count} computed)" for count, speedup in speedups.items()][::-1])
-        raise InputError(
-            f"target_speedup={target:g} is outside [1, {max(speedups.values()):.2f}], all that {len(timesteps)} steps "
-            f"allow by MACs; ask for less, or for more steps; reachable are {shown}"
-        )
-    return target
-
-
-def window_of(steps: int) -> int:
-    """Number of steps that forecasts of a run look back at most; one step has none."""
-    return max(1, min(steps - 1, MAX_AGE if steps <= SHORT else SHORT_AGE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +60,13 @@ class PathCalibration:
         """Shape of the model."""
         return self.setting.denoiser.shape
 
-    def table_near(self, target: float) -> CacheTable:
-        """The table whose speed-up by MACs is nearest to ``target``, of the candidates the one with the least error."""
-        speedups = reachable(self.shape, self.setting.sampler.timesteps)
-        computed = min(speedups, key=lambda count: abs(speedups[count] - target))
+    def table_at(self, aim: Aim) -> CacheTable:
+        """The table of as many computed steps as an aim says, of the candidates the one with the least error."""
         self.on_total(self._steps_to_come())
         measured = self.measure()
-        candidates = list(self._candidates(measured, computed))
+        candidates = list(self._candidates(measured, aim.computed))
         best = min(candidates, key=lambda candidate: candidate.error)
-        return self._table(best, measured, candidates, target, speedups[computed])
+        return self._table(best, measured, candidates, aim)
 
     def measure(self) -> Measurement:
         """Measure, or read what the progress file has of it."""
@@ -159,20 +117,13 @@ class PathCalibration:
         reused = ((0, exponent, best_path(measured, computed, 0, exponent)) for exponent in EXPONENTS)
         yield from found or ((order, exponent, path) for order, exponent, path in reused if path is not None)
 
-    def _table(
-        self,
-        best: Candidate,
-        measured: Measurement,
-        candidates: Sequence[Candidate],
-        target: float,
-        speedup: float,
-    ) -> CacheTable:
+    def _table(self, best: Candidate, measured: Measurement, candidates: Sequence[Candidate], aim: Aim) -> CacheTable:
         samplings = self._samplings(candidates)
         options = self.options | {
             "method": "path",
             "samples": self.samples,
-            "target_speedup": target,
-            "speedup": round(speedup, 4),
+            **aim.options,
+            "speedup": round(best.plan.mac_limit(self.shape), 4),
             "computed": len(best.path.computed),
             "order": best.order,
             "law": LAW,

@@ -8,10 +8,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ebcache_fast.calibration.aim import at_milliseconds, at_speedup
 from ebcache_fast.calibration.algorithm1 import Algorithm1
 from ebcache_fast.calibration.guided_run import Setting
 from ebcache_fast.calibration.identity import crc32_of, identity_of, options_of
-from ebcache_fast.calibration.path import PathCalibration, target_of
+from ebcache_fast.calibration.path import PathCalibration
 from ebcache_fast.calibration.progress import CalibrationProgress
 from ebcache_fast.calibration.samples import Prompted
 from ebcache_fast.calibration.target import check_target, step_costs
@@ -44,6 +45,8 @@ def calibrate(
     allow_amplify: bool = False,
     algorithm: Algorithm1 | None = None,
     target_speedup: float | None = None,
+    target_ms: float | None = None,
+    step_ms: Mapping[str, float] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     fp8: bool = False,
@@ -65,6 +68,8 @@ def calibrate(
             come nearest to it; None means 2, or as much as there is. Algorithm 1 finds a multiple of its a and k whose
             table allows so much or more; the votes that fewest samples cast are then given back until it is as near as
             a table can be; None takes its thresholds as they are. It counts votes of 64 samples several times.
+        target_ms, step_ms: instead, how many milliseconds a run is to take, and how many its steps of "KEEP" and
+            "FORECAST" take, as a profile of a path's table says. Of the path search.
         fp8: run QKV's and fc1's products in float8, as `EngineOptions` runs them.
         progress_file: JSON in which finished batches are counted; the same call resumes from it, another
             call's file is refused. A path's measurement serves every target.
@@ -91,6 +96,8 @@ def calibrate(
         raise InputError(f"method={method!r} is unknown; choose {' or '.join(SAMPLES)}")
     if method == "path" and algorithm is not None:
         raise InputError("algorithm is Algorithm 1's, and method='path' has none; leave one of them out")
+    if target_ms is not None and (target_speedup is not None or method != "path"):
+        raise InputError("target_ms is for method='path', and in the place of target_speedup; leave one of them out")
     samples = SAMPLES[method] if samples is None else samples
     if samples < 1 or batch_size < 1:
         raise InputError(
@@ -113,7 +120,10 @@ def calibrate(
         "batch_size": batch_size,
     }
     if method == "path":
-        target = target_of(target_speedup, denoiser.shape, stepper.timesteps)
+        if target_ms is None:
+            aim = at_speedup(target_speedup, denoiser.shape, stepper.timesteps)
+        else:
+            aim = at_milliseconds(target_ms, step_ms, stepper.timesteps)
         options = options_of(**common, fp8=fp8)
         identity = identity_of(samples, prompted, denoiser.shape, spec)
         progress.open({"method": "path"} | identity | options | {"weights_crc32": crc32_of(model)})
@@ -137,7 +147,7 @@ def calibrate(
             progress=progress,
             on_total=on_total or _ignore,
             options=options,
-        ).table_near(target)
+        ).table_at(aim)
     algorithm = algorithm or Algorithm1()
     if target_speedup is not None:
         check_target(target_speedup, stepper.steps, algorithm, step_costs(denoiser.shape))

@@ -6,10 +6,12 @@ from typing import Final
 
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies.fora import fora, fora_at_cost, fora_of
+from ebcache_fast.policies.forecast import forecast
+from ebcache_fast.policies.taylorseer import hicache_of, taylorseer, taylorseer_of
 
-__all__ = ["BUILT_IN", "fora", "fora_at_cost"]
+__all__ = ["BUILT_IN", "fora", "fora_at_cost", "forecast", "taylorseer"]
 
 # By the name that commands call them by: functions of timesteps, shape and an argument as it is written.
 BUILT_IN: Final[Mapping[str, Callable[[tuple[float, ...], ModelShape, str], Plan]]] = MappingProxyType(
-    {"fora": fora_of}
+    {"fora": fora_of, "taylorseer": taylorseer_of, "hicache": hicache_of}
 )

@@ -21,6 +21,8 @@ def calibrate(
     cfg_scale: float = 1.5,
     eps_scale: float = 1.0,
     target_speedup: float | None = None,
+    target_ms: float | None = None,
+    profile: Path | None = None,
     a: float | None = None,
     k: float | None = None,
     criterion: Literal["vector", "norm"] | None = None,
@@ -51,6 +53,8 @@ def calibrate(
         eps_scale: factor b on the predicted noise, in (0, 1].
         target_speedup: speed-up that the MAC count is to allow; without, 2, or of algorithm1 what its thresholds give,
             which a target loosens, to take back what is too much.
+        target_ms: of path, how many milliseconds a batch's run is to take instead, by --profile.
+        profile: timeline.json of a profile of any table that path made for this model: how long its steps take.
         a: threshold of algorithm1 at the last step, 0.05; where a target is given, only its ratio to k counts.
         k: how much higher the threshold is at the first step, 0.15.
         criterion: compare outputs as vectors, which is usual, or, as in the paper, by their norms.
@@ -64,6 +68,7 @@ def calibrate(
     from ebcache_fast.apps import console
     from ebcache_fast.apps.bundled import engine_options, folder_run, open_model
     from ebcache_fast.apps.room import check_votes
+    from ebcache_fast.apps.timeline import Timeline
     from ebcache_fast.calibration.algorithm1 import Algorithm1
     from ebcache_fast.calibration.pipeline import calibrate as search
     from ebcache_fast.calibration.search import SAMPLES
@@ -100,6 +105,8 @@ def calibrate(
             eps_scale=eps_scale,
             algorithm=algorithm,
             target_speedup=target_speedup,
+            target_ms=target_ms,
+            step_ms=None if profile is None else Timeline.load(profile).step_ms(),
             seed=global_seed,
             batch_size=per_proc_batch_size,
             fp8=engine_options(opened, fp8=fp8).fp8,
