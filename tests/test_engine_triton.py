@@ -23,6 +23,7 @@ from ebcache_fast.plan import (
     REUSE,
     Compute,
     Forecast,
+    ForecastSpan,
     FullAndWindow,
     KeepSpan,
     Plan,
@@ -197,6 +198,16 @@ RULES: dict[str, tuple[StepPlan, ...]] = {
         _each(Compute(1), Compute(1)),
         _each(Forecast(1), Forecast(1)),
         _each(Forecast(1), COMPUTE),
+    ),
+    "forecasts of all layers": tuple(
+        StepPlan(SITES, (COMPUTE,) * 2 * DEPTH, (span,))
+        for span in (
+            KeepSpan(0, 3),
+            KeepSpan(0, 3, 1),
+            ForecastSpan(0, 3, 1, "newton"),
+            KeepSpan(0, 3, 2),
+            *[ForecastSpan(0, 3, 2, "newton")] * 4,
+        )
     ),
     "a share, and spans": (
         StepPlan(SITES, (SharedByGuidance(), COMPUTE) * DEPTH, (KeepSpan(1, 2),)),

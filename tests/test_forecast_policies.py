@@ -10,7 +10,7 @@ from tiny import tiny_dit
 from ebcache_fast.apps.method_spec import Setting, parse_method
 from ebcache_fast.errors import InputError, TableError
 from ebcache_fast.models import as_denoiser
-from ebcache_fast.plan import Compute, Forecast, ForecastSpan, KeepSpan, Plan, StepType
+from ebcache_fast.plan import Compute, Forecast, ForecastSpan, KeepSpan, Plan, StepType, lower
 from ebcache_fast.policies import forecast, taylorseer
 
 SHAPE = as_denoiser(tiny_dit(0, depth=3)).shape
@@ -51,6 +51,21 @@ def test_what_it_keeps() -> None:
     full = Plan.uncached(timesteps(9), SHAPE.sites).macs(SHAPE)
     for plan in plans.values():
         assert plan.macs(SHAPE) * 9 == full * 4 + SHAPE.fixed_macs * 9 * 5
+
+
+@pytest.mark.parametrize("samples", [True, False])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_forecast_of_the_stack_takes_no_more_launches_than_a_step_that_reuses_all(order: int, samples: bool) -> None:
+    """In our own loop, where several run at once, and in anybody else's; and it is one graph, whatever the weights."""
+    plan = forecast(timesteps(12), SHAPE, [0, 2, 4, 7], order)
+    reusing = Plan.from_types([StepType.NO_CACHE, StepType.ATTN_MLP], timesteps(2), SHAPE.sites)
+    found = {
+        len(lower(step, SHAPE.site_shapes, whole.memory, samples=samples))
+        for whole, step in ((plan, plan.steps[-1]), (reusing, reusing.steps[-1]))
+    }
+    assert found == {2 if samples else 3}
+    assert len({plan.steps[i] for i in (5, 6, 8, 9, 10, 11)}) == 1
+    assert plan.steps[-1] in plan.collapsing
 
 
 @pytest.mark.parametrize(
