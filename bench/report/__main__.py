@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from bench.report import __doc__ as ABOUT
-from bench.report import engine, letters, paper, rivals
+from bench.report import ahead, engine, letters, paper, rivals
 from bench.report.tables import ROOT
 
 OF_THE_PAPER = (paper.precision, paper.equal_cost, paper.scale, paper.gating, paper.exposure, paper.similarity)
@@ -14,6 +14,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     letters.quality,
     letters.cpu,
     letters.retime,
+    ahead.ahead,
     engine.timeline,
     engine.launches,
     engine.kernels,
