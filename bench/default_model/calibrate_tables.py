@@ -7,6 +7,7 @@ The shipped ones go to ebcache_fast/assets/tables, the others to bench/results/t
 """
 
 import argparse
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ CRITERIA = {  # by what a table's name ends with: what it is called, and its cho
     "-flat": ("vectors compared, flat threshold", Algorithm1(k=0.0)),
     "-falling": ("vectors compared, falling threshold", Algorithm1(a=0.2, k=-0.15)),
 }
+PATH, PATH_SAMPLES = "path", 208  # the path search, which none of these choices concern
 TARGETS = (1.5, 2.5)
 SCHEDULES = (("ddpm", 50), ("ddpm", 20), ("ddpm", 10), ("ddim", 20))
 ABLATED = ("ddpm", 20)  # the only schedule with one table a switch
@@ -41,20 +43,22 @@ class Wanted:
     sampler: str
     steps: int
     target: float
-    criterion: str  # a key of CRITERIA
+    criterion: str  # a key of CRITERIA, or PATH
 
     @property
     def name(self) -> str:
+        if self.criterion == PATH:
+            return f"letters-path-{self.sampler}-{self.steps}-{self.target}x"
         return f"letters-{self.sampler}-{self.steps}-{self.target}x{self.criterion}"
 
     @property
     def described(self) -> str:
         """How it was made, in a few words."""
-        return CRITERIA[self.criterion][0]
+        return "the path search" if self.criterion == PATH else CRITERIA[self.criterion][0]
 
     @property
     def path(self) -> Path:
-        shipped = not self.criterion and self.steps >= 20
+        shipped = self.criterion in ("", PATH) and self.steps >= 20
         return (SHIPPED if shipped else EXPERIMENTAL) / f"{self.name}.json"
 
 
@@ -69,25 +73,37 @@ def all_tables() -> list[Wanted]:
     ]
 
 
+def path_tables() -> list[list[Wanted]]:
+    """The path search's, those of one measurement after each other."""
+    return [[Wanted(*schedule, target, PATH) for target in TARGETS] for schedule in SCHEDULES if schedule[1] >= 20]
+
+
+def make_all(wanted: list[Wanted], samples: int) -> str:
+    """`make` one after another."""
+    return "\n".join(make(single, samples) for single in wanted)
+
+
 def make(wanted: Wanted, samples: int) -> str:
     """Calibrate and save one table; returns a line about it."""
     torch.set_num_threads(1)
     model = load_letters().model
-    progress = EXPERIMENTAL / "progress" / f"{wanted.name}.json"
+    is_path = wanted.criterion == PATH
+    name = wanted.name.removesuffix(f"-{wanted.target}x") if is_path else wanted.name  # one measurement for all targets
+    progress = EXPERIMENTAL / "progress" / f"{name}.json"
     progress.parent.mkdir(parents=True, exist_ok=True)
     table = calibrate(
         model,
-        samples=samples,
+        samples=PATH_SAMPLES if is_path else samples,
         steps=wanted.steps,
         sampler=wanted.sampler,
-        algorithm=CRITERIA[wanted.criterion][1],
+        algorithm=None if is_path else CRITERIA[wanted.criterion][1],
         target_speedup=wanted.target,
         batch_size=64,
         progress_file=progress,
     )
     table.save(wanted.path)
     shape = as_denoiser(model).shape
-    counts = {kind.name: n for kind, n in table.plan(shape).counts().items() if kind is not None}
+    counts = dict(Counter(table.type_names))
     return f"{wanted.name}: {counts}, {table.plan(shape).mac_limit(shape):.2f}x by MACs"
 
 
@@ -97,9 +113,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
-    waiting = [wanted for wanted in all_tables() if args.again or not wanted.path.exists()]
+    groups = [*([wanted] for wanted in all_tables()), *path_tables()]
+    waiting = [[wanted for wanted in group if args.again or not wanted.path.exists()] for group in groups]
     with ProcessPoolExecutor(args.workers) as pool:
-        for future in as_completed(pool.submit(make, wanted, args.samples) for wanted in waiting):
+        for future in as_completed(pool.submit(make_all, group, args.samples) for group in waiting if group):
             print(future.result(), flush=True)
 
 
