@@ -195,7 +195,7 @@ def test_compare(run: Run) -> None:
         "compare --methods no-cache fora:2 steps:1 eps-scale:0.9 --samples 32 --num-sampling-steps 3 --out there"
     )
     assert (code, err) == (0, "")
-    assert files() == ["there/report.json"]
+    assert files() == ["there/frontier.png", "there/report.json"]
     report = json.loads(Path("there/report.json").read_text())
     assert [len(entry["step_types"]) for entry in report["methods"]] == [3, 3, 1, 3]
     assert [entry["eps_scale"] for entry in report["methods"]] == [1, 1, 1, 0.9]
@@ -575,7 +575,7 @@ BAD_INPUT = [
     ("compare --num-sampling-steps 0", r"steps=0 is outside \[1, 1000\]"),
     ("compare --methods no-cache fora:x", "method 'fora:x': could not convert .*; write it as one of"),
     ("compare --methods fora:0", "interval: expected 1 or more, got 0.0"),
-    ("compare --methods eps-scale:1.1", r"method 'eps-scale:1.1': b is outside \(0, 1\]"),
+    ("compare --methods eps-scale:1.1", r"method 'eps-scale:1.1': first: b is outside \(0, 1\]"),
     ("compare --methods table:other_model.json", "the table is for .*; use a table made for this model"),
     (
         f"compare --methods no-cache table:{LETTERS_50} --sampler ddim",

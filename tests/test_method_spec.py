@@ -171,10 +171,7 @@ def test_an_unknown_method_lists_the_known_ones(text: str) -> None:
         ("steps", "it takes an argument, as steps:N"),
         ("steps:2.5", "invalid literal"),
         ("eps-scale:", "it takes an argument, as eps-scale:B"),
-        ("eps-scale:1.001", r"b is outside \(0, 1\]"),
-        ("eps-scale:0", r"b is outside \(0, 1\]"),
-        ("eps-scale:-1", r"b is outside \(0, 1\]"),
-        ("eps-scale:nan", r"b is outside \(0, 1\]"),
+        ("eps-scale:0.9:x", "could not convert"),
         ("no-cache:2", "it takes no argument"),
     ],
 )
@@ -186,6 +183,11 @@ def test_a_bad_argument_shows_how_to_write_it(text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("text", "kind", "problem"),
     [
+        ("eps-scale:1.001", TableError, r"first: b is outside \(0, 1\]: 1\.001; 1 leaves the noise as it is"),
+        ("eps-scale:0", TableError, r"first: b is outside \(0, 1\]: 0"),
+        ("eps-scale:-1", TableError, r"first: b is outside \(0, 1\]: -1"),
+        ("eps-scale:nan", TableError, r"first: b is outside \(0, 1\]: nan"),
+        ("eps-scale:0.9:1.1", TableError, r"last: b is outside \(0, 1\]: 1\.1"),
         ("fora:0", TableError, "interval: expected 1 or more, got 0.0"),
         ("fora:nan", TableError, "interval: .* got nan"),
         ("fora:inf", TableError, "interval: .* got inf"),

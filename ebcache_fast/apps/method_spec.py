@@ -19,6 +19,7 @@ from ebcache_fast.plan.table import CacheTable, named_tables
 from ebcache_fast.plan.table_file import is_npy, naming
 from ebcache_fast.plan.table_set import TableSet, load_tables
 from ebcache_fast.policies import BUILT_IN
+from ebcache_fast.policies.eps_scaling import eps_scaling_of
 from ebcache_fast.policies.registry import POLICIES, Policy
 from ebcache_fast.samplers import make_sampler, sampler_over
 from ebcache_fast.samplers.schedule import TRAIN_STEPS, NoiseSchedule
@@ -123,11 +124,8 @@ def _steps(argument: str, setting: Setting) -> Method:
 
 
 def _eps_scale(argument: str, setting: Setting) -> Method:
-    b = float(argument)
-    if not 0 < b <= 1:
-        raise ValueError("b is outside (0, 1]")
-    plan = dataclasses.replace(setting.uncached(setting.steps), eps_scale=b)
-    return Method(f"Epsilon scaling, b={argument}", plan, setting.sampler)
+    plan = eps_scaling_of(setting.timesteps, setting.shape, argument)
+    return Method(f"Epsilon scaling, b={argument.replace(':', ' to ')}", plan, setting.sampler)
 
 
 def _table(argument: str, setting: Setting) -> Method:

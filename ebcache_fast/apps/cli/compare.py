@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
+FRONTIER = "frontier.png"
+
 
 def compare(
     methods: tuple[str, ...] | None = None,
+    policies: tuple[str, ...] | None = None,
+    budget: tuple[float, ...] = (1.5, 2.5),
     model: str = "letters",
     ckpt: Path | None = None,
     image_size: int = 256,
@@ -29,6 +33,9 @@ def compare(
         methods: any of no-cache, table:FILE_OR_NAME, steps:N, eps-scale:B, a policy such as fora:N (an unknown name
             lists them), and of your own MODULE:FUNCTION or FILE.py:FUNCTION, a function (timesteps, shape) that returns
             a Plan or a CacheTable; or, as NAME or NAME:ARGUMENT, a policy that an installed package registered.
+        policies: instead, policies by name, each at every --budget: path, algorithm1, fora, taylorseer, hicache, steps,
+            dpm-solver++, or all. Those that are calibrated leave their tables in --out, and take what lies there.
+        budget: speed-ups over no caching by multiply-accumulates, of --policies.
         model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
         ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
         image_size: 256 or 512, of a latent model.
@@ -42,15 +49,19 @@ def compare(
         cfg_scale: guidance scale; 1 for none.
         global_seed: of all noise.
         per_proc_batch_size: samples at once.
-        out: folder for report.json.
+        out: folder for report.json and frontier.png, and for tables.
     """
     options = dict(locals())
     from ebcache_fast.apps import console
+    from ebcache_fast.apps.budgets import calibrated, methods_at, policies_of
     from ebcache_fast.apps.bundled import BUNDLED, labels_in_turn, letters_judge, open_model
     from ebcache_fast.apps.compare import check_count, measure
+    from ebcache_fast.apps.frontier import draw_frontier, points_of
     from ebcache_fast.apps.method_spec import Setting, default_methods, parse_method
+    from ebcache_fast.apps.pictures import save_picture
     from ebcache_fast.apps.report import command_line, write_report
     from ebcache_fast.apps.room import check_run
+    from ebcache_fast.errors import InputError
     from ebcache_fast.models import as_denoiser
     from ebcache_fast.plan.files import make_folder
     from ebcache_fast.samplers import make_sampler
@@ -60,13 +71,19 @@ def compare(
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
     denoiser = as_denoiser(opened)
     setting = Setting(denoiser.shape, num_sampling_steps, sampler)
-    options["methods"] = default_methods(setting) if methods is None else methods
-    parsed = [parse_method(method, setting) for method in options["methods"]]
+    if out is not None:
+        make_folder(out)
+    if policies is None:
+        options["methods"] = default_methods(setting) if methods is None else methods
+        parsed = [parse_method(method, setting) for method in options["methods"]]
+    else:
+        if methods is not None:
+            raise InputError("methods and policies are two ways to say the same; leave one of them out")
+        tables = calibrated(opened, setting, cfg_scale, out)
+        parsed = methods_at(policies_of(policies, sampler), budget, setting, tables)
     plans, draws = [method.plan for method in parsed], make_sampler(sampler, num_sampling_steps).draws_noise
     check_run(denoiser, samples, per_proc_batch_size, plans, draws_noise=draws, cfg_scale=cfg_scale)
     drawn = labels_in_turn(samples, denoiser.num_classes, labels or ())
-    if out is not None:
-        make_folder(out)
     with console.progress_bar() as bar:
         _, results = measure(
             opened,
@@ -84,3 +101,8 @@ def compare(
         settings = {"model": model, "sampler": sampler, "cfg_scale": cfg_scale, "seed": global_seed}
         write_report(out / "report.json", results, drawn, command_line("compare", options), settings)
         print(out / "report.json")
+        if points := points_of(results):
+            save_picture(
+                draw_frontier(points, f"Quality against cost, {num_sampling_steps} steps of {sampler}"), out / FRONTIER
+            )
+            print(out / FRONTIER)
