@@ -2,7 +2,7 @@
 
     python -m bench.ahead --settings ddim-20 ddpm-50
 
-Each setting is calibrated once on 64 samples of seed 0. Then all methods take turns on the same noise of three other
+Each setting is calibrated once on 128 samples of seed 0. Then all methods take turns on the same noise of three other
 seeds, 520 samples each, batch by batch; FORA, TaylorSeer's fixed interval and fewer steps compute as many steps as the
 path does. What is finished is kept in --raw, so that the same command goes on. It writes bench/results/ahead.json.
 """

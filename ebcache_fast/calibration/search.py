@@ -27,7 +27,7 @@ from ebcache_fast.samplers import Sampler
 from ebcache_fast.samplers.schedule import TRAIN_STEPS
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE, check_labels, resolve_run
 
-SAMPLES: Final[Mapping[str, int]] = MappingProxyType({"path": 64, "algorithm1": 1000})  # by method, unless said
+SAMPLES: Final[Mapping[str, int]] = MappingProxyType({"path": 128, "algorithm1": 1000})  # by method, unless said
 
 
 def calibrate(
@@ -60,7 +60,7 @@ def calibrate(
         method: "path" finds the steps to compute for a target, with forecasts between them and corrections of their
             noise, by what it measures along uncached trajectories (`ebcache_fast.calibration.path`). "algorithm1" is
             the paper's, by default as `Algorithm1` says. None means "path", unless ``algorithm`` is given.
-        samples: how many are measured, or vote; None means 64, or 1000 of Algorithm 1.
+        samples: how many are measured, or vote; None means 128, or 1000 of Algorithm 1.
         labels: class labels that the samples take in turn; None means every class.
         prompted: instead of labels, for a model of diffusers; `ebcache_fast.calibrate` makes it of prompts.
         algorithm: the choices of Algorithm 1.

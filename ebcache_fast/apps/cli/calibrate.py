@@ -46,7 +46,7 @@ def calibrate(
         fp8: QKV's and fc1's products in float8; of an original DiT in bfloat16, on a GPU from compute capability 8.9.
         method: path measures how well forecasts do, and finds the steps to compute for a target speed-up; algorithm1 is
             the paper's. Without, path, but algorithm1 where one of its own options is given, those from --a on.
-        samples: how many are measured, or vote; without, 64, or 1000 of algorithm1.
+        samples: how many are measured, or vote; without, 128, or 1000 of algorithm1.
         num_sampling_steps: steps of the table.
         sampler: ddpm, ddim or dpm-solver++; without, what the scheduler in a folder of diffusers does, or else ddim.
         cfg_scale: guidance scale; 1 for none.
