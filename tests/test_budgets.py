@@ -44,7 +44,9 @@ def test_a_cost_that_a_policy_has_not() -> None:
         TableError, match=rf"^policy 'fora': no plan of 12 .* from 1\.00 to {floor:.2f}, and {floor:.2f} "
     ):
         at_cost("fora", SETTING.timesteps, WHOLE / 30, SHAPE)
-    with pytest.raises(TableError, match=r"^policy 'path': expected one of fora, taylorseer, hicache, which have"):
+    with pytest.raises(
+        TableError, match=r"^policy 'path': expected one of fora, taylorseer, hicache, power, which have"
+    ):
         at_cost("path", SETTING.timesteps, WHOLE / 2, SHAPE)
 
 

@@ -14,12 +14,14 @@ from typing import Any, Final
 
 from ebcache_fast.apps.compare import Method
 from ebcache_fast.errors import EBCacheError, InputError, TableError
+from ebcache_fast.models.router_file import read_router
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.plan.table import CacheTable, named_tables
 from ebcache_fast.plan.table_file import is_npy, naming
 from ebcache_fast.plan.table_set import TableSet, load_tables
 from ebcache_fast.policies import BUILT_IN
 from ebcache_fast.policies.eps_scaling import eps_scaling_of
+from ebcache_fast.policies.l2c import THRESHOLD, l2c
 from ebcache_fast.policies.registry import POLICIES, Policy
 from ebcache_fast.samplers import make_sampler, sampler_over
 from ebcache_fast.samplers.schedule import TRAIN_STEPS, NoiseSchedule
@@ -134,6 +136,19 @@ def _table(argument: str, setting: Setting) -> Method:
     )
 
 
+def _l2c(argument: str, setting: Setting) -> Method:
+    """A released router, of a FILE or, with a threshold, FILE:THRESHOLD."""
+    path, threshold = argument, THRESHOLD
+    if not os.path.exists(argument) and ":" in argument:
+        path, _, number = argument.rpartition(":")
+        threshold = float(number)
+    scores = read_router(path)
+    if len(scores) != setting.steps:
+        raise TableError(f"{path}: expected a router of {setting.steps} steps, got one of {len(scores)}")
+    plan = l2c(setting.timesteps, setting.shape, scores, threshold)
+    return Method(f"L2C {Path(path).name}", plan, setting.sampler)
+
+
 def _policy(text: str, name: str, argument: str) -> Policy | None:
     """The registered policy of this name; None where the text may name a function instead."""
     try:
@@ -202,12 +217,13 @@ def _plan_of(table: CacheTable | Plan, name: str, setting: Setting) -> Plan:
 
 
 METHODS: Final[Mapping[str, Callable[[str, Setting], Method]]] = MappingProxyType(
-    {"no-cache": _no_cache, "table": _table, "steps": _steps, "eps-scale": _eps_scale}
+    {"no-cache": _no_cache, "table": _table, "steps": _steps, "eps-scale": _eps_scale, "l2c": _l2c}
 )
 _WITH_ARGUMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "steps": "steps:N",
         "eps-scale": "eps-scale:B",
+        "l2c": "l2c:FILE",
         **{name: f"{name}:{[*inspect.signature(policy).parameters][-1].upper()}" for name, policy in BUILT_IN.items()},
     }
 )

@@ -7,6 +7,7 @@ from typing import Final
 from ebcache_fast.errors import TableError
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies.fora import fora
+from ebcache_fast.policies.power import power
 from ebcache_fast.policies.taylorseer import taylorseer
 
 Timesteps = tuple[float, ...]
@@ -28,9 +29,13 @@ def _hicache(timesteps: Timesteps, shape: ModelShape) -> Iterator[Plan]:
     return (taylorseer(timesteps, steps / full, shape, order=2, law="hermite") for full in range(1, steps + 1))
 
 
+def _power(timesteps: Timesteps, shape: ModelShape) -> Iterator[Plan]:
+    return (power(timesteps, shape, computed) for computed in range(1, len(timesteps) + 1))
+
+
 # Every plan that a policy has for a run, by the policy's name.
 FAMILIES: Final[Mapping[str, Callable[[Timesteps, ModelShape], Iterator[Plan]]]] = MappingProxyType(
-    {"fora": _fora, "taylorseer": _taylorseer, "hicache": _hicache}
+    {"fora": _fora, "taylorseer": _taylorseer, "hicache": _hicache, "power": _power}
 )
 
 

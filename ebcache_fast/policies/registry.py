@@ -8,7 +8,7 @@ from ebcache_fast.plan import shown
 from ebcache_fast.plan.registry import Registry
 from ebcache_fast.policies import BUILT_IN
 
-RESERVED = frozenset({"no-cache", "table", "steps", "eps-scale", *BUILT_IN})  # what compare has itself
+RESERVED = frozenset({"no-cache", "table", "steps", "eps-scale", "l2c", *BUILT_IN})  # what compare has itself
 
 Policy = Callable[..., Any]  # see PolicyRegistry
 

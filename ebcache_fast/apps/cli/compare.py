@@ -33,8 +33,8 @@ def compare(
         methods: any of no-cache, table:FILE_OR_NAME, steps:N, eps-scale:B, a policy such as fora:N (an unknown name
             lists them), and of your own MODULE:FUNCTION or FILE.py:FUNCTION, a function (timesteps, shape) that returns
             a Plan or a CacheTable; or, as NAME or NAME:ARGUMENT, a policy that an installed package registered.
-        policies: instead, policies by name, each at every --budget: path, algorithm1, fora, taylorseer, hicache, steps,
-            dpm-solver++, or all. Those that are calibrated leave their tables in --out, and take what lies there.
+        policies: instead, policies by name, each at every --budget: path, algorithm1, fora, taylorseer, hicache, power,
+            steps, dpm-solver++, or all. The first two are calibrated; they leave tables in --out, and take those there.
         budget: speed-ups over no caching by multiply-accumulates, of --policies.
         model: "letters", the bundled one, an original DiT such as DiT-XL/2, or "diffusers"; these need --ckpt.
         ckpt: the original's .pt, or .safetensors; or of diffusers' DiT the folder.
