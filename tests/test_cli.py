@@ -284,10 +284,10 @@ def test_table_show(name: str, run: Run) -> None:
     code, out, err = run(f"table show {name}")
     assert (code, err) == (0, "")
     table = CacheTable.named(name)
-    signs = {step_type: console.SIGNS[step_type.name] for step_type in set(table.step_types)}
-    assert out.splitlines()[0] == "".join(signs[step_type] for step_type in table.step_types)
+    signs = {step_type: console.SIGNS[step_type] for step_type in set(table.type_names)}
+    assert out.splitlines()[0] == "".join(signs[step_type] for step_type in table.type_names)
     for step_type, sign in signs.items():
-        assert f"{sign} {step_type.name} {table.step_types.count(step_type)}" in out
+        assert f"{sign} {step_type} {table.type_names.count(step_type)}" in out
     assert f"{len(table)} steps, timesteps {table.timesteps[0]} to {table.timesteps[-1]}" in out
 
 

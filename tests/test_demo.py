@@ -245,17 +245,22 @@ def test_a_long_text_is_sampled_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 20), ("ddpm", 50)])
 def test_the_methods_of_the_real_demo(sampler: str, steps: int) -> None:
-    """Two EB-Cache tables at about 1.5x and 2.5x, each beside FORA and fewer steps at its cost."""
+    """At about 1.5x and 2.5x the path search, and all else at its cost."""
     shape = as_denoiser(letters().model).shape
     base, *others = DEMO_METHODS(letters(), sampler)
     assert (base.name, len(base.plan), base.plan.mac_limit(shape)) == (f"No cache, {steps} steps", steps, 1)
-    assert len(others) == 6
-    assert {method.sampler for method in (base, *others)} == {sampler}
-    for (cached, fora, fewer), about in zip((others[:3], others[3:]), (1.5, 2.5), strict=True):
-        assert cached.name == f"EB-Cache, about {about}x"
-        costs = [base.plan.macs(shape) / method.plan.macs(shape) for method in (cached, fora, fewer)]
-        assert costs == pytest.approx([about] * 3, rel=0.1)
+    count = 6 if sampler == "ddim" else 5
+    assert len(others) == 2 * count
+    assert {method.sampler for method in others if "DPM" not in method.name} == {sampler}
+    for some, about in zip((others[:count], others[count:]), (1.5, 2.5), strict=True):
+        path, voted, fora, taylor, fewer, *solver = some
+        assert (path.name, voted.name) == (f"Path search, about {about}x", f"EB-Cache, about {about}x")
+        assert [method.sampler for method in solver] == ["dpm-solver++"] * (sampler == "ddim")
+        costs = [base.plan.macs(shape) / method.plan.macs(shape) for method in some]
+        assert costs == pytest.approx([about] * count, rel=0.1)
         assert max(costs) < 1.06 * min(costs)
+        assert fora.plan.macs(shape) == path.plan.macs(shape) == taylor.plan.macs(shape)
+        assert len(fewer.plan) == sum(bool(step.computed) for step in path.plan.steps)
 
 
 def test_by_default_all_go_towards_the_same_picture(done: Done) -> None:

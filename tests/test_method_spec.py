@@ -142,12 +142,13 @@ def test_a_function_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_compared_where_nothing_is_named() -> None:
     """The tables for this very setting, whatever it is, and fewer steps at two thirds and two fifths of the cost."""
     letters = as_denoiser(load_letters().model).shape
-    tables = ["table:letters-ddpm-50-1.5x", "table:letters-ddpm-50-2.5x"]
+    both = [f"table:letters-{which}-{x}x" for which in ("SETTING", "path-SETTING") for x in (1.5, 2.5)]
+    tables = [table.replace("SETTING", "ddpm-50") for table in both]
     rest = ["fora:2", "fora:3", "steps:33", "steps:20", "eps-scale:0.98"]
     assert list(default_methods(Setting(letters, 50, "ddpm"))) == ["no-cache", *tables, *rest]
     assert list(default_methods(Setting(SHAPE, 50, "ddpm"))) == ["no-cache", *rest]
     few = default_methods(Setting(letters, 20, "ddim"))
-    assert few[1:3] == ("table:letters-ddim-20-1.5x", "table:letters-ddim-20-2.5x")
+    assert list(few[1:5]) == [table.replace("SETTING", "ddim-20") for table in both]
     for steps in (1, 2, 3, 20, 1000):
         for sampler in ("ddim", "ddpm"):
             setting = Setting(letters, steps, sampler)

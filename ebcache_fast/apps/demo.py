@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Final
 
 from ebcache_fast.apps import pictures
 from ebcache_fast.apps.bundled import BUNDLED, LETTERS, Preset, default_device, labels_in_turn, labels_of, load_letters
-from ebcache_fast.apps.compare import BATCH, Method, Result, Run, check_count, equal_cost_methods, measure
+from ebcache_fast.apps.compare import BATCH, Method, Result, Run, check_count, measure
 from ebcache_fast.apps.quality import Judge
 from ebcache_fast.apps.report import command_line, write_report
 from ebcache_fast.apps.room import check_run
 from ebcache_fast.errors import InputError
 from ebcache_fast.models import as_denoiser
+from ebcache_fast.plan import Plan
 from ebcache_fast.plan.files import make_folder
 from ebcache_fast.plan.table import CacheTable
+from ebcache_fast.policies import fora_at_cost, taylorseer
 from ebcache_fast.samplers import make_sampler
 from ebcache_fast.sampling import DEFAULT_CFG_SCALE
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 STEPS: Final[Mapping[str, int]] = MappingProxyType({"ddim": 20, "ddpm": 50})  # by sampler; there are tables for these
 SPEEDUPS = (1.5, 2.5)
+SOLVER = "dpm-solver++"  # also without noise after the first, so that its samples can be held against DDIM's
 DEFAULT_SAMPLER = "ddim"  # draws no noise after the first: whoever takes fewer steps goes towards the same picture
 DEFAULT_SAMPLES = 156  # six of each letter
 
@@ -64,15 +67,33 @@ def demo(
 
 
 def demo_methods(preset: Preset, sampler: str = DEFAULT_SAMPLER) -> list[Method]:
-    """No caching, EB-Cache at two costs, and FORA and fewer steps at each of those costs."""
-    shape = as_denoiser(preset.model).shape
-    cached = [(name, CacheTable.named(table).plan(shape)) for name, table in tables_of(sampler)]
-    return equal_cost_methods(shape, cached, sampler)
+    """No caching, and at two costs the path search, EB-Cache, FORA, TaylorSeer, and fewer steps, also of a solver."""
+    shape, steps = as_denoiser(preset.model).shape, STEPS[sampler]
+    timesteps = make_sampler(sampler, steps).timesteps
+    methods = [Method(f"No cache, {steps} steps", Plan.uncached(timesteps, shape.sites), sampler)]
+    for x in SPEEDUPS:
+        named = [(name, CacheTable.named(table).plan(shape)) for name, table in tables_of(sampler, x)]
+        path = named[0][1]
+        computed = sum(bool(step.computed) for step in path.steps)
+        named += [
+            ("FORA at its cost", fora_at_cost(timesteps, path.macs(shape), shape)),
+            ("TaylorSeer at its cost", taylorseer(timesteps, steps / computed, shape)),
+        ]
+        methods += [Method(name, plan, sampler) for name, plan in named]
+        solvers = {sampler: f"{computed} steps"} | (
+            {SOLVER: f"{computed} of DPM-Solver++"} if sampler == "ddim" else {}
+        )
+        methods += [
+            Method(name, Plan.uncached(make_sampler(solver, computed).timesteps, shape.sites), solver)
+            for solver, name in solvers.items()
+        ]
+    return methods
 
 
-def tables_of(sampler: str) -> list[tuple[str, str]]:
-    """The bundled model's tables for a sampler: what people call each, and its name."""
-    return [(f"EB-Cache, about {x}x", f"letters-{sampler}-{STEPS[sampler]}-{x}x") for x in SPEEDUPS]
+def tables_of(sampler: str, x: float) -> list[tuple[str, str]]:
+    """The bundled model's tables for a sampler and a speed-up: what people call each, and its name."""
+    about = f"{sampler}-{STEPS[sampler]}-{x}x"
+    return [(f"Path search, about {x}x", f"letters-path-{about}"), (f"EB-Cache, about {x}x", f"letters-{about}")]
 
 
 def draw_comparison(results: Sequence[Result], runs: Sequence[Run], shown: int) -> "Image.Image":

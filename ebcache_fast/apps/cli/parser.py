@@ -16,7 +16,7 @@ from ebcache_fast.apps.cli.demo import demo
 from ebcache_fast.apps.cli.info import info
 from ebcache_fast.apps.cli.profile import profile
 from ebcache_fast.apps.cli.sample import sample
-from ebcache_fast.apps.cli.table import check_table, import_table, show_table
+from ebcache_fast.apps.cli.table import check_table, export_table, import_table, show_table
 from ebcache_fast.errors import InputError
 
 RULE = re.compile("[─-]{5,}")  # between the parts of the parser's reports
@@ -32,6 +32,7 @@ COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
         "table-show": show_table,
         "table-check": check_table,
         "table-import": import_table,
+        "table-export": export_table,
         "info": info,
     }
 )

@@ -1,4 +1,4 @@
-"""``ebcache-fast table``: show a Cache Table, hold it against a model, or import another project's."""
+"""``ebcache-fast table``: show a Cache Table, hold it against a model, import another project's, or export it."""
 
 from pathlib import Path
 from typing import Literal
@@ -113,4 +113,29 @@ def import_table(
         table = from_smoothcache(source, timesteps, b, allow_amplify, depth, sites)
     table.save(out)
     console.print_table(table)
+    print(out)
+
+
+def export_table(source: Positional[str], kind: Literal["mask", "bins"] = "mask", out: Path | None = None) -> None:
+    """Write which steps of a Cache Table compute, as cache-dit and what is built on it take it.
+
+    Args:
+        source: a .json file of one table, or the name of one that comes with the package.
+        kind: mask, cache-dit's steps_computation_mask, 1 for a step that computes; or bins, its compute_bins and
+            cache_bins, which SGLang and vLLM-Omni hand on.
+        out: file to write the JSON to; without, it is printed.
+    """
+    import json
+
+    from ebcache_fast.apps.method_spec import open_table
+    from ebcache_fast.plan.exporters import bins, steps_mask
+    from ebcache_fast.plan.files import replacing
+
+    table = open_table(source)
+    text = json.dumps(steps_mask(table) if kind == "mask" else bins(table)._asdict())
+    if out is None:
+        print(text)
+        return
+    with replacing(out) as partial:
+        partial.write_text(text + "\n")
     print(out)
