@@ -19,11 +19,15 @@ from ebcache_fast.errors import EBCacheError, TableError
 from ebcache_fast.models import DIT_MODELS, as_denoiser
 from ebcache_fast.models.router_file import read_router
 from ebcache_fast.plan import COMPUTE, REUSE, Branch, KeepSpan, ModelShape, Plan, SkipSpan, StepType, Tokens, lower
-from ebcache_fast.policies import BUILT_IN, delta_dit, fora, forecast, l2c, pab, power, taylorseer, toca
+from ebcache_fast.policies import BUILT_IN, delta_dit, ditfastattn, fora, forecast, l2c, pab, power, taylorseer, toca
 from ebcache_fast.samplers import make_sampler
 
 SHAPE = as_denoiser(MODEL).shape
 SCORES = {index: [(7 * index + 3 * site) % 10 / 10 for site in range(len(SITES))] for index in range(0, 8, 2)}
+CHOICES = (
+    *("full full full", "window reuse full", "window full reuse", "full window reuse"),
+    *("reuse window reuse", "window reuse full", "reuse reuse window", "full full window"),
+)
 SELF, MLP = Branch.SELF_ATTN, Branch.MLP
 
 
@@ -44,13 +48,21 @@ PLANS: dict[str, Plan] = {
     "l2c": l2c(TIMESTEPS, SHAPE, SCORES, 0.4),
     "toca": toca(TIMESTEPS, SHAPE, 3, 0.2),
     "delta-dit": delta_dit(TIMESTEPS, SHAPE, 2, 3),
+    "ditfastattn": ditfastattn(TIMESTEPS, SHAPE, [row.split() for row in CHOICES], 5),
 }
+GUIDED = ditfastattn(TIMESTEPS[:4], SHAPE, [["full"] * 3, ["share"] * 3, ["reuse", "share", "full"], ["reuse"] * 3], 5)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_run_is_that_of_the_naive_loop(plan: Plan) -> None:
     xs = latents(len(plan))
     for mine, theirs in zip(ours(plan, xs), naive(plan, xs, LABELS), strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+def test_a_share_is_that_of_the_naive_loop() -> None:
+    xs = latents(len(GUIDED))
+    for mine, theirs in zip(ours(GUIDED, xs, guided=True), naive(GUIDED, xs, LABELS), strict=True):
         assert relative_error(mine, theirs) < 1e-12
 
 
@@ -138,6 +150,16 @@ def test_delta_dit() -> None:
         *(KeepSpan(*front), KeepSpan(*front), SkipSpan(*front), SkipSpan(*front), KeepSpan(*front)),
     ]
     assert delta_dit((3, 2), SHAPE, 3).steps[1].spans == (SkipSpan(0, 5),)
+
+
+def test_ditfastattn() -> None:
+    """Only where a window follows is its difference kept, and MLPs are computed at all steps."""
+    rules = [[type(rule).__name__ for rule in step.rules[::2]] for step in PLANS["ditfastattn"].steps]
+    assert rules[0] == ["FullAndWindow", "Compute", "Compute"]
+    assert [row[1] for row in rules] == [
+        *("Compute", "Reuse", "FullAndWindow", "Window", "Window", "Reuse", "Reuse", "Compute"),
+    ]
+    assert {rule for step in PLANS["ditfastattn"].steps for rule in step.rules[1::2]} == {COMPUTE}
 
 
 @pytest.mark.parametrize(("steps", "computed"), [(20, 8), (50, 19), (10, 10), (5, 1)])
@@ -249,6 +271,14 @@ def test_what_a_policy_can_not_do_is_one_typed_line(text: str, problem: str) -> 
             lambda: pab(TIMESTEPS, SHAPE, {Branch.CROSS_ATTN: 2}),
             r"expected branches of the model, SELF_ATTN, MLP, got CR",
         ),
+        (lambda: ditfastattn(TIMESTEPS, SHAPE, [], 5), r"^choices: expected a row for each of 8 steps, got 0$"),
+        (lambda: ditfastattn((1,), SHAPE, [["full"]], 5), r"^choices\[0\]: expected one for each of 3 layers, got 1$"),
+        (
+            lambda: ditfastattn((1,), SHAPE, [["full", "half", "full"]], 5),
+            r"^choices\[0\]: expected one of full, window, reuse, share, got 'half'$",
+        ),
+        (lambda: ditfastattn((1,), SHAPE, [["window"] * 3], 0), r"window: expected 1 token or more, got 0$"),
+        (lambda: ditfastattn((1,), SHAPE, [["window"] * 3], 5), r"^steps\[0\]: .* reads its rest 5, which no step"),
         (lambda: l2c(TIMESTEPS, SHAPE, SCORES, 1.1), r"^threshold: expected 0 to 1, got 1\.1"),
         (lambda: l2c(TIMESTEPS, SHAPE, {}), r"^scores\[6\]: expected 6, one for each branch of the model, got none$"),
         (lambda: l2c(TIMESTEPS, SHAPE, SCORES | {4: [2.0] * 6}), r"^scores\[4\]: expected 0 to 1, got 2\.0$"),

@@ -6,6 +6,7 @@ from typing import Final
 
 from ebcache_fast.plan import ModelShape, Plan
 from ebcache_fast.policies.delta_dit import delta_dit, delta_dit_of
+from ebcache_fast.policies.ditfastattn import ditfastattn
 from ebcache_fast.policies.fora import fora, fora_at_cost, fora_of
 from ebcache_fast.policies.forecast import forecast
 from ebcache_fast.policies.l2c import l2c
@@ -17,6 +18,7 @@ from ebcache_fast.policies.toca import toca, toca_of
 __all__ = [
     "BUILT_IN",
     "delta_dit",
+    "ditfastattn",
     "fora",
     "fora_at_cost",
     "forecast",
