@@ -255,6 +255,14 @@ def test_other_samplers(sampler: str) -> None:
     assert sample(model(), [0, 1], table=found).isfinite().all()
 
 
+def test_a_model_whose_layers_add_nothing_has_no_errors() -> None:
+    """As one that is fresh: its gates are zero."""
+    fresh = DiT(input_size=8, patch_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=5).eval()
+    found = calibrate(fresh, samples=2, steps=5, sampler="ddim", target_speedup=1.2)
+    assert found.made is not None
+    assert found.made.options["paired_error"] == 0
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_runs(steps: int) -> None:
     found = calibrate(model(), samples=1, steps=steps, sampler="ddim")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,11 +112,18 @@ class GuidedRun:
 
         correction: of the noise, in the place of the plan's.
         """
-        setting = self._setting
-        corrections = [*self._corrections]
-        corrections[step] = correction or corrections[step]
-        scaled, factor = setting.sampler.scaling_eps(setting.eps_scale, corrections)
+        setting, has_memory = self._setting, self._zeros is not None
+        of_step = _only(setting.sampler, step)
+        scaled, factor = of_step.scaling_eps(setting.eps_scale, [correction or self._corrections[step]])
+        row = np.array(scaled.step_rows[0])
         noise = self._noise[step + 1] if len(self._noise) > 1 else None
         eps = found.eps * factor
-        after = sampler_update(x, eps, found.variance, noise, scaled.rows[step], memory)
-        return after, remember(x, eps, scaled.rows[step]) if setting.sampler.has_memory else None
+        after = sampler_update(x, eps, found.variance, noise, row, memory)
+        return after, remember(x, eps, row) if has_memory else None
+
+
+def _only(sampler: Sampler, step: int) -> Sampler:
+    """A sampler of one of another's steps."""
+    alpha_bar = None if sampler.v_alpha_bar is None else (sampler.v_alpha_bar[step],)
+    only = slice(step, step + 1)
+    return replace(sampler, timesteps=sampler.timesteps[only], step_rows=sampler.step_rows[only], v_alpha_bar=alpha_bar)

@@ -92,7 +92,8 @@ def growth(setting: Setting, samples: range, probed: tuple[int, ...]) -> Array:
             for later in range(step + 1, steps):
                 moved, kept = run.update(later, moved, run.predict(later, moved, is_full=True), kept)
                 setting.on_step(len(samples))
-            found.append(float((moved - x).square().mean().sqrt() / by.square().mean().sqrt()))
+            size = float(by.square().mean().sqrt())
+            found.append(float((moved - x).square().mean().sqrt()) / size if size else 1.0)  # nothing to carry
     return np.array(found)
 
 
