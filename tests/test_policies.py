@@ -7,6 +7,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ SELF, MLP = Branch.SELF_ATTN, Branch.MLP
 
 @cache
 def dit_xl() -> ModelShape:
-    with torch.device("meta"):
+    # Normal numbers on the meta device load torch's compiler, which takes seconds; no number matters here.
+    with torch.device("meta"), mock.patch("torch.nn.init.normal_"):
         return as_denoiser(DIT_MODELS["DiT-XL/2"](input_size=32)).shape
 
 
