@@ -68,13 +68,14 @@ def test_methods_of_all_policies_cost_alike() -> None:
     [
         (["guess"], 1.5, r"^policy 'guess' is unknown; choose all, or from path, algorithm1, fora"),
         (["fora"], 0.5, r"^budget=0\.5 is below 1; give speed-ups"),
+        (["fora"], 0.0, r"^budget=0 is below 1"),
         (["fora"], float("nan"), r"^budget=nan is below 1"),
         (["fora"], float("inf"), r"^budget=inf is below 1"),
     ],
 )
 def test_bad_input(names: list[str], budget: float, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
-        methods_at(policies_of(names, "ddim"), [budget], SETTING, table_of)
+        methods_at(policies_of(names, "ddim"), [2.0, budget], SETTING, table_of)
 
 
 def test_a_table_is_made_once_and_held_against_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

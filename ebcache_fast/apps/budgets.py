@@ -36,14 +36,19 @@ def policies_of(names: Sequence[str], sampler: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Raise InputError unless all are speed-ups: finite, and 1 or more."""
+    if any(not 1 <= (wrong := budget) < float("inf") for budget in budgets):
+        raise InputError(f"budget={wrong:g} is below 1; give speed-ups over no caching, such as 1.5 and 2.5")
+
+
 def methods_at(names: Sequence[str], budgets: Sequence[float], setting: Setting, tables: Calibrate) -> list[Method]:
     """No caching, then at each budget every policy of these names.
 
     tables: makes the table of a calibrated one. Raises InputError for a budget below 1, TableError where a policy can't
     come near one.
     """
-    if wrong := next((budget for budget in budgets if not 1 <= budget < float("inf")), None):
-        raise InputError(f"budget={wrong:g} is below 1; give speed-ups over no caching, such as 1.5 and 2.5")
+    check_budgets(budgets)
     uncached = setting.uncached(setting.steps)
     whole = uncached.macs(setting.shape)
     methods = [Method(f"No cache, {setting.steps} steps", uncached, setting.sampler)]

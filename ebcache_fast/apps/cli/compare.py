@@ -53,7 +53,7 @@ def compare(
     """
     options = dict(locals())
     from ebcache_fast.apps import console
-    from ebcache_fast.apps.budgets import calibrated, methods_at, policies_of
+    from ebcache_fast.apps.budgets import calibrated, check_budgets, methods_at, policies_of
     from ebcache_fast.apps.bundled import BUNDLED, labels_in_turn, letters_judge, open_model
     from ebcache_fast.apps.compare import check_count, measure
     from ebcache_fast.apps.frontier import draw_frontier, points_of
@@ -66,6 +66,7 @@ def compare(
     from ebcache_fast.plan.files import make_folder
     from ebcache_fast.samplers import make_sampler
 
+    check_budgets(budget)
     judge = letters_judge() if model == BUNDLED else None
     check_count(samples, judged=judge is not None)
     opened = open_model(model, ckpt, image_size, num_classes, dtype, device)
