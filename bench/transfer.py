@@ -2,8 +2,8 @@
 
     python -m bench.transfer
 
-Each table is found on 52 samples of one seed at guidance 1.5. It is run on other seeds, at guidance 1 to 4, and moved
-to the other sampler and to other numbers of steps, beside FORA of as many computed steps and, where there is one, a
+Each table is found on 52 samples of one seed at guidance 1.5. It is run on another seed, at guidance 1 to 4, and moved
+to the other sampler and to other numbers of steps, beside FORA of as many computed steps and, at guidance 1 and 4, a
 table found there. What is finished is kept in --raw. It writes bench/results/transfer.json.
 """
 
@@ -32,9 +32,9 @@ from ebcache_fast.samplers import make_sampler
 OUT = Path(__file__).resolve().parent / "results" / "transfer.json"
 RAW = Path(__file__).resolve().parents[1] / "experimental" / "transfer"
 FOUND_ON, SCALE = 52, 1.5
-HOMES = (("ddim", 20, 1.64), ("ddim", 20, 2.4), ("ddpm", 50, 2.5))
-SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
-SEEDS, SAMPLES, BATCH = (101, 102, 103), 104, 52
+HOMES = (("ddim", 20, 2.4), ("ddpm", 50, 2.5))
+SCALES, FOUND_AT = (1.0, 1.5, 2.0, 3.0, 4.0), (1.0, 4.0)  # of guidance; where a table is found beside the one moved
+SEEDS, SAMPLES, BATCH = (101,), 104, 52
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def main() -> None:
             computed = sum(bool(step.computed) for step in plan.steps)
             plans = {"path": plan, "fora": fora_of(make_sampler(sampler, steps).timesteps, computed, shape)}
             at_home = (sampler, steps) == home[:2]
-            if at_home and scale != SCALE:
+            if at_home and scale in FOUND_AT:
                 plans["found_here"] = table_of(model, args.raw, *home, scale).plan(shape)
             errors = errors_of(model, plans, sampler, scale)
             name = f"{home[0]}-{home[1]}-{home[2]}x"

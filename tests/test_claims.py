@@ -167,7 +167,7 @@ def seeds_of(question: str) -> set[int]:
 
 @cache
 def demo() -> list[dict[str, Any]]:
-    """The demo's methods: uncached, then EB-Cache, FORA and fewer steps at each of two costs."""
+    """The demo's methods: uncached, then those of `AT_A_COST` at each of two costs."""
     return json.loads((RESULTS / "demo.json").read_text())["methods"]
 
 
@@ -379,6 +379,42 @@ README: Mapping[str, Callable[[], bool]] = {
 }
 
 
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "bench" / "results" / name).read_text())
+    return found
+
+
+def ratios(prefix: str, rival: str) -> list[float]:
+    """Errors of the path over a rival's, at each cost of the settings that begin so."""
+    names = ("setting", "budget", "method")
+    rows = {tuple(row[name] for name in names): row["paired_error"] for row in result("ahead.json")["rows"]}
+    return [
+        error / rows[setting, budget, rival]
+        for (setting, budget, method), error in rows.items()
+        if method == "path" and setting.startswith(prefix)
+    ]
+
+
+def places() -> list[dict[str, Any]]:
+    return list(result("transfer.json")["rows"])
+
+
+PATH: Mapping[str, Callable[[], bool]] = {
+    "Under DDIM the path's error is less than a third of FORA's and less than half of fewer steps', in every "
+    "row.": lambda: max(ratios("ddim", "FORA")) < 1 / 3 and max(ratios("ddim", "fewer steps")) < 1 / 2,
+    "Under DDPM it is less than half of FORA's.": lambda: max(ratios("ddpm", "FORA")) < 1 / 2,
+    "Four steps of DPM-Solver++ are as near as the path that computes four of ten.": lambda: (
+        0.98 < max(ratios("ddim-10", "DPM-Solver++")) < 1.02
+    ),
+    "Guidance may change: at 1 and at 4 a table's error is that of one found there, within a fifth.": lambda: all(
+        0.8 < row["path"] / row["found_here"] < 1.2 for row in places() if row["found_here"] is not None
+    ),
+    "Moved to the other sampler, or to fewer steps, it may be worse than FORA: calibrate there.": lambda: any(
+        row["path"] > row["fora"] for row in places()
+    ),
+}
+
+
 def prose(page: str) -> list[str]:
     """The sentences of a page, without what is generated, headings and code."""
     text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "\n\n", page, flags=re.DOTALL)
@@ -394,9 +430,10 @@ def test_every_sentence_of_the_bundled_model_is_held_against_figures_or_says_non
 
 def test_the_sentences_of_the_readme_are_there() -> None:
     assert README.keys() <= set(prose((ROOT / "README.md").read_text()))
+    assert PATH.keys() <= set(prose((ROOT / "docs" / "path_search.md").read_text()))
 
 
-@pytest.mark.parametrize("claim", [*BUNDLED.items(), *README.items()], ids=lambda claim: claim[0][:60])
+@pytest.mark.parametrize("claim", [*BUNDLED.items(), *README.items(), *PATH.items()], ids=lambda claim: claim[0][:60])
 def test_the_figures_bear_it(claim: tuple[str, Callable[[], bool]]) -> None:
     _, holds = claim
     assert holds()

@@ -15,6 +15,8 @@ PARTS: tuple[Callable[[], str], ...] = (
     letters.cpu,
     letters.retime,
     ahead.ahead,
+    ahead.forecast_step,
+    ahead.transfer,
     engine.timeline,
     engine.launches,
     engine.kernels,
