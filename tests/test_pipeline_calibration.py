@@ -96,6 +96,28 @@ def test_the_table_is_for_the_pipeline(make: Callable[[], Any], call: dict[str, 
     assert counted.steps["ATTN_MLP"] == sum(kind.name == "ATTN_MLP" for kind in table.step_types) > 0
 
 
+@pytest.mark.parametrize(("make", "call"), [*CASES.values(), (tiny_cogvideox_5b, VIDEO)], ids=[*CASES, "CogVideoX-5b"])
+def test_a_path_is_for_the_pipeline_too(make: Callable[[], Any], call: dict[str, Any]) -> None:
+    """Its forecasts and corrections in the pipeline's own loop, of eps or of v, stay near what it draws without."""
+    pipe = make()
+    table = calibrate(pipe, prompts=PROMPTS, call=call, steps=STEPS, target_speedup=1.3)
+    assert table.corrections
+
+    def draw() -> Tensor:
+        run = dict(num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(0))
+        drawn = pipe(prompt=PROMPTS[0], **run, **call)
+        found: Tensor = drawn.frames if hasattr(drawn, "frames") else drawn.images
+        return found
+
+    uncached = draw()
+    enable(pipe, table)
+    assert 0 < relative_error(draw(), uncached) < 0.05
+    counted = stats(pipe)
+    assert not counted.refreshed
+    assert not counted.originals
+    assert counted.steps == {name: table.type_names.count(name) for name in dict.fromkeys(table.type_names)}
+
+
 def test_labels_of_a_dit_pipeline() -> None:
     pipe = tiny_pipeline()
     pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)

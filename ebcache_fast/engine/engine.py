@@ -131,7 +131,7 @@ class Engine:
         buffer_set = self._lease(plan, batch, tail)
         try:
             buffer_set.set_conditioning(batch.context)
-            steps = plan.steps if plan.refill is None else (*plan.steps, plan.refill)
+            steps = (*plan.steps, plan.refill or plan.steps[0])
             executable = self._prepare(buffer_set, [(Dispatch(step, 1),) for step in steps])
             buffer_set.load(plan, batch.row_labels, batch.context, scale=1.0)
         except BaseException:
